@@ -179,7 +179,7 @@ class RowCache(Cache):
 
     def grow(self, rows: int, columns: int) -> None:
         """
-        Make room for the first `rows` rows with `columns` columns.
+        Make room for the first `rows` rows with `columns` columns, which must not be less than are filled.
 
         Both double, so that a long text is copied only a few times, up to `max_rows` and the length of a context.
         """

@@ -222,7 +222,8 @@ class Decoder:
         """Give free slots to waiting rows, and return these rows."""
         new = self.admission.admit()
         if new:
-            self.cache.grow(len(self.slots), 1)
+            filled = int(self.slots.columns[: len(self.slots)].max())  # of rows that run
+            self.cache.grow(len(self.slots), filled)
         for row in new:
             self.slots.ban(row.slot, not row.may_decide_nsp)
             self.slots.ground(row.slot, row.begins_grounded(self.config.cs_token_id, self.stops))

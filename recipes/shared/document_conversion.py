@@ -10,7 +10,7 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from shared.document_files import DocumentError
+from shared.document_files import NO_CHARACTER, DocumentError
 from shared.document_sections import (
     Block,
     Document,
@@ -32,7 +32,6 @@ LIBRARIES = {  # kind -> how its library is imported
     "pdf": lambda: import_module("pypdf"),
 }
 NO_TITLE = re.compile(r"(untitled.*|microsoft word - .*|.*\.(docx?|pdf|tex|dvi|indd))?", re.IGNORECASE | re.DOTALL)
-NO_CHARACTER = re.compile("[\x00\ud800-\udfff]")  # what PDF files with damaged fonts hold
 
 
 def check_libraries(kinds: Collection[str]) -> None:
@@ -95,7 +94,7 @@ def html_document(path: Path, id: str) -> Document:
         raise DocumentError("it holds no main text")
     facts = extract_metadata(tree, extensive=False)  # dates take half of the time otherwise, and are not used
     file = StringIO(NO_CHARACTER.sub("\ufffd", text), newline=None)
-    document = markdown_document(file, id, path.stem)
+    document = markdown_document(file, id, Path(id).stem)
     if facts.title:
         document.title = facts.title
     if facts.url and facts.url.startswith(("http://", "https://")):
@@ -124,7 +123,7 @@ def docx_document(path: Path, id: str) -> Document:
     file = docx.Document(str(path))
     blocks = list(_docx_blocks(file))
     titles = [block.title for block in blocks if block.level and block.title]
-    title = (file.core_properties.title or "").strip() or (titles[0] if titles else path.stem)
+    title = (file.core_properties.title or "").strip() or (titles[0] if titles else Path(id).stem)
     return Document(id, title, sections_of(blocks), is_markdown=True)
 
 
@@ -189,7 +188,7 @@ def pdf_document(path: Path, id: str) -> Document:
         raise DocumentError(f"no page of {num_pages} holds text; scanned pages need OCR")
     title = " ".join(str((reader.metadata and reader.metadata.title) or "").split())
     if NO_TITLE.fullmatch(title):
-        title = outline[0][2] if outline else path.stem
+        title = outline[0][2] if outline else Path(id).stem
     shown = ", ".join(unread[:20]) + (", …" if len(unread) > 20 else "")
     note = f"no text on {len(unread)} of {num_pages} pages: {shown}" if unread else ""
     return Document(id, NO_CHARACTER.sub("\ufffd", title), sections, note=note)

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ KINDS = {
 }
 
 
+NO_CHARACTER = re.compile("[\x00\ud800-\udfff]")  # of names that are not UTF-8, and of PDF files with damaged fonts
+
+
 class DocumentError(ValueError):
     """A document that cannot be read; the message is the reason."""
 
@@ -33,7 +37,8 @@ class DocumentFile:
     A document, or a file of documents.
 
     Args:
-        source (`str`): path relative to its input, with `/` between names; or the name of a dataset.
+        source (`str`): path relative to its input, with `/` between names, and U+FFFD for bytes that are no UTF-8; or
+            the name of a dataset.
         kind (`str`): one of the values of `KINDS`, or `"dataset"`.
         path (`Path`, *optional*): the file.
     """
@@ -53,7 +58,8 @@ def find_documents(inputs: Sequence[str], excluded: Collection[Path]) -> tuple[l
     """
     Return the documents of all inputs, and how many other files were ignored, by the end of their names.
 
-    Folders are searched recursively and sorted by name; hidden files and folders count as ignored.
+    Folders are searched recursively and sorted by name. Hidden files and folders, and links to folders, count as
+    ignored.
 
     Args:
         inputs (`list[str]`): folders, files, patterns such as `"docs/**/*.md"`, and names of datasets.
@@ -61,11 +67,13 @@ def find_documents(inputs: Sequence[str], excluded: Collection[Path]) -> tuple[l
 
     Raises:
         `FileNotFoundError`: for an input that does not exist, or a pattern without a file.
-        `ValueError`: for a file of an unknown format, or two files with the same relative path.
+        `PermissionError`: for a folder that cannot be read.
+        `ValueError`: for a file of an unknown format, two files with the same relative path, or an input that is one
+            of `excluded`.
     """
     documents: dict[str, DocumentFile] = {}
     ignored: Counter[str] = Counter()
-    left_out = {path.absolute() for path in excluded}
+    left_out = {path.resolve() for path in excluded}
     for name in inputs:
         for document in _documents_of(name, left_out, ignored):
             same = documents.setdefault(document.source, document)
@@ -91,7 +99,9 @@ def _documents_of(name: str, left_out: set[Path], ignored: Counter[str]) -> Iter
         kind = kind_of(path)
         if kind is None:
             raise ValueError(f"{name}: the format is not known, expected a file that ends in {', '.join(KINDS)}.")
-        yield DocumentFile(path.name, kind, path)
+        if path.resolve() in left_out:
+            raise ValueError(f"{name} is an input, and would be overwritten: name another output_file.")
+        yield DocumentFile(NO_CHARACTER.sub("\ufffd", path.name), kind, path)
     elif glob.has_magic(name):
         folder, paths = _of_pattern(name)
         yield from _documents_among(paths, folder, left_out, ignored)
@@ -102,11 +112,18 @@ def _documents_of(name: str, left_out: set[Path], ignored: Counter[str]) -> Iter
 
 def _in_folder(folder: Path, ignored: Counter[str]) -> Iterator[Path]:
     """Yield the files of a folder that are not hidden, sorted."""
-    for parent, folders, files in os.walk(folder):
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=refuse):
         hidden = [name for name in (*folders, *files) if name.startswith(".")]
         if hidden:
             ignored["hidden"] += len(hidden)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(set(folders).difference(hidden))
+        linked = [name for name in folders if Path(parent, name).is_symlink()]  # os.walk does not follow them
+        if linked:
+            ignored["links to folders"] += len(linked)
         yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
 
 
@@ -125,10 +142,13 @@ def _documents_among(
     paths: Iterable[Path], folder: Path, left_out: set[Path], ignored: Counter[str]
 ) -> Iterator[DocumentFile]:
     for path in paths:
-        if path.absolute() in left_out:
+        if path.resolve() in left_out:
             continue
         kind = kind_of(path)
-        if kind is None:
+        if path.exists() and not path.is_file():
+            ignored["pipes and devices"] += 1  # to read one may take for ever
+        elif kind is None:
             ignored[path.suffix.lower() or "no suffix"] += 1
         else:
-            yield DocumentFile(path.relative_to(folder).as_posix(), kind, path)
+            source = NO_CHARACTER.sub("\ufffd", path.relative_to(folder).as_posix())
+            yield DocumentFile(source, kind, path)

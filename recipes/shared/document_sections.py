@@ -198,7 +198,7 @@ def _front_matter(lines: list[str]) -> tuple[int, str]:
         return 0, ""
     try:
         values = yaml.load("".join(lines[1 : ends[0]]), yaml.BaseLoader)  # every value is a text
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):  # the latter for thousands of brackets
         values = None
     title = values.get("title") if isinstance(values, dict) else None
     return ends[0] + 1, title if isinstance(title, str) else ""
@@ -253,10 +253,11 @@ def plain_title(markdown: str) -> str:
 def text_file_document(path: Path, id: str, is_markdown: bool) -> Document:
     """Open a text or Markdown file; it is read, and closed, as its sections are."""
     file, note = open_text(path)
+    title = Path(id).stem  # not that of `path`, which may be no UTF-8
     if is_markdown:
-        document = markdown_document(file, id, path.stem)
+        document = markdown_document(file, id, title)
     else:
-        document = Document(id, path.stem, text_sections(file))
+        document = Document(id, title, text_sections(file))
     document.sections = _closing(document.sections, file)
     document.note = note
     document.metadata["source"] = id
@@ -275,4 +276,4 @@ def row_sections(text: str) -> Iterable[Section]:
     """Return the sections of a row's text."""
     if len(text) <= SECTION_CHARACTERS:
         return [Section(text, 0)]
-    return text_sections(io.StringIO(text, newline=None))
+    return text_sections(io.StringIO(text, newline=""))  # spans count the line ends of the field

@@ -26,7 +26,7 @@ from modeling_cosup.passages_cosup import check_id, check_text
 
 from shared.document_cache import HASH_BYTES, DocumentCache, PassageBatch
 from shared.document_conversion import convert
-from shared.document_files import DocumentError, DocumentFile
+from shared.document_files import NO_CHARACTER, DocumentError, DocumentFile
 from shared.document_sections import Document, row_sections, text_file_document
 from shared.passage_splitting import PassageSplitter
 
@@ -224,7 +224,7 @@ class CacheFiller:
                 if source in self.unreadable:
                     break
         except (ValueError, OSError) as error:
-            self.unreadable.setdefault(source, str(error))
+            self._refuse(source, str(error))
         self._pending.append((source, 0, key))
 
     def _take(self) -> None:
@@ -239,12 +239,15 @@ class CacheFiller:
                 self._num_passages += len(batch.lengths)
                 self._note = batch.note
             except (DocumentError, OSError) as error:
-                self.unreadable.setdefault(source, str(error))
+                self._refuse(source, str(error))
         self._pending.popleft()
+
+    def _refuse(self, source: str, reason: str) -> None:
+        self.unreadable.setdefault(source, NO_CHARACTER.sub("\ufffd", reason))
 
     def _end(self, source: str, key: str) -> None:
         if not self._num_passages:
-            self.unreadable.setdefault(source, "it holds no text")
+            self._refuse(source, "it holds no text")
         if source in self.unreadable:
             self.cache.discard(source)
         else:

@@ -114,7 +114,8 @@ def find_columns(names: Collection[str], given: Mapping[str, str | None], where:
         return next((usual_forms[name] for name in usual if name in usual_forms), None)
 
     negatives = [usual_forms[name] for name in NEGATIVES if name in usual_forms]
-    negatives += [usual_forms[name] for name in sorted(usual_forms) if NEGATIVE.fullmatch(name)]
+    numbered = sorted(filter(NEGATIVE.fullmatch, usual_forms), key=lambda name: (len(name), name))  # 2 before 10
+    negatives += [usual_forms[name] for name in numbered]
     if given.get("negative") is not None:
         negatives = [str(given["negative"])]
     columns = Columns(

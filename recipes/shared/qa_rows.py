@@ -5,6 +5,7 @@ Lists of JSON objects, as of DPR, and SQuAD's nested articles are read with ijso
 """
 
 import gzip
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -105,7 +106,7 @@ def read_json_rows(path: Path) -> Iterator[Row]:
                     yield from read_squad_article(item, place)
                 else:
                     yield place, item
-    except (ijson.JSONError, EOFError, gzip.BadGzipFile) as error:
+    except (ijson.JSONError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{path} is damaged after item {number}: {error}") from None
 
 
@@ -127,7 +128,7 @@ def items_prefix(path: Path) -> str | None:
                     return "data.item"
                 if (prefix, event) == ("", "end_map"):
                     return None
-    except (ijson.JSONError, EOFError, gzip.BadGzipFile):
+    except (ijson.JSONError, EOFError, gzip.BadGzipFile, zlib.error):
         pass  # the reader of JSON Lines says what is wrong, and where
     return None
 

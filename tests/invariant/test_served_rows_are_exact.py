@@ -2,12 +2,15 @@
 
 import asyncio
 from contextlib import aclosing
+from dataclasses import replace
 
 import pytest
 import torch
 
 from modeling_cosup import MemoryConfig
+from modeling_cosup.decoding_cosup import Decoder
 from modeling_cosup.tokenization_cosup import encode_prompt
+from modeling_cosup.trace_cosup import Row
 from support.memories import LAST_MLP, StateMemory
 from support.served_answers import alone, check_answer, check_logprobs, make_parts, requests_of
 
@@ -79,6 +82,27 @@ def test_a_sliding_window_and_a_memory(limit):
         check_answer(events, requests[i], output, model.generation_config.eos_token_id)
     without_memory = alone(model, index, requests[0]).sequences.tolist()
     assert alone(model, index, requests[0], memory=memory, memory_config=config).sequences.tolist() != without_memory
+
+
+def test_a_running_row_keeps_its_keys_when_a_limit_makes_the_cache_narrow(llama):
+    model, _ = llama
+    options = {"suppress_tokens": model.generation_config.eos_token_id}
+    settings, long = model.prepare_decoding(10, max_new_tokens=40, **options)
+    settings = replace(settings, num_slots=4, num_columns=64, refill=True, serves=True, max_batch_tokens=300)
+    short = replace(long, budget=20)
+    rows = [Row(0, [5] * 100, long), Row(1, [6] * 70, short), Row(2, [7] * 70, short)]
+    decoder = Decoder(model, settings)
+    decoder.submit(rows[0])
+    decoder.submit(rows[1])
+    while decoder.slots.rows != [rows[1]]:
+        decoder.step()
+    assert (decoder.cache.rows, decoder.cache.columns) == (1, 256)  # two such rows are beyond the limit
+    decoder.submit(rows[2])
+    while decoder.has_rows:
+        decoder.step()
+    for row in rows[1:]:
+        expected = model.generate(torch.tensor([row.prompt]), max_new_tokens=row.settings.budget, **options)
+        assert row.ids == expected[0].tolist()
 
 
 def test_without_an_index_nsp_is_a_token_like_any_other(llama):

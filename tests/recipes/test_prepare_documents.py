@@ -1,6 +1,7 @@
 """A corpus from documents: real files of every format, made here, to passages with their source, page and span."""
 
 import json
+import os
 import random
 import re
 import sys
@@ -27,6 +28,7 @@ from shared.document_sections import (
     markdown_blocks,
     markdown_document,
     plain_title,
+    row_sections,
     sections_of,
     text_file_document,
 )
@@ -282,6 +284,13 @@ def test_rows(result):
     check_passages(passages["table.parquet"], [("", "A row of a table.", metadata)])
 
 
+def test_spans_of_a_long_row_count_its_line_ends():
+    text = "".join(f"Line {i}\r\n" for i in range(SECTION_CHARACTERS // 6))
+    sections = list(row_sections(text))
+    assert len(sections) > 1 and "".join(section.text for section in sections) == text
+    assert all(text.startswith(section.text, section.start) for section in sections)
+
+
 def test_encodings(result, tmp_path):
     report, passages = result
     assert passages["latin.txt"][0]["text"] == "Das Zahnrad läuft größer und schöner über die Brücke."
@@ -416,6 +425,11 @@ def test_any_text_is_kept_and_fits(splitter, overlap):
         if not overlap:
             before = "".join(filter(str.isalnum, "".join(section.text for section in document.sections)))
             assert "".join(filter(str.isalnum, "".join(passage["text"] for passage, _ in passages))) == before
+
+
+def test_front_matter_of_too_many_brackets_is_no_title():
+    document = markdown_document(StringIO(f"---\ntitle: {'[' * 400}\n---\n# Care\n\nOil them.\n"), "x", "x")
+    assert document.title == "Care"
 
 
 def test_headings_of_markdown():
@@ -583,9 +597,36 @@ def test_inputs(small, tmp_path, monkeypatch):
     (small / "x.xyz").write_text("x")
     with pytest.raises(ValueError, match="the format is not known, expected a file that ends in .txt"):
         find_documents([str(small / "x.xyz")], ())
+    with pytest.raises(ValueError, match="a.md is an input, and would be overwritten: name another output_file"):
+        find_documents([str(small / "a.md")], [small / "deep" / ".." / "a.md"])
     for missing in (small / "nothing.pdf", small / "*.docx"):
         with pytest.raises(FileNotFoundError):
             find_documents([str(missing)], ())
+
+
+def test_odd_names_links_and_pipes(model_folder, small, tmp_path):
+    """Of a folder that is named by another path than the output's, with a name that is not UTF-8."""
+    Path(os.fsdecode(os.fsencode(small) + b"/caf\xe9.md")).write_text("A cafe.")
+    Path(os.fsdecode(os.fsencode(small) + b"/rows\xe9.jsonl")).write_text("[]")
+    (small / "link").symlink_to(tmp_path)
+    os.mkfifo(small / "pipe.md")
+    (tmp_path / "other").symlink_to(small)
+    for _ in range(2):
+        report = prepare(arguments(model_folder, small / "corpus.jsonl", tmp_path / "other"))
+    assert (report["documents"], report["ignored"]) == (4, {"links to folders": 1, "pipes and devices": 1})
+    (unreadable,) = report["unreadable"]
+    assert unreadable["source"] == "rows\ufffd.jsonl" and "rows\ufffd.jsonl, line 1" in unreadable["reason"]
+    (passage,) = (passage for passage in read(small / "corpus.jsonl") if passage["text"] == "A cafe.")
+    assert (passage["title"], passage["metadata"]["source"]) == ("caf\ufffd", "caf\ufffd.md")
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(small, monkeypatch):
+    def scandir(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(PermissionError, match="small"):
+        find_documents([str(small)], ())
 
 
 def test_a_dataset_is_streamed(model_folder, tmp_path, monkeypatch):

@@ -219,8 +219,8 @@ def test_tables_with_semicolons_and_without_a_header(tmp_path):
 
 def test_pairs_and_triplets_are_for_a_retriever(tmp_path):
     rows = [
-        {"anchor": "who wrote?", "positive": ADA["text"], "negative_1": BOB["text"], "negative_2": EVE["text"]},
-        {"anchor": "who lived?", "positive": BOB["text"], "negative_1": ADA["text"], "negative_2": EVE["text"]},
+        {"anchor": "who wrote?", "positive": ADA["text"], "negative_2": BOB["text"], "negative_10": EVE["text"]},
+        {"anchor": "who lived?", "positive": BOB["text"], "negative_2": ADA["text"], "negative_10": EVE["text"]},
     ]
     counts, files = run(tmp_path, "triplets.parquet", rows, num_negatives=2)
     assert counts["train.jsonl: questions with a passage alone"] == 2
@@ -400,6 +400,7 @@ def test_on_error_fail(tmp_path):
         ("a.json", "[3]", {}, "item 0: found int, expected an object"),
         ("a.json", '{"data": [{"paragraphs": [{}]}]}', {}, "item 0 is none of SQuAD's articles"),
         ("a.json.gz", "no gzip", {}, "a.json.gz is damaged"),
+        ("a.json.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\0\x07", {}, "a.json.gz is damaged"),
         ("a.parquet", "no parquet", {}, "a.parquet is no Parquet file"),
         ("a.xlsx", "", {}, "a.xlsx: unknown kind of file, expected one of .json, "),
         ("a.jsonl", "", {"column_names": ["a"]}, "--column_names is for a CSV or TSV file"),
@@ -411,7 +412,7 @@ def test_on_error_fail(tmp_path):
     ],
 )
 def test_bad_input_leaves_no_file(tmp_path, name, content, changes, message):
-    (tmp_path / name).write_text(content)
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises((ValueError, OSError), match=message):
         prepare(options(tmp_path, name, **changes))
     assert not list(tmp_path.glob("out/*"))
