@@ -231,3 +231,14 @@ def test_an_answer_that_is_lost_or_mixed_up_is_a_fault(monkeypatch):
     ]
     assert len(service.faults(outcomes)) == 5
     assert service.faults(outcomes[:2]) == []
+
+
+def test_folders_of_documents_have_their_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
+    import documents
+
+    num_files = documents.write_documents(tmp_path, 400_000, seed=0)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == num_files
+    assert sum(path.stat().st_size for path in files) == pytest.approx(400_000, rel=0.5)
+    assert {path.suffix for path in files} == {".txt", ".md", ".html"}
