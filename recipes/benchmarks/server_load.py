@@ -36,7 +36,7 @@ from shared.cli import clear_errors, parse
 
 import torch
 
-from modeling_cosup import Completion, CoSupForCausalLM, RetrievalConfig, Retriever
+from modeling_cosup import Completion, CoSupConfig, CoSupForCausalLM, RetrievalConfig, Retriever
 from modeling_cosup.files_cosup import write_json
 from modeling_cosup.lines_cosup import read_lines
 from modeling_cosup.tokenization_cosup import encode_prompt
@@ -345,7 +345,8 @@ def opened(args: BenchmarkArguments) -> Service:
         world = World(script, torch.device("cpu"))
         questions = [" ".join(world.words[number : number + 4]) for number in range(args.num_questions)]
         return Service(args, world.model, world.index(60), questions, {"force_nsp_first": True, "max_retrievals": 2})
-    model = CoSupForCausalLM.from_pretrained(args.model, load_emb_seq=False).eval()
+    load_emb_seq = CoSupConfig.from_pretrained(args.model).query_from != "gen"
+    model = CoSupForCausalLM.from_pretrained(args.model, load_emb_seq=load_emb_seq).eval()
     index = open_index(model, args.index, None)
     questions = [line["input"] for line in read_lines(args.eval_file)[: args.num_questions]]
     return Service(args, model, index, questions, {})
