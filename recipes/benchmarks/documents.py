@@ -10,12 +10,14 @@ of the process, imports included.
 """
 
 import json
+import random
 import resource
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 from shared.cli import clear_errors, parse
@@ -122,21 +124,26 @@ def write_documents(folder: Path, num_bytes: int, seed: int) -> int:
 
 
 def paragraphs(rng: np.random.Generator, num_bytes: int) -> Iterator[str]:
-    """Yield paragraphs of random words until they have this many bytes."""
+    """Yield paragraphs of random sentences until they have this many bytes."""
+    sentences = random_sentences()
     written = 0
     while written < num_bytes:
-        sentences = []
-        for _ in range(rng.integers(3, 9)):
-            words = [_word(rng) for _ in range(rng.integers(6, 20))]
-            sentences.append(" ".join(words).capitalize() + ".")
-        paragraph = " ".join(sentences)
+        chosen = rng.integers(0, len(sentences), rng.integers(3, 9))
+        paragraph = " ".join(sentences[number] for number in chosen)
         written += len(paragraph) + 2
         yield paragraph
 
 
-def _word(rng: np.random.Generator) -> str:
+@cache
+def random_sentences(num_sentences: int = 5000) -> list[str]:
+    """Return sentences of 6 to 19 words of one to three syllables."""
+    rng = random.Random(0)
     syllables = ("ba", "co", "den", "fir", "gu", "hal", "ki", "lo", "mer", "nu", "pas", "ri", "so", "ta", "ven", "wi")
-    return "".join(syllables[i] for i in rng.integers(0, len(syllables), rng.integers(1, 4)))
+    sentences = []
+    for _ in range(num_sentences):
+        words = ["".join(rng.choices(syllables, k=rng.randint(1, 3))) for _ in range(rng.randint(6, 19))]
+        sentences.append(" ".join(words).capitalize() + ".")
+    return sentences
 
 
 if __name__ == "__main__":
