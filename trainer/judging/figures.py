@@ -318,7 +318,7 @@ _MISSING_IF: dict[str, tuple[str, ...]] = {
     "no question is of FEVER": ("fever_label", "fever_nli"),
     "no question has meta.qa_pairs": ("str_em", "str_hit"),
     "no question has meta.claims": ("claim_recall",),
-    "no answer holds grounded text": ("gr", "k_precision"),
+    "no answer holds grounded text": ("gr", "gr_success", "gr_failure", "k_precision"),
     "nothing was retrieved": ("citation_recall", "citation_precision"),
     "there is no memory": ("ngram_overlap",),
     "anywhere but in the evaluate module correctness": ("cor_success", "cor_failure"),
