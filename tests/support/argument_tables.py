@@ -24,7 +24,8 @@ def table(fields_of_table: list[Field]) -> str:
     """Return a Markdown table of dataclass fields: name, default and help text."""
     rows = []
     for field in fields_of_table:
-        rows.append(f"| `{field.name}` | {default_cell(field)} | {field.metadata['help'].replace('|', chr(92) + '|')} |\n")
+        meaning = field.metadata["help"].replace("|", "\\|")
+        rows.append(f"| `{field.name}` | {default_cell(field)} | {meaning} |\n")
     return HEADER + "".join(rows)
 
 
@@ -46,7 +47,10 @@ def trainer_fields() -> list[Field]:
 
 def with_tables(page: str) -> str:
     """Return the text of the page with both tables as they must be."""
-    tables = {"CoSupTrainingArguments": table(trainer_fields()), "ScriptArguments": table(list(fields(ScriptArguments)))}
+    tables = {
+        "CoSupTrainingArguments": table(trainer_fields()),
+        "ScriptArguments": table(list(fields(ScriptArguments))),
+    }
     return BLOCK.sub(lambda match: match[1] + tables[match[2]] + match[4], page)
 
 
