@@ -1,4 +1,4 @@
-"""docs/training.md lists every argument of a training as the code has it."""
+"""docs/training_arguments.md lists every argument of a training as the code has it."""
 
 import re
 from dataclasses import fields
@@ -10,12 +10,12 @@ from trainer.training_args import CoSupTrainingArguments
 
 from shared.arguments import ScriptArguments
 
-REWRITE = "run PYTHONPATH=recipes python tests/support/argument_tables.py"
+REWRITE = "run PYTHONPATH=.:recipes python tests/support/argument_tables.py"
 
 
 def test_the_tables_of_arguments_are_those_of_the_code():
     page = PAGE.read_text(encoding="utf-8")
-    assert page == with_tables(page), f"docs/training.md has other arguments, defaults or help texts: {REWRITE}"
+    assert page == with_tables(page), f"docs/training_arguments.md has other arguments, defaults or help texts: {REWRITE}"
 
 
 def test_no_argument_is_missing_or_surplus():

@@ -1,7 +1,7 @@
 """
-The tables of arguments in docs/training.md, made from the help texts of the dataclasses.
+The tables of docs/training_arguments.md, made from the help texts of the dataclasses.
 
-    PYTHONPATH=recipes python tests/support/argument_tables.py    # rewrites the page
+    PYTHONPATH=.:recipes python tests/support/argument_tables.py    # rewrites the page
 """
 
 import re
@@ -14,7 +14,7 @@ from trainer.training_args import CoSupTrainingArguments
 
 from shared.arguments import ScriptArguments
 
-PAGE = Path(__file__).parents[2] / "docs/training.md"
+PAGE = Path(__file__).parents[2] / "docs/training_arguments.md"
 HEADER = "| argument | default | what it does |\n|---|---|---|\n"
 # what stands on the page between `<!-- arguments of NAME -->` and `<!-- end -->`
 BLOCK = re.compile(r"(<!-- arguments of (\w+) -->\n)(.*?)(<!-- end -->)", re.DOTALL)
