@@ -50,6 +50,11 @@ def _bind(bound: socket.socket, address: Any) -> None:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
 
 
+def leave_port_to_the_next(bound: socket.socket) -> None:
+    """Let the next server take the port while connections of this one are closing; call it before it listens."""
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+
+
 def url_of(bound: socket.socket) -> str:
     """Return the URL of a bound socket."""
     host, port = bound.getsockname()[:2]
@@ -95,8 +100,7 @@ class EngineServer(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         for bound in sockets or []:
-            # its connections get it too: while they close, the next server may take the port
-            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            leave_port_to_the_next(bound)
         await super().startup(sockets)
         for bound in sockets or []:
             print(f"Ready: {url_of(bound)}/v1", flush=True)
