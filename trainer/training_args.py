@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from modeling_cosup.names_cosup import nearest_name
 
+from .ablation_args import GRADIENTS, AblationArguments, check_ablations
 from .distillation_args import DISTILLATIONS, SOURCES, check_candidates
 
 logger = logging.get_logger(__name__)
@@ -23,6 +24,7 @@ CHOICES = {
     "supervision": ("co", "ntp", "nsp", "separate", *DISTILLATIONS),
     "candidates_from": SOURCES,
     "gather": ("global", "local", "detached"),
+    "nsp_gradient": GRADIENTS,
     "batch_sampler": ("batch_sampler", "no_duplicates"),
     "include_num_input_tokens_seen": (False, True, "no", "all", "non_padding"),
 }
@@ -40,9 +42,9 @@ SCHEDULE_FREE = "schedule_free_"
 
 
 @dataclass
-class CoSupTrainingArguments(TrainingArguments):
+class CoSupTrainingArguments(AblationArguments, TrainingArguments):
     """
-    [`~transformers.TrainingArguments`] and:
+    [`~transformers.TrainingArguments`], those of [`AblationArguments`], and:
 
     Args:
         lr_scheduler_type (`str`), warmup_steps (`int` or `float`): as in `TrainingArguments`, but the default is a
@@ -300,6 +302,7 @@ class CoSupTrainingArguments(TrainingArguments):
         if self.matryoshka_dims and self.distills:
             raise ValueError("matryoshka_dims cuts embeddings for the NSP loss, not for a distillation: leave it out.")
         check_candidates(self)
+        check_ablations(self)
         if self.batch_sampler == "no_duplicates" and self.train_sampling_strategy != "random":
             raise ValueError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} and batch_sampler='no_duplicates' both say"

@@ -10,6 +10,7 @@ their losses, by name, from `compute_losses`.
 
 import contextlib
 import functools
+import itertools
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -32,6 +33,7 @@ from .distillation_step import DistillationStepMixin, running_figures
 from .distributed import gather_objects
 from .duplicates import GlobalBatch, global_batch
 from .grad_cache import OptionalTensors, RandomState, concatenated, first_pass, like_pieces, second_pass
+from .isolation import MASK, isolated_positions, isolating_queries
 from .losses import (
     distillation_losses,
     distilled_batch,
@@ -40,6 +42,7 @@ from .losses import (
     finite_queries,
     forward_options,
     loss_weights,
+    taught_by_nsp,
     token_losses,
     total_loss,
 )
@@ -67,6 +70,7 @@ class TrainingStepMixin(DistillationStepMixin):
     _warned_of_lone_queries: bool
     _num_trained_instances: int
     _num_trained_queries: int
+    _measured_weights: dict[str, float] | None = None  # while the gradient of one loss is measured
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Run `Trainer`'s, and begin the log: a trial of a search has set its arguments by now."""
@@ -126,6 +130,7 @@ class TrainingStepMixin(DistillationStepMixin):
             "num_queries": sum(len(batch_facts.passage_labels) for batch_facts in all_facts),
             "num_distilled": sum(len(batch_facts.distilled_instance_ids) for batch_facts in all_facts),
             "num_compared": 0,
+            "num_reverse_compared": 0,
         }
         rank = self.args.process_index
         for i, batch in enumerate(batches):
@@ -134,9 +139,14 @@ class TrainingStepMixin(DistillationStepMixin):
                 batches_of_ranks = [global_batch([facts], 0, self.args.mask_duplicates) for facts in facts_of_ranks]
                 batch["global"] = batches_of_ranks[rank]
                 counts["num_compared"] += sum(batch_of_rank.num_compared for batch_of_rank in batches_of_ranks)
+                global_batches = batches_of_ranks
             else:
                 batch["global"] = global_batch(facts_of_ranks, rank, self.args.mask_duplicates)
                 counts["num_compared"] += batch["global"].num_compared
+                global_batches = [batch["global"]]
+            if self.args.symmetric_nsp:
+                for compared in itertools.chain(*(global_facts.have_wrong_queries for global_facts in global_batches)):
+                    counts["num_reverse_compared"] += int(compared.sum())
             if len(facts_of_ranks) > 1:
                 count = max(len(batch_facts.instance_ids) for batch_facts in facts_of_ranks)
                 self._fill_up(batch, count)
@@ -298,23 +308,31 @@ class TrainingStepMixin(DistillationStepMixin):
         """
         labels = inputs["passage_labels"]
         global_facts: GlobalBatch = inputs["global"]
-        batch = embedding_batch(query_embeds, passage_embeds, labels, global_facts, self.args.gather)
+        query_embeds, passage_embeds = taught_by_nsp(query_embeds, passage_embeds, self.args.nsp_gradient)
+        batch = embedding_batch(
+            query_embeds, passage_embeds, labels, global_facts, self.args.gather, self.args.symmetric_nsp
+        )
         query_losses, scores = embedding_losses(batch, self.cosup_config, self.args)
         losses = {}
+        num_compared_of = {}  # by loss: the queries of all ranks that have a negative
         for name, values in query_losses.items():
+            has_negatives = global_facts.has_negatives
+            num_compared_of[name] = inputs["num_compared"]
+            if name == "reverse_nsp_loss":
+                has_negatives = global_facts.have_wrong_queries[global_facts.rank]
+                num_compared_of[name] = inputs["num_reverse_compared"]
             compared_values = values
-            if not global_facts.has_negatives.all():
-                has_negatives = torch.from_numpy(global_facts.has_negatives).to(values.device)
-                compared_values = values.where(has_negatives, 0.0)
+            if not has_negatives.all():
+                compared_values = values.where(torch.from_numpy(has_negatives).to(values.device), 0.0)
             # 0 without queries, but with a graph
-            losses[name] = compared_values.sum() / max(1, inputs["num_compared"])
+            losses[name] = compared_values.sum() / max(1, num_compared_of[name])
             if self.model.training:
                 instance_ids = [[id] for id in inputs["facts"].query_instance_ids]
                 self._finite.add(self.state.global_step, name, finite_queries(values, batch), instance_ids)
         if self.model.training:
             self._running.add_scores(scores, batch.passage_labels)
-            if inputs["num_compared"]:
-                self._running.add_losses(losses)
+            measured = {name: loss for name, loss in losses.items() if num_compared_of[name]}
+            self._running.add_losses(measured)
         return losses
 
     def _distillation_losses(
@@ -335,11 +353,18 @@ class TrainingStepMixin(DistillationStepMixin):
     def _forward(self, model: nn.Module, micro_batch: dict[str, Any], **options: Any) -> CoSupOutput:
         """Run the model on a micro-batch; return its NTP loss, summed over tokens, and its embeddings."""
         arguments = forward_arguments(micro_batch) | forward_options(micro_batch, self.args, model.training) | options
-        return model(**arguments, num_items_in_batch=1, use_cache=False)
+        context: AbstractContextManager = contextlib.nullcontext()
+        if self.args.isolate_queries and model.training and "nsp_positions" in arguments:
+            arguments[MASK] = isolated_positions(arguments["input_ids"], arguments["nsp_positions"])
+            context = isolating_queries(without_peft(self.model))
+        with context:
+            return model(**arguments, num_items_in_batch=1, use_cache=False)
 
     @property
     def loss_weights(self) -> dict[str, float]:
         """The weight of each loss that is trained, by name."""
+        if self._measured_weights is not None:
+            return self._measured_weights
         return loss_weights(self.cosup_config, self.args)
 
     @property

@@ -62,6 +62,24 @@ _TRAINING = (
         "nats",
     ),
     Figure(
+        "reverse_nsp_loss",
+        "reverse NSP loss",
+        "each passage looks for its query among all queries, mean over those whose passage is wrong for another query",
+        "nats",
+    ),
+    Figure(
+        "gradient_cosine",
+        "gradient cosine",
+        "cosine between the gradients of the NTP loss and of the NSP loss with respect to Gen's weights",
+        "count",
+    ),
+    Figure(
+        "gradient_ratio",
+        "gradient ratio",
+        "norm of the gradient of λ times the NSP loss over that of the NTP loss, with respect to Gen's weights",
+        "count",
+    ),
+    Figure(
         "matryoshka_loss",
         "Matryoshka loss",
         "NSP loss of embeddings that are cut to the widths of matryoshka_dims, mean over the widths",
@@ -146,6 +164,20 @@ _RETRIEVAL_WHILE_GENERATING = (
     Figure("num_retrievals", "retrievals", "number of retrievals of a question", "count"),
 )
 _QUERY_EMBEDDING = (
+    Figure(
+        "first_query_recall@k",
+        "R@k, first [NSP]",
+        "R@k of the queries at the first [NSP] of their instance",
+        needs=_GOLD,
+        binary=True,
+    ),
+    Figure(
+        "later_query_recall@k",
+        "R@k, later [NSP]",
+        "R@k of the queries after the first [NSP] of their instance, which have read its passages",
+        needs=_GOLD,
+        binary=True,
+    ),
     Figure(
         "query_recall@k",
         "R@k",
