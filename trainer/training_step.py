@@ -33,6 +33,7 @@ from .distributed import gather_objects
 from .duplicates import GlobalBatch, global_batch
 from .grad_cache import OptionalTensors, RandomState, concatenated, first_pass, like_pieces, second_pass
 from .losses import (
+    EmbeddingBatch,
     distillation_losses,
     distilled_batch,
     embedding_batch,
@@ -274,7 +275,7 @@ class TrainingStepMixin(DistillationStepMixin):
         for i, output in enumerate(outputs, first):
             # a micro-batch that was added to match other ranks has no instances
             instance_ids = facts.instance_ids[i] if i < len(facts.instance_ids) else []
-            for name, loss in token_losses(output, self.cosup_config, self.args).items():
+            for name, loss in self.token_losses(output).items():
                 micro_batch_losses[name].append(loss)
                 micro_batch_ids[name].append(instance_ids)
         losses = {}
@@ -299,7 +300,7 @@ class TrainingStepMixin(DistillationStepMixin):
         labels = inputs["passage_labels"]
         global_facts: GlobalBatch = inputs["global"]
         batch = embedding_batch(query_embeds, passage_embeds, labels, global_facts, self.args.gather)
-        query_losses, scores = embedding_losses(batch, self.cosup_config, self.args)
+        query_losses, scores = self.embedding_losses(batch)
         losses = {}
         for name, values in query_losses.items():
             compared_values = values
@@ -337,10 +338,20 @@ class TrainingStepMixin(DistillationStepMixin):
         arguments = forward_arguments(micro_batch) | forward_options(micro_batch, self.args, model.training) | options
         return model(**arguments, num_items_in_batch=1, use_cache=False)
 
+    # ------------------------------------------------------------------ what is trained: a subclass may add to it
+
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The weight of each loss that is trained, by name."""
+        """The weight of each loss that is trained, by name; see [`~trainer.losses.loss_weights`]."""
         return loss_weights(self.cosup_config, self.args)
+
+    def token_losses(self, output: CoSupOutput) -> dict[str, torch.Tensor]:
+        """Return the sum of each token loss over a micro-batch; see [`~trainer.losses.token_losses`]."""
+        return token_losses(output, self.cosup_config, self.args)
+
+    def embedding_losses(self, batch: EmbeddingBatch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return each embedding loss `(N,)`, and scores `(N, M)`; see [`~trainer.losses.embedding_losses`]."""
+        return embedding_losses(batch, self.cosup_config, self.args)
 
     @property
     def _loss_scale(self) -> int:
