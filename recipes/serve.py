@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pkgutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,9 +80,11 @@ def model_name(model: str) -> str:
 
 def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
     """Open the engine that `--engine` names."""
+    if args.engine != "embedded" and memory_options.memory is not None:
+        raise ValueError(f"--memory: {args.engine} mixes no token memory in; use --engine embedded.")
+    if args.has_own_engine:
+        return open_own_engine(args)
     if args.engine == "vllm":
-        if memory_options.memory is not None:
-            raise ValueError("--memory: vLLM mixes no token memory in; use --engine embedded.")
         return open_vllm_engine(args)
     import torch
 
@@ -100,6 +103,16 @@ def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
         max_waiting=args.max_waiting,
         max_batch_tokens=args.max_batch_tokens,
     )
+
+
+def open_own_engine(args: ServeArguments) -> Engine:
+    """Open an engine by calling `module:function`; the module is installed, or a file in the working directory."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        open_engine = pkgutil.resolve_name(args.engine)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--engine {args.engine}: {error}.") from error
+    return open_engine(args)
 
 
 def open_vllm_engine(args: ServeArguments) -> Engine:

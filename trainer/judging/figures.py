@@ -6,9 +6,9 @@ below hold such a name once, with a literal k, and [`figure`] fills in the numbe
 because that could mean three different ones.
 """
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypedDict
 
 Scale = Literal["share", "count", "nats"]
 Need = Literal["gold", "judge", "no_passage"]
@@ -308,6 +308,30 @@ def figure(name: str) -> Figure:
     label = entry.label.replace("@k", f"@{k}")
     meaning = entry.meaning.replace(" k ", f" {k} ")
     return replace(entry, name=base, label=label, meaning=meaning)
+
+
+def add_figure(entry: Figure) -> None:
+    """
+    Add a figure to the vocabulary of this process, for a metric that is not part of this package.
+
+    Raises:
+        `ValueError`: if another figure has this name, or the name holds `@`.
+    """
+    if "@" in entry.name:
+        raise ValueError(f"A figure's name is {entry.name!r}, expected one without @, which stands before a k.")
+    if FIGURES.setdefault(entry.name, entry) != entry:
+        raise ValueError(f"{entry.name!r} is already the name of a figure: {FIGURES[entry.name].meaning}.")
+
+
+def added_figures() -> list[dict[str, Any]]:
+    """Return the figures that [`add_figure`] added, as JSON values: results files hold what their names mean."""
+    return [asdict(entry) for entry in FIGURES.values() if entry not in _TABLE]
+
+
+def add_figures_of(results: Mapping[str, Any]) -> None:
+    """Add the figures that the content of a results file describes, see [`added_figures`]."""
+    for values in results.get("figures", []):
+        add_figure(Figure(**{**values, "needs": tuple(values["needs"])}))
 
 
 def is_binary(name: str, cor: Collection[str] = ()) -> bool:
