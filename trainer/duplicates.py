@@ -84,6 +84,11 @@ class GlobalBatch:
             have_wrong_queries.append(np.array(wrong, dtype=bool))
         return have_wrong_queries
 
+    @property
+    def num_reverse_compared(self) -> int:
+        """Queries of all ranks whose positive is wrong for another query."""
+        return sum(int(wrong.sum()) for wrong in self.have_wrong_queries)
+
     @cached_property
     def _positive_groups(self) -> list[list[int]]:
         """By rank, for each query, the group of its positive."""

@@ -16,6 +16,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from modeling_cosup import CoSupForCausalLM, CoSupOutput
 from modeling_cosup.token_keys_cosup import gen_of
 
 from .recording import eager_attention
@@ -24,14 +25,25 @@ PREFIX = "isolating_"
 MASK = "isolated_positions"  # an argument of Gen's forward that its layers pass on to their attention function
 
 
-@contextlib.contextmanager
-def isolating_queries(gen: Any) -> Iterator[None]:
+def isolated_forward(model: nn.Module, base: CoSupForCausalLM, arguments: dict[str, Any]) -> CoSupOutput:
     """
-    Make forwards of Gen within this context take the argument `isolated_positions`, a `torch.BoolTensor` `(B, T)`.
+    Run a forward in which no gradient of another token reaches the states at `[NSP]`.
 
     Args:
-        gen (`PreTrainedModel`): a causal language model, or a [`CoSupForCausalLM`], whose Gen is meant.
+        model (`nn.Module`): the (wrapped) model.
+        base ([`CoSupForCausalLM`]): the model itself.
+        arguments (`dict`): of its forward; `nsp_positions` `(N,)` count in the flattened `input_ids` `(B, T)`.
     """
+    input_ids = arguments["input_ids"]
+    mask = torch.zeros(input_ids.numel(), dtype=torch.bool, device=input_ids.device)
+    mask[arguments["nsp_positions"]] = True
+    with _isolating_queries(base):
+        return model(**arguments, **{MASK: mask.view(input_ids.shape)})
+
+
+@contextlib.contextmanager
+def _isolating_queries(gen: Any) -> Iterator[None]:
+    """Let Gen's layers pass [`MASK`], a `torch.BoolTensor` `(B, T)`, to an attention function that knows it."""
     config = gen_of(gen).config.get_text_config()
     implementation = config._attn_implementation
     config._attn_implementation = _isolating(implementation)
@@ -55,13 +67,6 @@ def check_isolation(gen: Any) -> None:
             f"isolate_queries: {type(gen).__name__} computes attention itself (it lacks _supports_attention_backend),"
             " so its keys and values cannot be made constants. Use another architecture."
         )
-
-
-def isolated_positions(input_ids: torch.Tensor, nsp_positions: torch.Tensor) -> torch.Tensor:
-    """Return `(B, T)`: `True` at `nsp_positions` `(N,)`, which count in the flattened `input_ids` `(B, T)`."""
-    mask = torch.zeros(input_ids.numel(), dtype=torch.bool, device=input_ids.device)
-    mask[nsp_positions] = True
-    return mask.view(input_ids.shape)
 
 
 def _isolating(implementation: str) -> str:

@@ -13,7 +13,8 @@ Neither kind is averaged here: the caller knows the token and query counts of al
 
 To add a loss, add it to `token_losses` or to `embedding_losses`, its weight to `loss_weights`, and what it needs of
 the model to `forward_options`. Its name must end in `_loss`: logs, evaluation, model cards and plots find it by that.
-Its label goes into `judging/figures.py`.
+Its label goes into `judging/figures.py`. Without an edit of this package, override the methods of these names of a
+[`CoSupTrainer`] in a subclass; see docs/extending.md.
 """
 
 from collections.abc import Mapping, Sequence

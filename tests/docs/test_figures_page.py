@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from trainer.judging.figures import FIGURES, Figure, missing_if
+from trainer.judging.figures import FIGURES, Figure
+from trainer.judging.missing_figures import missing_if
 
 PAGE = Path(__file__).parents[2] / "docs" / "figures.md"
 UNITS = {"share": "%", "count": "a number", "nats": "nats"}

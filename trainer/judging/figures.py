@@ -6,9 +6,9 @@ below hold such a name once, with a literal k, and [`figure`] fills in the numbe
 because that could mean three different ones.
 """
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypedDict
 
 Scale = Literal["share", "count", "nats"]
 Need = Literal["gold", "judge", "no_passage"]
@@ -131,7 +131,7 @@ _TRAINING = (
     Figure("tokens_per_second", "tokens/s", "tokens per second, without padding", "count"),
     Figure("padding", "padding", "share of the positions of a batch that are padding"),
 )
-_RETRIEVAL_WHILE_GENERATING = (
+RETRIEVAL_WHILE_GENERATING = (
     Figure("ret", "Ret", "a gold passage is among those retrieved while generating", needs=_GOLD, binary=True),
     Figure("ret_precision", "Ret-P", "share of the distinct retrieved passages that are gold", needs=_GOLD),
     Figure(
@@ -305,7 +305,7 @@ _COUNTS = (
 
 _TABLE = (
     *_TRAINING,
-    *_RETRIEVAL_WHILE_GENERATING,
+    *RETRIEVAL_WHILE_GENERATING,
     *_QUERY_EMBEDDING,
     *_READER,
     *_ANSWERS,
@@ -314,48 +314,6 @@ _TABLE = (
     *_COUNTS,
 )
 FIGURES: dict[str, Figure] = {entry.name: entry for entry in _TABLE}
-
-_MISSING_WITHOUT: dict[Need, str] = {
-    "gold": "no question has gold passages",
-    "judge": "there is no NLI model",
-    "no_passage": "every question needs a passage",
-}
-# Why figures are missing although there is what they need -> their names.
-_MISSING_IF: dict[str, tuple[str, ...]] = {
-    "Gen learns no tokens (supervision: nsp)": ("ntp_loss",),
-    "no query has a negative": ("nsp_loss", "matryoshka_loss", "nsp_accuracy"),
-    "matryoshka_dims is not set": ("matryoshka_loss",),
-    "nothing is distilled": ("distillation_loss", "target_entropy", "student_entropy", "target_max"),
-    "candidates_from is not set": ("num_left_out",),
-    "no [NSP] is trained": ("nsp_predicted",),
-    "no MLP memory is trained with kl_weight": ("knn_kl",),
-    "there is no query": ("num_negatives",),
-    "the model does not search": (
-        *(entry.name for entry in _RETRIEVAL_WHILE_GENERATING),
-        "cor_minus",
-        "kilt_accuracy",
-        "kilt_em",
-        "kilt_f1",
-        "kilt_rouge_l",
-        "gr_success",
-        "gr_failure",
-    ),
-    "there are no more than k passages": ("query_recall@k", "hit_rate@k"),
-    "all answers are verdicts or whole sentences": ("hit_rate@k",),
-    "the search is exact": ("ann_recall@k",),
-    "log_indicators is not set": ("indicator_1",),
-    "its metric lacks what it needs, such as an NLI model": ("cor",),
-    "no question has answers": ("accuracy", "em", "f1", "rouge_l"),
-    "rouge is not installed": ("rouge_l", "kilt_rouge_l"),
-    "no question is of FEVER": ("fever_label", "fever_nli"),
-    "no question has meta.qa_pairs": ("str_em", "str_hit"),
-    "no question has meta.claims": ("claim_recall",),
-    "no answer holds grounded text": ("gr", "gr_success", "gr_failure", "k_precision"),
-    "nothing was retrieved": ("citation_recall", "citation_precision"),
-    "there is no memory": ("ngram_overlap",),
-    "anywhere but in the evaluate module correctness": ("cor_success", "cor_failure"),
-    "anywhere but in the name of the metric of Cor": ("short_answer",),
-}
 
 COR_FIGURES = ("cor", "cor_minus", "cor_success", "cor_failure", "cor_not_needed")  # by the metric of the dataset
 MAIN = ("ret", "ret_precision", "cor", "cor_minus", "gr", "k_precision")  # the columns of main tables
@@ -402,6 +360,30 @@ def figure(name: str) -> Figure:
     return replace(entry, name=base, label=label, meaning=meaning)
 
 
+def add_figure(entry: Figure) -> None:
+    """
+    Add a figure to the vocabulary of this process, for a metric that is not part of this package.
+
+    Raises:
+        `ValueError`: if another figure has this name, or the name holds `@`.
+    """
+    if "@" in entry.name:
+        raise ValueError(f"A figure's name is {entry.name!r}, expected one without @, which stands before a k.")
+    if FIGURES.setdefault(entry.name, entry) != entry:
+        raise ValueError(f"{entry.name!r} is already the name of a figure: {FIGURES[entry.name].meaning}.")
+
+
+def added_figures() -> list[dict[str, Any]]:
+    """Return the figures that [`add_figure`] added, as JSON values: results files hold what their names mean."""
+    return [asdict(entry) for entry in FIGURES.values() if entry not in _TABLE]
+
+
+def add_figures_of(results: Mapping[str, Any]) -> None:
+    """Add the figures that the content of a results file describes, see [`added_figures`]."""
+    for values in results.get("figures", []):
+        add_figure(Figure(**{**values, "needs": tuple(values["needs"])}))
+
+
 def is_binary(name: str, cor: Collection[str] = ()) -> bool:
     """
     Return whether a figure is always 0 or 1 for a single question. Such a figure has Wilson's interval, any other the
@@ -417,13 +399,6 @@ def is_binary(name: str, cor: Collection[str] = ()) -> bool:
     if not cor or NO_JUDGE in cor:
         return False
     return all(figure(metric).binary for metric in cor)
-
-
-def missing_if(entry: Figure) -> list[str]:
-    """Return when a figure does not exist. Tables then show [`MISSING`], and results files leave it out."""
-    conditions = [_MISSING_WITHOUT[need] for need in entry.needs]
-    conditions += [condition for condition, names in _MISSING_IF.items() if entry.name in names]
-    return conditions
 
 
 def figures_needing(need: Need) -> list[str]:

@@ -18,10 +18,10 @@ from ..judging.figures import (
     cor_label,
     figure,
     in_order,
-    missing_if,
     shown,
 )
 from ..judging.grounding import cited_passages
+from ..judging.missing_figures import missing_if
 from ..judging.results import read_results
 from .cells import average_cell, figure_cell
 from .document import Block, Bullets, Cell, Code, Example, Heading, Table, Text, write_document
