@@ -22,7 +22,8 @@ from .files_cosup import digest
 from .memory_cosup import Memory, MemoryConfig, checked_memory_config
 from .outputs_cosup import CoSupGenerateOutput, call_output
 from .queue_cosup import Completion, Queue, read_completions
-from .refusals_cosup import RefusalsMixin, check_configs, check_token_ids, listed_prompts, raise_together, unpadded
+from .refusals_cosup import RefusalsMixin, check_configs, check_not_misplaced, check_token_ids, listed_prompts
+from .refusals_cosup import raise_together, unpadded
 from .retriever_cosup import Retriever, check_retriever
 from .settings_cosup import DecodingSettings, RetrievalConfig, RowSettings
 from .states_cosup import watch
@@ -99,6 +100,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
             if kwargs.get("input_ids") is not None:
                 check_token_ids(kwargs["input_ids"])
             check_configs(generation_config, retrieval_config, memory_config)
+            check_not_misplaced(kwargs)
             if "nsp_token_id" in kwargs:
                 if kwargs.pop("nsp_token_id") is not None:
                     raise ValueError(
@@ -172,6 +174,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} is {limit}, expected at least 1.")
         check_configs(generation_config, retrieval_config, memory_config)
+        check_not_misplaced(kwargs)
         prompt_ids = listed_prompts(prompts)
         call = self._retrieval_call(retriever, retrieval_config, max_retrievals, memory, memory_config)
         if call is None:
@@ -269,7 +272,15 @@ class RetrievalGenerationMixin(RefusalsMixin):
 
         Returns:
             `list[str]`: one text per row. A passage that a row used twice keeps its number.
+
+        Raises:
+            `TypeError`: for token ids alone, which do not say where the passages are.
         """
+        if not hasattr(outputs, "retrievals"):
+            raise TypeError(
+                f"decode_with_citations got a {type(outputs).__name__}, expected what generate(..., retriever=index,"
+                " return_dict_in_generate=True) returns."
+            )
         if tokenizer is None:
             tokenizer = self.tokenizer
         texts = []
@@ -303,9 +314,11 @@ class RetrievalGenerationMixin(RefusalsMixin):
         call = RetrievalCall(retriever, retrieval, memory, memory_config)
         if self.config.nsp_token_id is None or not (call.has_passages or retrieval.forbid_nsp):
             if retrieval_config is not None:
+                if self.config.nsp_token_id is None:
+                    raise ValueError("retrieval_config needs a model with an [NSP] token, and this one has none.")
                 raise ValueError(
-                    "retrieval_config needs a retriever, its own passages or forbid_nsp=True, and a model with an "
-                    "[NSP] token."
+                    "retrieval_config needs a retriever: generate(..., retriever=index). Without one, it may only"
+                    " give the passages or set forbid_nsp=True."
                 )
             if memory is None:
                 return None

@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .cache_cosup import EMPTY, RowCache, context_length, layer_kinds
 from .configuration_cosup import CoSupConfig
+from .settings_cosup import RetrievalConfig
 
 # arguments of forward() that the loop uses, or that another check refuses
 _HANDLED = {"input_ids", "attention_mask", "past_key_values", "use_cache", "inputs_embeds", "kwargs"}
@@ -174,6 +175,14 @@ def check_configs(generation_config: object, retrieval_config: object, memory_co
         if config is not None and name not in [base.__name__ for base in type(config).__mro__]:
             argument = name.replace("Config", "_config").lower()
             raise TypeError(f"{argument} is a {type(config).__name__}, expected a {name}.")
+
+
+def check_not_misplaced(arguments: Iterable[str]) -> None:
+    """Raise a `TypeError` if fields of [`RetrievalConfig`] are among the arguments of generate() itself."""
+    misplaced = [name for name in arguments if name in RetrievalConfig.__dataclass_fields__ and name != "top_k"]
+    if misplaced:
+        name = misplaced[0]
+        raise TypeError(f"{name} is a field of RetrievalConfig: pass retrieval_config=RetrievalConfig({name}=...).")
 
 
 def check_token_ids(ids: object) -> None:
