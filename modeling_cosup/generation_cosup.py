@@ -22,8 +22,7 @@ from .files_cosup import digest
 from .memory_cosup import Memory, MemoryConfig, checked_memory_config
 from .outputs_cosup import CoSupGenerateOutput, call_output
 from .queue_cosup import Completion, Queue, read_completions
-from .refusals_cosup import RefusalsMixin, check_configs, check_not_misplaced, check_token_ids, listed_prompts
-from .refusals_cosup import raise_together, unpadded
+from .refusals_cosup import RefusalsMixin, check_configs, check_token_ids, listed_prompts, raise_together, unpadded
 from .retriever_cosup import Retriever, check_retriever
 from .settings_cosup import DecodingSettings, RetrievalConfig, RowSettings
 from .states_cosup import watch
@@ -99,8 +98,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
                 inputs = None
             if kwargs.get("input_ids") is not None:
                 check_token_ids(kwargs["input_ids"])
-            check_configs(generation_config, retrieval_config, memory_config)
-            check_not_misplaced(kwargs)
+            check_configs(generation_config, retrieval_config, memory_config, kwargs)
             if "nsp_token_id" in kwargs:
                 if kwargs.pop("nsp_token_id") is not None:
                     raise ValueError(
@@ -173,8 +171,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         for name, limit in (("batch_size", batch_size), ("max_batch_tokens", max_batch_tokens)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} is {limit}, expected at least 1.")
-        check_configs(generation_config, retrieval_config, memory_config)
-        check_not_misplaced(kwargs)
+        check_configs(generation_config, retrieval_config, memory_config, kwargs)
         prompt_ids = listed_prompts(prompts)
         call = self._retrieval_call(retriever, retrieval_config, max_retrievals, memory, memory_config)
         if call is None:

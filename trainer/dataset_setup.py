@@ -191,7 +191,9 @@ def _as_dataset(
     """Return a dataset of the `datasets` library and, if its instances have been checked, their places."""
     if isinstance(dataset, str | PathLike):
         path = str(dataset)
-        raise TypeError(f"The {name} is the name {path!r}, expected instances: read them with load_instances({path!r}).")
+        raise TypeError(
+            f"The {name} is the name {path!r}, expected instances: read them with load_instances({path!r})."
+        )
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         return dataset, None
     if isinstance(dataset, torch.utils.data.IterableDataset):
