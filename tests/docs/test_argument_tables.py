@@ -15,7 +15,9 @@ REWRITE = "run PYTHONPATH=.:recipes python tests/support/argument_tables.py"
 
 def test_the_tables_of_arguments_are_those_of_the_code():
     page = PAGE.read_text(encoding="utf-8")
-    assert page == with_tables(page), f"docs/training_arguments.md has other arguments, defaults or help texts: {REWRITE}"
+    assert page == with_tables(page), (
+        f"docs/training_arguments.md has other arguments, defaults or help texts: {REWRITE}"
+    )
 
 
 def test_no_argument_is_missing_or_surplus():
