@@ -161,9 +161,7 @@ class CoSupTrainingArguments(TrainingArguments):
     )
     candidates_from: str | None = field(
         default=None,
-        metadata={
-            "help": "Where these come from: index (of the corpus) or instance. Distillation: index."
-        },
+        metadata={"help": "Where these come from: index (of the corpus) or instance. Distillation: index."},
     )
     refresh_index_steps: int = field(
         default=100, metadata={"help": "Steps after which the corpus of candidates is embedded again."}
@@ -200,9 +198,7 @@ class CoSupTrainingArguments(TrainingArguments):
     )
     gather: str = field(
         default="global",
-        metadata={
-            "help": "Negatives: global (all ranks), detached (the paper's code) or local (this rank)."
-        },
+        metadata={"help": "Negatives: global (all ranks), detached (the paper's code) or local (this rank)."},
     )
     mask_duplicates: bool = field(
         default=True, metadata={"help": "Encode identical passages once, and never use one as a negative of another."}
