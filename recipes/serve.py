@@ -28,6 +28,7 @@ from shared.memory_options import MemoryOptions, open_memory
 
 if TYPE_CHECKING:  # options and a port in use do not wait for torch
     from serving.engine import Engine
+    from serving.served_model import ServedModel
 
 
 def main() -> None:
@@ -40,8 +41,7 @@ def main() -> None:
 def serve(args: ServeArguments, memory_options: MemoryOptions) -> None:
     """Open everything, what is quick to check first, and serve it."""
     check_index_options(args.index, args.index_uri)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("cosup").setLevel(logging.INFO)
+    set_up_logging()
     from serving.running import EngineServer, open_socket
 
     bound = open_socket(args.host, args.port)
@@ -70,6 +70,12 @@ def serve(args: ServeArguments, memory_options: MemoryOptions) -> None:
     asyncio.run(server.serve_engine(bound))
 
 
+def set_up_logging() -> None:
+    """Write the server's own log, and warnings of others, to stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("cosup").setLevel(logging.INFO)
+
+
 def model_name(model: str) -> str:
     """Return the name of a model on the Hub, or of its folder."""
     if Path(model).is_dir():
@@ -83,21 +89,32 @@ def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
         if memory_options.memory is not None:
             raise ValueError("--memory: vLLM mixes no token memory in; use --engine embedded.")
         return open_vllm_engine(args)
+    from serving.decoding_process import DecodingProcess
+    from serving.decoding_thread import DecodingThread
+    from serving.embedded_engine import EmbeddedEngine
+
+    if args.decode_in == "thread":
+        return EmbeddedEngine(DecodingThread(load_served_model(args, memory_options)), args.max_waiting)
+    return EmbeddedEngine(DecodingProcess(load_served_model, args, memory_options), args.max_waiting)
+
+
+def load_served_model(args: ServeArguments, memory_options: MemoryOptions) -> ServedModel:
+    """Load model, index and memory; the decoding process calls this."""
     import torch
 
     from modeling_cosup import CoSupConfig, CoSupForCausalLM
 
-    from serving.embedded_engine import EmbeddedEngine
+    from serving.served_model import ServedModel
 
+    set_up_logging()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load_emb_seq = args.load_emb_seq or CoSupConfig.from_pretrained(args.model).query_from != "gen"
     model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq).to(device)
-    return EmbeddedEngine(
+    return ServedModel(
         model,
         index=open_index(model, args.index, args.index_uri),
         **open_memory(model, memory_options),
         max_running=args.max_running,
-        max_waiting=args.max_waiting,
         max_batch_tokens=args.max_batch_tokens,
     )
 

@@ -26,7 +26,7 @@ from transformers import GenerationConfig
 
 from serving.answers import AnswerWriter
 from serving.embeddings import embed
-from serving.engine import Engine, GenerationRequest, UnsupportedSetting
+from serving.engine import Engine, GenerationRequest
 from serving.errors import ApiError, add_error_handlers
 from serving.generating import Answers, Job, unless_disconnected
 from serving.guards import BodyGuard, FaultGuard, KeyGuard
@@ -236,20 +236,11 @@ class _Api:
                     incremental=bool(body.stream or body.stop),
                     deadline=deadline,
                 )
-                self._check(request)
+                self.engine.check(request)
                 context = prompt[-8:] if continues_text else []
                 writer = AnswerWriter(self.engine.tokenizer, self._closing_ids, len(prompt), body.stop or (), context)
                 jobs.append(Job(request, writer))
         return jobs
-
-    def _check(self, request: GenerationRequest) -> None:
-        """Let the engine check a request; an error that begins with a field of `retrieval` has it as its `param`."""
-        try:
-            self.engine.check(request)
-        except UnsupportedSetting as error:
-            name = str(error).split(maxsplit=1)[0].rstrip(":")
-            param = f"retrieval.{name}" if name in RetrievalBody.model_fields else None
-            raise ApiError(400, str(error), param) from error
 
     def _max_new_tokens(self, prompt: list[int], limit: int | None) -> int:
         """Return the most tokens of an answer; without a limit they fill the context."""

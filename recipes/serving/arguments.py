@@ -18,7 +18,14 @@ class ServeArguments:
     index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
     engine: Literal["embedded", "vllm"] = field(
         default="embedded",
-        metadata={"help": "embedded: this process generates; vllm: servers of vLLM, see --gen_url and --query_url"},
+        metadata={"help": "embedded: this machine generates; vllm: servers of vLLM, see --gen_url and --query_url"},
+    )
+    decode_in: Literal["process", "thread"] = field(
+        default="process",
+        metadata={
+            "help": "where the embedded engine decodes: a process of its own, beside HTTP, or a thread of this one, "
+            "which saves the memory of a second Python"
+        },
     )
     gen_url: str | None = field(default=None, metadata={"help": "vLLM server that generates, http://host:8001/v1"})
     query_url: str | None = field(default=None, metadata={"help": "vLLM server that embeds, http://host:8002/v1"})
@@ -80,7 +87,8 @@ class ServeArguments:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port}: expected 0 to 65535.")
         is_vllm = self.engine == "vllm"
-        for name, default in (("dtype", "auto"), ("load_emb_seq", False), ("max_batch_tokens", None)):
+        of_embedded = {"dtype": "auto", "load_emb_seq": False, "max_batch_tokens": None, "decode_in": "process"}
+        for name, default in of_embedded.items():
             if is_vllm and getattr(self, name) != default:
                 raise ValueError(f"--{name} is of --engine embedded.")
         for name in ("gen_url", "query_url", "encoder_url"):

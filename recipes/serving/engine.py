@@ -161,6 +161,7 @@ class Engine(Protocol):
     tokenizer: PreTrainedTokenizerBase
     has_index: bool
     context_length: int  # the most positions that Gen reads
+    failure: str  # why it can answer nothing any more, until the server is started again; usually empty
 
     async def start(self) -> None:
         """Get ready; raise an error that names what is missing or does not fit."""

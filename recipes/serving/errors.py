@@ -18,6 +18,7 @@ from serving.engine import (
     ShuttingDown,
     UnsupportedSetting,
 )
+from serving.protocol import RetrievalBody
 
 logger = logging.getLogger("cosup.serving")
 
@@ -79,7 +80,7 @@ def _type_of(status: int) -> str:
 
 
 def from_engine(error: EngineError) -> ApiError:
-    """Return what a client gets for an error of the engine."""
+    """Return what a client gets for an error of the engine; one that begins with a field of `retrieval` names it."""
     status, type, code = 500, "server_error", None
     for kind, answer in _ENGINE_ERRORS.items():
         if isinstance(error, kind):
@@ -91,7 +92,12 @@ def from_engine(error: EngineError) -> ApiError:
         headers["Retry-After"] = str(SHUTDOWN_RETRY_AFTER)
     if isinstance(error, DeadlineExceeded):
         headers["X-Should-Retry"] = "false"  # OpenAI's client would ask again, and wait as long
-    return ApiError(status, str(error), code=code, type=type, headers=headers)
+    param = None
+    if isinstance(error, UnsupportedSetting):
+        name = str(error).split(maxsplit=1)[0].rstrip(":")
+        if name in RetrievalBody.model_fields:
+            param = f"retrieval.{name}"
+    return ApiError(status, str(error), param, code, type, headers)
 
 
 def from_validation(error: RequestValidationError) -> ApiError:

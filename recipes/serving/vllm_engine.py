@@ -101,6 +101,7 @@ class VllmEngine:
 
     has_index: bool
     context_length: int
+    failure = ""  # its servers may come back
 
     def __init__(
         self,

@@ -54,7 +54,7 @@ def test_64_prompts_at_once_with_different_settings(llama):
     model, index = llama
     requests = requests_of(model, 64)
     cancelled = set(range(5, 64, 10))
-    answers = asyncio.run(serve(EmbeddedEngine(model, index, max_running=12), requests, cancelled))
+    answers = asyncio.run(serve(EmbeddedEngine.in_thread(model, index, max_running=12), requests, cancelled))
     ends = model.generation_config.eos_token_id
     num_retrievals, num_stopped, num_with_logprobs = 0, 0, 0
     assert len(answers) >= 64 - len(cancelled)
@@ -75,7 +75,7 @@ def test_a_sliding_window_and_a_memory(limit):
     memory = StateMemory(model, LAST_MLP["mistral"])
     config = MemoryConfig(weight=0.6, grounded_weight=0.2)
     requests = requests_of(model, 15)
-    engine = EmbeddedEngine(model, index, memory, config, max_running=6, max_batch_tokens=limit)
+    engine = EmbeddedEngine.in_thread(model, index, memory, config, max_running=6, max_batch_tokens=limit)
     answers = asyncio.run(serve(engine, requests))
     for i, events in answers.items():
         output = alone(model, index, requests[i], memory=memory, memory_config=config)
@@ -108,7 +108,7 @@ def test_a_running_row_keeps_its_keys_when_a_limit_makes_the_cache_narrow(llama)
 def test_without_an_index_nsp_is_a_token_like_any_other(llama):
     model, _ = llama
     requests = [GenerationRequest(encode_prompt(model.tokenizer, f"q {i}"), 20) for i in range(6)]
-    answers = asyncio.run(serve(EmbeddedEngine(model), requests))
+    answers = asyncio.run(serve(EmbeddedEngine.in_thread(model), requests))
     written = []
     for i, request in enumerate(requests):
         expected = model.generate(torch.tensor([request.prompt_ids]), max_new_tokens=20)[0, len(request.prompt_ids) :]
@@ -123,7 +123,7 @@ def test_a_seed_gives_the_same_answer_whoever_else_is_served(llama):
     settings = [{"temperature": 1.5, "seed": 3}, {"temperature": 0.7, "top_p": 0.8, "seed": 4}]
     seeded = [GenerationRequest(prompt, 16, **options) for options in settings]
     others = [GenerationRequest(prompt, 9 + i, temperature=0.5 + 0.5 * (i % 2)) for i in range(5)]
-    answers = asyncio.run(serve(EmbeddedEngine(model, index), [*others, *seeded, seeded[0]]))
+    answers = asyncio.run(serve(EmbeddedEngine.in_thread(model, index), [*others, *seeded, seeded[0]]))
     for i, request in ((5, seeded[0]), (6, seeded[1]), (7, seeded[0])):
         torch.manual_seed(request.seed)
         sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}

@@ -193,7 +193,7 @@ def test_bad_options_of_distillation_are_reported(monkeypatch, options, message)
 def test_a_loaded_server_answers_like_generate_many(monkeypatch, tmp_path, capsys):
     pytest.importorskip("uvicorn", reason="serves")
     monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
-    argv = ["server_load.py", "--quick", "true", "--output_file", str(tmp_path / "out.json")]
+    argv = ["server_load.py", *"--quick true --decode_in thread --output_file".split(), str(tmp_path / "out.json")]
     monkeypatch.setattr(sys, "argv", argv)
     import server_load
 

@@ -51,7 +51,7 @@ def index(model):
 @pytest.fixture(scope="module")
 def url(model, index):
     settings = ApiSettings("tiny", model.generation_config, max_new_tokens=16)
-    with running_server(EmbeddedEngine(model, index, max_running=4), settings) as url:
+    with running_server(EmbeddedEngine.in_thread(model, index, max_running=4), settings) as url:
         yield url
 
 
