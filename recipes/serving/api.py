@@ -24,7 +24,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware import Middleware
 from transformers import GenerationConfig
 
-from serving.answers import AnswerWriter
+from serving.answers import AnswerWriter, TokenTexts
 from serving.embeddings import embed
 from serving.engine import Engine, GenerationRequest
 from serving.errors import ApiError, add_error_handlers
@@ -114,6 +114,7 @@ class _Api:
         self.settings = settings
         self._metrics = metrics
         self._names = TokenNames(engine.tokenizer)
+        self._texts = TokenTexts(engine.tokenizer)
         # A tokenizer has state, which says whether special tokens are read as text: one for each thread that encodes.
         self._tokenizer = copy.deepcopy(engine.tokenizer)
         self._thread_tokenizer = copy.deepcopy(engine.tokenizer)
@@ -238,7 +239,7 @@ class _Api:
                 )
                 self.engine.check(request)
                 context = prompt[-8:] if continues_text else []
-                writer = AnswerWriter(self.engine.tokenizer, self._closing_ids, len(prompt), body.stop or (), context)
+                writer = AnswerWriter(self._texts, self._closing_ids, len(prompt), body.stop or (), context)
                 jobs.append(Job(request, writer))
         return jobs
 

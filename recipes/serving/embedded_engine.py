@@ -62,8 +62,8 @@ class EmbeddedEngine:
     Answers requests with a model that decodes in a thread of this process, or in a process of its own.
 
     Args:
-        decoding ([`DecodingThread`] or [`DecodingProcess`]): of the model. In a process of its own it shares neither Python's
-            lock nor a core with HTTP.
+        decoding ([`DecodingThread`] or [`DecodingProcess`]): of the model. In a process of its own it does not share
+            Python's lock with HTTP.
         max_waiting (`int`): the most requests that wait; more are refused with [`QueueFull`].
     """
 

@@ -95,7 +95,7 @@ def test_an_index_of_another_model_is_refused_at_the_start(checkpoint, free_port
 
 def test_a_server_that_is_open_to_the_network_warns(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("COSUP_API_KEY", raising=False)
-    words = flags(model=tmp_path, host="0.0.0.0", port=0)
+    words = flags(model=tmp_path, host="0.0.0.0", port=0, decode_in="thread")
     fails_here(monkeypatch, "serve", *words)  # the folder is empty
     assert "warning: --host 0.0.0.0 without --api_key" in capsys.readouterr().err
     fails_here(monkeypatch, "serve", *words, "--api_key", "secret")

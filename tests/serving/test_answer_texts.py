@@ -7,7 +7,7 @@ from modeling_cosup.tokenization_cosup import encode_texts
 from support.models import make_tokenizer
 from support.tokenizer_kinds import TOKENIZERS
 
-from serving.answers import AnswerWriter, Piece
+from serving.answers import AnswerWriter, Piece, TokenTexts
 from serving.engine import EndEvent, RetrievalEvent, TokenEvent
 
 CE, NSP = 10**6, 10**6 + 1  # ids of no tokenizer
@@ -38,7 +38,7 @@ def events_of(tokenizer, *spans, finish_reason="stop"):
 
 def written(tokenizer, events, stop=(), group=1, context=()):
     """Return the whole answer, and the pieces of its stream."""
-    writer = AnswerWriter(tokenizer, frozenset({CE, NSP}), prompt_length=5, stop=stop, context=context)
+    writer = AnswerWriter(TokenTexts(tokenizer), frozenset({CE, NSP}), prompt_length=5, stop=stop, context=context)
     pieces = [writer.write(events[i : i + group]) for i in range(0, len(events), group)]
     answer = Piece()
     for piece in pieces:
@@ -149,7 +149,7 @@ def test_tokens_have_their_offset():
 
 
 def test_the_usage_counts_as_generate_does():
-    writer = AnswerWriter(make_tokenizer(), frozenset({CE, NSP}), prompt_length=5)
+    writer = AnswerWriter(TokenTexts(make_tokenizer()), frozenset({CE, NSP}), prompt_length=5)
     writer.write([RetrievalEvent(retrieval(position=4, num_tokens=7))])  # the [NSP] of the prompt
     assert (writer.num_generated_tokens, writer.num_passage_tokens, writer.num_retrievals) == (0, 7, 1)
     writer.write([TokenEvent(70), TokenEvent(CE), RetrievalEvent(retrieval(position=20, num_tokens=3))])
