@@ -88,7 +88,13 @@ def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
     if args.engine == "vllm":
         if memory_options.memory is not None:
             raise ValueError("--memory: vLLM mixes no token memory in; use --engine embedded.")
-        return open_vllm_engine(args)
+        from serving.vllm_engine import VllmEngine, model_without_weights
+
+        model = model_without_weights(args.model)
+        index = open_index(model, args.index, args.index_uri)
+        urls = {"gen_url": args.gen_url, "query_url": args.query_url, "encoder_url": args.encoder_url}
+        bounds = {"max_running": args.max_running, "max_waiting": args.max_waiting}
+        return VllmEngine(model, index, **urls, api_key=os.environ.get("VLLM_API_KEY"), **bounds)
     from serving.decoding_process import DecodingProcess
     from serving.decoding_thread import DecodingThread
     from serving.embedded_engine import EmbeddedEngine
@@ -116,23 +122,6 @@ def load_served_model(args: ServeArguments, memory_options: MemoryOptions) -> Se
         **open_memory(model, memory_options),
         max_running=args.max_running,
         max_batch_tokens=args.max_batch_tokens,
-    )
-
-
-def open_vllm_engine(args: ServeArguments) -> Engine:
-    """Open the engine of vLLM's servers."""
-    from serving.vllm_engine import VllmEngine, model_without_weights
-
-    model = model_without_weights(args.model)
-    return VllmEngine(
-        model,
-        index=open_index(model, args.index, args.index_uri),
-        gen_url=args.gen_url,
-        query_url=args.query_url,
-        encoder_url=args.encoder_url,
-        api_key=os.environ.get("VLLM_API_KEY"),
-        max_running=args.max_running,
-        max_waiting=args.max_waiting,
     )
 
 

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from modeling_cosup.cache_cosup import maskable_attention
 from modeling_cosup.trace_cosup import Logprobs, Retrieval, Row
 
+from serving.base_engine import search_failed
 from serving.engine import (
     BackendFailed,
     EndEvent,
@@ -26,7 +27,6 @@ from serving.engine import (
     Event,
     GenerationRequest,
     RetrievalEvent,
-    SearchFailed,
     TokenEvent,
     TokenLogprobs,
 )
@@ -242,9 +242,7 @@ class DecodingThread:
         ticket = self._forget(row)
         events = ticket.new_events
         if row.error is not None:
-            logger.error("The search failed for one request.", exc_info=row.error)
-            error = SearchFailed(f"The index cannot be searched ({type(row.error).__name__}).")
-            return Delivery(ticket.number, events, ended=True, error=error)
+            return Delivery(ticket.number, events, ended=True, error=search_failed(row.error))
         if row.listener is None:
             events = events_of(row)
         end = EndEvent(row.finish_reason, row.num_generated_tokens)

@@ -11,9 +11,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from modeling_cosup.tokenization_cosup import encode_prompt
-
-from serving.checks import check_passages
+from serving.base_engine import BaseEngine
 from serving.decoding_process import DecodingProcess
 from serving.decoding_thread import DecodingThread, Delivery, Report
 from serving.engine import (
@@ -57,7 +55,7 @@ class _Stream:
     started: float = field(default_factory=time.monotonic)
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(BaseEngine):
     """
     Answers requests with a model that decodes in a thread of this process, or in a process of its own.
 
@@ -68,23 +66,16 @@ class EmbeddedEngine:
     """
 
     def __init__(self, decoding: DecodingThread | DecodingProcess, max_waiting: int = 256) -> None:
-        if max_waiting < 0:
-            raise ValueError(f"max_waiting is {max_waiting}, expected at least 0.")
+        facts = decoding.facts
+        bounds = (facts.max_running, max_waiting)
+        super().__init__(facts.config, facts.tokenizer, facts.has_index, facts.context_length, *bounds)
         self.decoding = decoding
-        self.config = decoding.facts.config
-        self.tokenizer = decoding.facts.tokenizer
-        self.has_index = decoding.facts.has_index
-        self.context_length = decoding.facts.context_length
-        self.max_running = decoding.facts.max_running
-        self.max_waiting = max_waiting
-        self.failure = ""
         self._numbers = itertools.count()
         self._streams: dict[int, _Stream] = {}  # requests that have not ended
-        self._embeddings: dict[int, asyncio.Future[NDArray[np.float32]]] = {}
+        self._batches: dict[int, asyncio.Future[NDArray[np.float32]]] = {}  # texts that are embedded
         self._report = Report()  # the last one, without its deliveries
         self._mean_seconds = 1.0  # that a request takes; the last ones count most
         self._started = False
-        self._stopping = False
 
     @classmethod
     def in_thread(cls, *parts: Any, max_waiting: int = 256, **options: Any) -> "EmbeddedEngine":
@@ -120,6 +111,7 @@ class EmbeddedEngine:
         if not drain:
             for stream in list(self._streams.values()):
                 self._cancel(stream, ShuttingDown("The server is shutting down."))
+        await self._end_embeddings(drain)  # while their batches are still taken
         self.decoding.stop()
         await asyncio.to_thread(self.decoding.join)
 
@@ -190,7 +182,7 @@ class EmbeddedEngine:
     def _take(self, report: Report) -> None:
         """Hand the news of a pass to their requests."""
         for delivery in report.deliveries:
-            if delivery.number in self._embeddings:
+            if delivery.number in self._batches:
                 self._resolve(delivery)
             elif delivery.number in self._streams:  # not cancelled
                 stream = self._streams[delivery.number]
@@ -209,7 +201,7 @@ class EmbeddedEngine:
         for stream in list(self._streams.values()):
             self._end(stream, BackendFailed(message))
             stream.news.set()
-        for number in list(self._embeddings):
+        for number in list(self._batches):
             self._resolve(Delivery(number, error=BackendFailed(message)))
 
     def _end(self, stream: _Stream, error: EngineError | None) -> None:
@@ -227,52 +219,42 @@ class EmbeddedEngine:
 
     def _check_open(self) -> None:
         """Raise an error unless the engine takes requests."""
-        if self._stopping or not self._started:
-            raise ShuttingDown("The server is shutting down." if self._stopping else "The engine was not started.")
+        super()._check_open()
+        self._check_decoding()
+
+    def _check_decoding(self) -> None:
+        if not self._started:
+            raise ShuttingDown("The engine was not started.")
         if self.failure:
             raise BackendFailed(self.failure)
 
     # ------------------------------------------------------------------ embeddings
 
-    async def embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
-        """Return the embeddings `(N, h)` of passages `{"title", "text"}`, as in the index."""
-        self._check_open()
+    def _check_encoder(self) -> None:
         if not self.decoding.facts.embeds_passages:
             raise UnsupportedSetting(
                 "passages: Emb_seq, which embeds them, is not in memory; load the model with load_emb_seq=True."
             )
-        check_passages(passages)
+
+    async def _embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
         return await self._embed(list(passages), self.decoding.embed_passages)
 
-    async def embed_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return the query embeddings `(N, h)` of texts, as Gen makes them at the first `[NSP]` of an answer."""
-        self._check_open()
-        if self.config.nsp_token_id is None:
-            raise UnsupportedSetting("queries: this model has no [NSP] token.")
-        prompts = []
-        for number, text in enumerate(texts):
-            prompts.append([*encode_prompt(self.tokenizer, text), self.config.nsp_token_id])
-            await asyncio.sleep(0)  # other requests go on
-            if len(prompts[-1]) > self.context_length:
-                length = len(prompts[-1])
-                raise UnsupportedSetting(
-                    f"queries[{number}] has {length:,} tokens, but Gen reads {self.context_length:,}."
-                )
+    async def _embed_queries(self, prompts: list[list[int]]) -> NDArray[np.float32]:
         return await self._embed(prompts, self.decoding.embed_queries)
 
     async def _embed(self, items: list[T], embed: Callable[[int, list[T]], None]) -> NDArray[np.float32]:
         """Embed items, some of them after each pass."""
         batches = [np.zeros((0, self.config.embedding_size), np.float32)]
         for start in range(0, len(items), _EMBEDDING_BATCH):
-            self._check_open()
+            self._check_decoding()
             number = next(self._numbers)
-            self._embeddings[number] = asyncio.get_running_loop().create_future()
+            self._batches[number] = asyncio.get_running_loop().create_future()
             embed(number, items[start : start + _EMBEDDING_BATCH])
-            batches.append(await self._embeddings[number])
+            batches.append(await self._batches[number])
         return np.concatenate(batches)
 
     def _resolve(self, delivery: Delivery) -> None:
-        future = self._embeddings.pop(delivery.number)
+        future = self._batches.pop(delivery.number)
         if future.done():  # the client has gone
             return
         if delivery.error is not None:

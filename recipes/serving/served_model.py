@@ -20,8 +20,9 @@ from modeling_cosup.settings_cosup import DecisionSettings, DecodingSettings, Ro
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 from modeling_cosup.trace_cosup import Row
 
+from serving.base_engine import check_least, search_failed
 from serving.checks import check_request
-from serving.engine import GenerationRequest, SearchFailed, UnsupportedSetting
+from serving.engine import GenerationRequest, UnsupportedSetting
 from serving.prepared_lookup import PreparedLookup
 
 _MOST_DECISIONS = 256  # kept for later requests
@@ -63,9 +64,8 @@ class ServedModel:
         max_running: int = 32,
         max_batch_tokens: int | None = None,
     ) -> None:
-        for name, limit in (("max_running", max_running), ("max_batch_tokens", max_batch_tokens)):
-            if limit is not None and limit < 1:
-                raise ValueError(f"{name} is {limit}, expected at least 1.")
+        check_least("max_running", max_running, 1)
+        check_least("max_batch_tokens", max_batch_tokens, 1)
         self.model = model.eval()
         self.index = index
         self.memory = memory
@@ -79,7 +79,7 @@ class ServedModel:
         self.context_length = context_length(model.config.get_text_config())
         if max_batch_tokens is not None:
             self.context_length = min(self.context_length, max_batch_tokens)  # an answer alone has room
-        self._lookup = PreparedLookup(self, index)
+        self.lookup = PreparedLookup(self, index)
         self._decisions: dict[tuple[float, float], DecisionSettings] = {}
 
     @property
@@ -136,12 +136,12 @@ class ServedModel:
         )
         row = Row(0, list(request.prompt_ids), settings)
         try:
-            self._lookup.prepare([row], retrieval)
+            self.lookup.prepare([row], retrieval)
         except ValueError as error:
             name = "candidates" if retrieval.candidates is not None else "passages"
             raise UnsupportedSetting(f"{name}: {error}") from error
         except Exception as error:
-            raise SearchFailed(f"The index cannot be read ({type(error).__name__}).") from error
+            raise search_failed(error) from error
         if request.seed is not None and request.temperature > 0:
             row.generator = torch.Generator(self.model._input_device())
             row.generator.manual_seed(request.seed)
