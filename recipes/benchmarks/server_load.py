@@ -18,6 +18,7 @@ all should be equal. The exit status is 1 if an answer was lost or differs, or a
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import statistics
@@ -68,7 +69,9 @@ class BenchmarkArguments:
     eval_file: str | None = field(default=None, metadata={"help": "Evaluation instances: their questions are asked."})
     sections: list[str] = field(default_factory=lambda: list(SECTIONS), metadata={"help": "Sections to run."})
     num_clients: int = field(default=200, metadata={"help": "Clients at a time."})
-    num_questions: int = field(default=600, metadata={"help": "The first questions of the file."})
+    num_questions: int = field(
+        default=600, metadata={"help": "The first questions of the file; more than it has are repeated."}
+    )
     decode_in: str = field(default="process", metadata={"help": "Where the engine decodes: process or thread."})
     max_running: int = field(default=32, metadata={"help": "Rows at a time, of the server and of generate_many."})
     max_new_tokens: int = field(default=64, metadata={"help": "Decoded tokens of an answer."})
@@ -377,7 +380,8 @@ def opened(args: BenchmarkArguments) -> Service:
         questions = [" ".join(world.words[number : number + 4]) for number in range(args.num_questions)]
         return Service(args, world.model, world.index(60), questions, {"force_nsp_first": True, "max_retrievals": 2})
     model, index = load_parts(args)
-    questions = [line["input"] for line in read_lines(args.eval_file)[: args.num_questions]]
+    lines = itertools.cycle(read_lines(args.eval_file))
+    questions = [line["input"] for line in itertools.islice(lines, args.num_questions)]
     return Service(args, model, index, questions, {})
 
 

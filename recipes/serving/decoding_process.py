@@ -17,7 +17,7 @@ from typing import Any
 
 from serving.checks import check_request
 from serving.decoding_thread import DecodingThread, Report
-from serving.engine import EngineError, GenerationRequest
+from serving.engine import BackendFailed, EngineError, GenerationRequest
 from serving.served_model import ModelFacts, ServedModel
 
 logger = logging.getLogger("cosup.serving")
@@ -150,3 +150,6 @@ def _obey(pipe: Connection, thread: DecodingThread) -> None:
             getattr(thread, method)(*args)
         except EngineError as error:
             thread.refuse(args[0], error)
+        except Exception as error:  # this thread must go on: it is the only one that listens to the server
+            logger.exception("A request could not be prepared.")
+            thread.refuse(args[0], BackendFailed(f"The request could not be prepared ({type(error).__name__})."))

@@ -1,5 +1,7 @@
 """The text of an answer and its citations: offsets, spaces between spans, stop strings, for any tokenizer."""
 
+from unittest.mock import Mock, patch
+
 import pytest
 
 from modeling_cosup import Retrieval
@@ -162,3 +164,14 @@ def test_a_continued_text_keeps_its_first_space():
     events = events_of(tokenizer, "end")
     assert written(tokenizer, events)[0].text == "end"
     assert written(tokenizer, events, context=prompt)[0].text == " end"
+
+
+def test_the_texts_of_the_same_tokens_are_decoded_once():
+    tokenizer = make_tokenizer()
+    texts = TokenTexts(tokenizer)
+    decode = Mock(wraps=tokenizer.decode)
+    texts_of_two = texts.decode([5, 6])
+    with patch.object(tokenizer, "decode", decode):
+        assert texts.decode([5, 6]) == texts_of_two == tokenizer.decode([5, 6], skip_special_tokens=True)
+        assert texts.decode([6, 5]) == tokenizer.decode([6, 5], skip_special_tokens=True)
+    assert decode.call_count == 2  # both by this test

@@ -2,8 +2,10 @@
 
 import asyncio
 import os
+import pickle
 import signal
 from dataclasses import replace
+from multiprocessing import Pipe
 
 import numpy as np
 import pytest
@@ -12,9 +14,10 @@ from modeling_cosup import CoSupForCausalLM, RetrievalConfig
 from support.served_answers import alone, check_answer, make_parts, requests_of
 
 from serving.api import ApiSettings, build_app
-from serving.decoding_process import DecodingProcess, _obey
+from serving.decoding_process import DecodingProcess, _decode, _obey
 from serving.embedded_engine import EmbeddedEngine
 from serving.engine import BackendFailed, GenerationRequest, RetrievalEvent, UnsupportedSetting
+from serving.errors import from_engine
 from serving.running import EngineServer, open_socket
 from serving.served_model import ServedModel
 
@@ -61,8 +64,9 @@ def test_answers_and_a_killed_process(tmp_path):
         embeds = await engine.embed_passages([index[0]])
         np.testing.assert_allclose(embeds, index.embeddings[:1], atol=1e-5)
         unknown = replace(requests[0], retrieval=RetrievalConfig(candidates=[["nowhere"]]))
-        with pytest.raises(UnsupportedSetting, match=r"^candidates: .*nowhere"):
+        with pytest.raises(UnsupportedSetting, match=r"^candidates: .*nowhere") as refused:
             await events_of(engine, unknown)
+        assert from_engine(refused.value).param == "retrieval.candidates"
 
         endless = GenerationRequest(requests[0].prompt_ids, 400, RetrievalConfig(forbid_nsp=True))
         given_up = asyncio.create_task(events_of(engine, endless))
@@ -91,9 +95,45 @@ def test_answers_and_a_killed_process(tmp_path):
         os.kill(engine.decoding.pid, 0)
 
 
-def test_a_process_without_its_server_ends(monkeypatch):
-    from multiprocessing import Pipe
+class Unpicklable(Exception):
+    def __init__(self, first, second):
+        super().__init__(first)
 
+
+def test_an_error_of_the_start_reaches_the_server(monkeypatch):
+    def fail(error):
+        raise error
+
+    ours, theirs = Pipe()
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    for error, expected in ((ValueError("no model"), "no model"), (Unpicklable("a", "b"), "Unpicklable: a")):
+        _decode(theirs, fail, error)
+        received = ours.recv()
+        assert isinstance(received, Exception) and str(received) == expected
+
+
+def test_a_request_that_cannot_be_prepared_fails_alone():
+    class Thread:
+        refused = []
+
+        def submit(self, number, request):
+            raise RuntimeError("a bug")
+
+        def refuse(self, number, error):
+            self.refused.append((number, type(error), str(error)))
+
+        def stop(self):
+            raise SystemExit
+
+    ours, theirs = Pipe()
+    for call in (("submit", (7, None)), ("stop", ())):
+        ours.send_bytes(pickle.dumps(call))
+    with pytest.raises(SystemExit):
+        _obey(theirs, Thread())
+    assert Thread.refused == [(7, BackendFailed, "The request could not be prepared (RuntimeError).")]
+
+
+def test_a_process_without_its_server_ends(monkeypatch):
     ours, theirs = Pipe()
     ours.close()
 

@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import math
+import pickle
 import time
 import weakref
 from contextlib import aclosing
@@ -139,6 +140,8 @@ def test_candidates_and_passages_are_prepared_once_for_all_answers_of_a_body(mod
     rows = [engine.decoding.served.row(body) for _ in range(3)]
     assert encode.call_count == 1
     assert [row.given_passages[0]["id"] for row in rows] == [PASSAGES[0]["id"]] * 3
+    engine.decoding.served.row(pickle.loads(pickle.dumps(body)))  # as from another process
+    assert encode.call_count == 1
     other = engine.decoding.served.row(request(model, candidates=[["p2"]]))
     assert other.given_passages is None and other.candidates.tolist() == index.rows_of(["p2"]).tolist()
     assert engine.decoding.served.row(body).candidates is None and encode.call_count == 2
