@@ -57,7 +57,7 @@ class _Ticket:
         self.new_events.append(RetrievalEvent(retrieval))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Delivery:
     """
     News for one request, or for texts to embed.
@@ -76,7 +76,7 @@ class Delivery:
     embeds: NDArray[np.float32] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass
 class Report:
     """
     The news of a pass.

@@ -7,7 +7,7 @@ To add an engine, write a class with the members of [`Engine`] in a new file of 
 
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -65,8 +65,7 @@ class TokenLogprobs:
     top: list[tuple[int, float]]
 
 
-@dataclass(frozen=True)
-class TokenEvent:
+class TokenEvent(NamedTuple):  # a tenth of the time of a frozen dataclass to make
     """A decided token: of free or grounded text, `[CE]`, or an end. `[NSP]` becomes a [`RetrievalEvent`] instead."""
 
     token_id: int
