@@ -79,6 +79,8 @@ def model_name(model: str) -> str:
 
 def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
     """Open the engine that `--engine` names."""
+    # running answers of the embedded engine wait for a search too: one that gets no answer must fail soon
+    milvus = {} if args.index_uri is None else {"timeout": args.index_timeout, "max_retries": 1}
     bounds = {"max_running": args.max_running, "max_waiting": args.max_waiting}
     if args.engine == "vllm":
         if memory_options.memory is not None:
@@ -86,7 +88,7 @@ def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
         from serving.vllm_engine import VllmEngine, model_without_weights
 
         model = model_without_weights(args.model)
-        index = open_index(model, args.index, args.index_uri)
+        index = open_index(model, args.index, args.index_uri, **milvus)
         urls = {"gen_url": args.gen_url, "query_url": args.query_url, "encoder_url": args.encoder_url}
         return VllmEngine(model, index, **urls, api_key=os.environ.get("VLLM_API_KEY"), **bounds)
     import torch
@@ -98,7 +100,7 @@ def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load_emb_seq = args.load_emb_seq or CoSupConfig.from_pretrained(args.model).query_from != "gen"
     model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq).to(device)
-    index = open_index(model, args.index, args.index_uri)
+    index = open_index(model, args.index, args.index_uri, **milvus)
     memory = open_memory(model, memory_options)
     return EmbeddedEngine(model, index, **memory, max_batch_tokens=args.max_batch_tokens, **bounds)
 
