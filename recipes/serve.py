@@ -18,7 +18,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shared.cli import clear_errors, parse
 
@@ -91,7 +91,7 @@ def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
         from serving.vllm_engine import VllmEngine, model_without_weights
 
         model = model_without_weights(args.model)
-        index = open_index(model, args.index, args.index_uri)
+        index = open_index(model, args.index, args.index_uri, **index_options(args))
         urls = {"gen_url": args.gen_url, "query_url": args.query_url, "encoder_url": args.encoder_url}
         bounds = {"max_running": args.max_running, "max_waiting": args.max_waiting}
         return VllmEngine(model, index, **urls, api_key=os.environ.get("VLLM_API_KEY"), **bounds)
@@ -118,11 +118,18 @@ def load_served_model(args: ServeArguments, memory_options: MemoryOptions) -> Se
     model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq).to(device)
     return ServedModel(
         model,
-        index=open_index(model, args.index, args.index_uri),
+        index=open_index(model, args.index, args.index_uri, **index_options(args)),
         **open_memory(model, memory_options),
         max_running=args.max_running,
         max_batch_tokens=args.max_batch_tokens,
     )
+
+
+def index_options(args: ServeArguments) -> dict[str, Any]:
+    """Return how a collection in Milvus is asked: running answers wait for a search, which must fail soon."""
+    if args.index_uri is None:
+        return {}
+    return {"timeout": args.index_timeout, "max_retries": 1}
 
 
 if __name__ == "__main__":

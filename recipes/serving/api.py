@@ -223,16 +223,20 @@ class _Api:
             deadline = time.monotonic() + self.settings.request_timeout
         temperature, top_p = self._sampling(body)
         jobs = []
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
+            if not prompt:
+                field = "prompt" if continues_text else "messages"
+                place = f"{field}[{number}]" if len(prompts) > 1 else field
+                raise ApiError(400, f"{place} is empty, expected at least one token.", field)
             max_new_tokens = self._max_new_tokens(prompt, limit)
-            for number in range(body.n or 1):
+            for answer in range(body.n or 1):
                 request = GenerationRequest(
                     prompt_ids=prompt,
                     max_new_tokens=max_new_tokens,
                     retrieval=retrieval,
                     temperature=temperature,
                     top_p=top_p,
-                    seed=None if body.seed is None else (body.seed + number) % (LARGEST_SEED + 1),
+                    seed=None if body.seed is None else (body.seed + answer) % (LARGEST_SEED + 1),
                     num_logprobs=body.num_logprobs,
                     incremental=bool(body.stream or body.stop),
                     deadline=deadline,
@@ -247,9 +251,9 @@ class _Api:
         """Return the most tokens of an answer; without a limit they fill the context."""
         context_length = self.engine.context_length
         longest = min(self.settings.max_prompt_tokens or context_length, context_length - 1)
-        if not 1 <= len(prompt) <= longest:
-            message = f"The prompt has {len(prompt)} tokens, expected 1 to {longest}."
-            raise ApiError(400, message, code="context_length_exceeded" if prompt else None)
+        if len(prompt) > longest:
+            message = f"The prompt has {len(prompt)} tokens, expected at most {longest}."
+            raise ApiError(400, message, code="context_length_exceeded")
         limits = [context_length - len(prompt), limit, self.settings.max_new_tokens]
         return min(value for value in limits if value is not None)
 

@@ -16,6 +16,10 @@ class ServeArguments:
     model: str = field(metadata={"local_or_hub": True, "help": "name or path of a CoSup checkpoint"})
     index: str | None = field(default=None, metadata={"help": f"{INDEX_HELP}; without it nothing is retrieved"})
     index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
+    index_timeout: float = field(
+        default=5.0,
+        metadata={"help": "seconds that a search in Milvus may take; it is sent twice, and then its request fails"},
+    )
     engine: Literal["embedded", "vllm"] = field(
         default="embedded",
         metadata={"help": "embedded: this machine generates; vllm: servers of vLLM, see --gen_url and --query_url"},
@@ -82,8 +86,10 @@ class ServeArguments:
         for name in ("max_waiting", "shutdown_timeout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected at least 0.")
-        if self.request_timeout is not None and self.request_timeout <= 0:
-            raise ValueError(f"--request_timeout {self.request_timeout}: expected more than 0.")
+        for name in ("request_timeout", "index_timeout"):
+            seconds = getattr(self, name)
+            if seconds is not None and seconds <= 0:
+                raise ValueError(f"--{name} {seconds}: expected more than 0.")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port}: expected 0 to 65535.")
         is_vllm = self.engine == "vllm"

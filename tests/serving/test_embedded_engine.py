@@ -345,7 +345,7 @@ class FailingIndex:
     def search(self, query_embeds, k=1, candidates=None):
         self.searches += 1
         if any(rows is not None and 3 in rows for rows in candidates or []):
-            raise ConnectionError("https://key@host went away")
+            raise OSError("https://key@host refused")
         return self.index.search(query_embeds, k, candidates)
 
 
@@ -360,7 +360,7 @@ def test_a_failing_search_fails_its_own_request(model, index):
         outcomes = await asyncio.gather(*[events_of(engine, request) for request in requests], return_exceptions=True)
         for outcome in (outcomes[1], outcomes[3]):
             assert isinstance(outcome, SearchFailed)
-            assert str(outcome) == "The index cannot be searched (ConnectionError)."  # no address, no key
+            assert str(outcome) == "The index cannot be searched (OSError)."  # no address, no key
         for outcome in (outcomes[0], outcomes[2]):
             assert isinstance(outcome[0], RetrievalEvent)
             assert outcome[1:] == expected[1:]
