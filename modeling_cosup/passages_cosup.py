@@ -81,6 +81,11 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def blank(text: str) -> str:
+    """Return in words what a text without any visible character is."""
+    return "only white space" if text else "empty"
+
+
 def check_text(value: object, field: str, where: str, may_be_empty: bool = False) -> str:
     """
     Return `value` if it is a string that can be encoded and, unless `may_be_empty`, holds more than white space.
@@ -88,9 +93,11 @@ def check_text(value: object, field: str, where: str, may_be_empty: bool = False
     Raises:
         `ValueError`: otherwise.
     """
-    expected = "a string" if may_be_empty else "a string that is not empty"
-    if not isinstance(value, str) or not (may_be_empty or value.strip()):
+    if not isinstance(value, str):
+        expected = "a string" if may_be_empty else "a string that is not empty"
         raise ValueError(f"{where}: {field} is {shown(value)}, expected {expected}.")
+    if not may_be_empty and not value.strip():
+        raise ValueError(f"{where}: {field} is {blank(value)}, expected a text.")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # half a surrogate pair: valid JSON, no text
@@ -104,10 +111,12 @@ def check_id(value: object, where: str, field: str = "id") -> str:
 
     CoSup never uses ids as paths, but other programs might: an id that would lead out of a folder is refused.
     """
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str):
         if isinstance(value, Integral) and not isinstance(value, bool):
             return str(value)
         raise ValueError(f"{where}: {field} is {shown(value)}, expected a string that is not empty, or an integer.")
+    if not value.strip():
+        raise ValueError(f"{where}: {field} is {blank(value)}, expected a text or an integer.")
     check_text(value, field, where)
     if _FORBIDDEN_IN_ID.search(value):
         raise ValueError(f"{where}: {field} is {value!r}, expected no NUL and no '..' between slashes.")

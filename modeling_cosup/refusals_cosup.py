@@ -239,7 +239,7 @@ def listed_prompts(prompts: Any) -> list[list[int]]:
         if mask is not None:
             ids = [id for id, is_token in zip(ids, mask[number], strict=True) if is_token]
         if not ids:
-            raise ValueError(f"Prompt {number} is empty.")
+            raise ValueError(f"Prompt {number} is empty, expected at least one token id.")
         lists.append(ids)
     return lists
 

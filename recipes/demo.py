@@ -174,9 +174,11 @@ def _check_keys(value, line):
 
 def _check_passage(passage, line):
     for name, value in passage.items():
-        if not isinstance(value, str) or (name == "text" and not value.strip()):
+        if not isinstance(value, str):
             expected = "a string that is not empty" if name == "text" else "a string"
             raise ValueError(f"Line {line}: {name} is {_shorten(value)}, expected {expected}.")
+        if name == "text" and not value.strip():
+            raise ValueError(f"Line {line}: text is {'only white space' if value else 'empty'}, expected a text.")
         if len(value) > MAX_TEXT:
             raise ValueError(f"Line {line}: {name} has {len(value):,} characters, expected {MAX_TEXT:,} at most.")
         if any("\ud800" <= character <= "\udfff" for character in value):

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
-from modeling_cosup import CoSupForCausalLM, Retriever
-from modeling_cosup.cache_cosup import context_length
+from modeling_cosup import CoSupConfig
 from modeling_cosup.tokenization_cosup import encode_prompt
 
 from serving.checks import check_passages
@@ -25,8 +24,10 @@ class BaseEngine:
     The beginning of an engine. It takes embeddings; the engine makes them, in `_embed_passages` and `_embed_queries`.
 
     Args:
-        model ([`CoSupForCausalLM`]), index ([`Retriever`], *optional*): what is served.
+        config ([`CoSupConfig`]): of the model that is served.
         tokenizer (`PreTrainedTokenizerBase`): encodes queries, in the thread of the event loop.
+        has_index (`bool`): there is an index to search.
+        context_length (`int`): the most positions that Gen reads.
         max_running (`int`), max_waiting (`int`): requests that are answered at a time, and that may wait.
 
     Raises:
@@ -35,22 +36,22 @@ class BaseEngine:
 
     def __init__(
         self,
-        model: CoSupForCausalLM,
-        index: Retriever | None,
+        config: CoSupConfig,
         tokenizer: PreTrainedTokenizerBase,
+        has_index: bool,
+        context_length: int,
         max_running: int,
         max_waiting: int,
     ) -> None:
         check_least("max_running", max_running, 1)
         check_least("max_waiting", max_waiting, 0)
-        self.model = model
-        self.config = model.config
-        self.index = index
-        self.has_index = index is not None
+        self.config = config
         self.tokenizer = tokenizer
+        self.has_index = has_index
+        self.context_length = context_length
         self.max_running = max_running
         self.max_waiting = max_waiting
-        self.context_length: int = context_length(model.config.get_text_config())
+        self.failure = ""
         self._stopping = False  # new requests are refused
         self._cancels = False  # those that run end too
         self._embeddings: set[asyncio.Task] = set()  # that run

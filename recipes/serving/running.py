@@ -90,6 +90,7 @@ class EngineServer(uvicorn.Server):
 
         Raises:
             An error of the engine's start.
+            `ChildProcessError`: if the engine failed for good. A supervisor starts the server again.
         """
         self._loop = asyncio.get_running_loop()
         await self.engine.start()
@@ -97,6 +98,8 @@ class EngineServer(uvicorn.Server):
             await self.serve([bound])
         finally:
             await self.engine.stop(drain=False)
+        if self.engine.failure:
+            raise ChildProcessError(self.engine.failure)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         for bound in sockets or []:
@@ -104,6 +107,10 @@ class EngineServer(uvicorn.Server):
         await super().startup(sockets)
         for bound in sockets or []:
             print(f"Ready: {url_of(bound)}/v1", flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether the server should end: it does if its engine has failed for good."""
+        return await super().on_tick(counter) or bool(self.engine.failure)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop. Unlike uvicorn, do not raise the signal again: to be stopped is no failure."""

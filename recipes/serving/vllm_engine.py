@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM, Retriever
+from modeling_cosup.cache_cosup import context_length
 from modeling_cosup.lookup_cosup import Found
 from modeling_cosup.settings_cosup import DecisionSettings, RowSettings
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_queries_for_emb_seq
@@ -111,7 +112,10 @@ class VllmEngine(BaseEngine):
         timeout: float = 300.0,
         num_retries: int = 3,
     ) -> None:
-        super().__init__(model, index, model.tokenizer, max_running, max_waiting)
+        length = context_length(model.config.get_text_config())
+        super().__init__(model.config, model.tokenizer, index is not None, length, max_running, max_waiting)
+        self.model = model
+        self.index = index
         if self.config.query_from == "query_encoder":
             raise ValueError("query_from='query_encoder' is not available with vLLM: use the embedded engine.")
         self.ends, self.sampling = check_generation_config(model)

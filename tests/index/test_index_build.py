@@ -107,7 +107,7 @@ def test_every_source_makes_the_same_index(model, tmp_path):
 BAD = [
     ({"id": "m0", "title": "", "text": "again"}, "id 'm0' is already"),
     ({"id": "m22", "title": "", "text": "again"}, "id 'm22' is already"),
-    ({"id": "x", "text": ""}, "text is ''"),
+    ({"id": "x", "text": ""}, "text is empty"),
     ({"id": "x", "text": "\ud800"}, "text holds '\\ud800', which is not a character"),
     ({"id": 5.0, "text": "x"}, "id is 5.0, expected a string"),
     ({"_id": "x", "text": "x"}, "unknown key _id; did you mean 'id'?"),

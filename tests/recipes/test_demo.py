@@ -509,7 +509,7 @@ BAD = {  # name -> file name, content and message
     ),
     "a misspelt key": ("a.jsonl", b'{"text": "a", "titel": "b"}', "Line 1: unknown key 'titel'; did you mean 'title'"),
     "a misspelt column": ("a.csv", b"text,Title\na,b\n", "Line 2: unknown key 'Title'; did you mean 'title'"),
-    "an empty text": ("a.jsonl", b'{"text": " "}', "Line 1: text is ' '"),
+    "an empty text": ("a.jsonl", b'{"text": " "}', "Line 1: text is only white space, expected a text."),
     "a number": ("a.jsonl", b'{"text": "a", "id": 7.5}', "Line 1: id is 7.5, expected a string"),
     "an id twice, once as a number": (
         "a.jsonl",

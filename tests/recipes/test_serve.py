@@ -41,7 +41,9 @@ def free_port():
 def test_a_server_answers_until_a_signal(checkpoint, free_port, monkeypatch, capsys):
     monkeypatch.setenv("COSUP_API_KEY", "from-variable, second")
     words = flags(model=checkpoint / "tiny", index=checkpoint / "tiny/index", port=free_port, max_new_tokens=3)
-    monkeypatch.setattr(sys, "argv", ["serve.py", *words, "--load_emb_seq", "--api_key", "from-option"])
+    monkeypatch.setattr(
+        sys, "argv", ["serve.py", *words, "--load_emb_seq", "--decode_in", "thread", "--api_key", "from-option"]
+    )
     url = f"http://127.0.0.1:{free_port}"
     responses = {}
 
@@ -96,14 +98,14 @@ def test_a_port_of_a_server_that_still_loads_its_model_is_in_use(tmp_path, monke
 
 
 def test_an_index_of_another_model_is_refused_at_the_start(checkpoint, free_port, monkeypatch):
-    words = flags(model=checkpoint / "tiny", index=checkpoint / "other/index", port=free_port)
+    words = flags(model=checkpoint / "tiny", index=checkpoint / "other/index", port=free_port, decode_in="thread")
     message = fails_here(monkeypatch, "serve", *words)
     assert "This index was built by another model" in message and "emb_seq" in message
 
 
 def test_a_server_that_is_open_to_the_network_warns(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("COSUP_API_KEY", raising=False)
-    words = flags(model=tmp_path, host="0.0.0.0", port=0)
+    words = flags(model=tmp_path, host="0.0.0.0", port=0, decode_in="thread")
     fails_here(monkeypatch, "serve", *words)  # the folder is empty
     assert "warning: --host 0.0.0.0 without --api_key" in capsys.readouterr().err
     fails_here(monkeypatch, "serve", *words, "--api_key", "secret")
@@ -132,11 +134,14 @@ def test_options_are_checked(options, message):
 def test_a_memory_is_mixed_in(checkpoint, tmp_path):
     model = CoSupForCausalLM.from_pretrained(checkpoint / "tiny")
     MLPMemory.from_gen(model, intermediate_size=8).save_pretrained(tmp_path)
-    args = ServeArguments(model=str(checkpoint / "tiny"), max_running=3, max_waiting=0, max_batch_tokens=500)
+    args = ServeArguments(
+        model=str(checkpoint / "tiny"), max_running=3, max_waiting=0, max_batch_tokens=500, decode_in="thread"
+    )
     engine = serve.open_engine(args, MemoryOptions(memory=str(tmp_path), memory_weight=0.4))
-    assert engine.memory_config.weight == 0.4
-    assert (engine.max_running, engine.max_waiting, engine.max_batch_tokens) == (3, 0, 500)
-    assert not engine.has_index and engine.model.emb_seq is None
+    served = engine.decoding.served
+    assert served.memory_config.weight == 0.4
+    assert (engine.max_running, engine.max_waiting, served.max_batch_tokens) == (3, 0, 500)
+    assert not engine.has_index and served.model.emb_seq is None
 
 
 def test_an_engine_of_ones_own(tmp_path, monkeypatch):
