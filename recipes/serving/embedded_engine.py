@@ -78,9 +78,10 @@ class EmbeddedEngine(BaseEngine):
         max_running (`int`): the most requests that are decoded at a time.
         max_waiting (`int`): the most requests that wait; more are refused with [`QueueFull`].
         max_batch_tokens (`int`, *optional*): limit the requests that are decoded at a time so that their KV caches
-            have no more columns than this together. A request may need its prompt, `max_new_tokens`, and
-            `max_retrievals` (one, if there is no limit, and then it may take more) passages of full length; all take
-            as much as the longest. If it is less than Gen's context, it is the context of this engine.
+            have no more columns than this together. A request starts with room for its prompt, `max_new_tokens`, and
+            `max_retrievals` (one, if there is no limit) passages of full length; all take as much as the longest. If
+            requests retrieve more often, the latest ones wait, and go on unchanged. If it is less than Gen's context,
+            it is the context of this engine.
     """
 
     def __init__(
