@@ -145,8 +145,10 @@ class RetrievalGenerationMixin(RefusalsMixin):
                 change places: they must not remember which row is which.
             batch_size (`int`): the most rows at a time.
             max_batch_tokens (`int`, *optional*): limit the rows so that their KV caches have no more columns than this
-                together. A row may need its prompt, `max_new_tokens`, and `max_retrievals` (one, if there is no limit)
-                passages of full length.
+                together; one row always runs. A row starts with room for its prompt, `max_new_tokens`, and
+                `max_retrievals` (one, if there is no limit) passages of full length. If rows retrieve more often, the
+                latest ones wait, and go on unchanged. A static cache keeps its rows, so without `max_retrievals` each
+                counts with a full context.
             output_file (`str` or `Path`, *optional*): JSON Lines. Each answer is appended as soon as it is finished;
                 prompts whose answers the file already holds are skipped.
             on_completion (`Callable`, *optional*): gets each [`Completion`] as soon as it is finished, except answers

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import dataclass, field
+from typing import Literal
 
 from shared.indexes import INDEX_HELP, INDEX_URI_HELP
 
