@@ -54,38 +54,48 @@ _NO_PASSAGE: tuple[Need, ...] = ("no_passage",)
 
 _TRAINING = (
     Figure("loss", "loss", "weighted sum of the losses that are trained", "nats"),
-    Figure("ntp_loss", "NTP loss", "next token prediction, mean over the trained tokens", "nats"),
-    Figure("nsp_loss", "NSP loss", "next sequence prediction, mean over the queries that have a negative", "nats"),
+    Figure("ntp_loss", "NTP loss", "loss of next token prediction, mean over the trained tokens", "nats"),
+    Figure(
+        "nsp_loss",
+        "NSP loss",
+        "loss of next sequence prediction, mean over the queries that have a negative",
+        "nats",
+    ),
     Figure(
         "matryoshka_loss",
         "Matryoshka loss",
-        "NSP loss of embeddings that are cut to matryoshka_dims, mean over these widths",
+        "NSP loss of embeddings that are cut to the widths of matryoshka_dims, mean over the widths",
         "nats",
     ),
     Figure(
         "distillation_loss",
         "distillation loss",
-        "KL(target ‖ student) over the candidates of a query, mean over the queries that are distilled",
+        "KL(target ‖ retriever) over the candidates of a query, mean over the queries that are distilled",
         "nats",
     ),
-    Figure("target_entropy", "entropy of the target", "entropy of a distillation's target, mean over queries", "nats"),
+    Figure(
+        "target_entropy",
+        "entropy of the target",
+        "entropy of a distillation's target over the candidates, mean over queries",
+        "nats",
+    ),
     Figure(
         "student_entropy",
         "entropy of the student",
-        "entropy of the retriever over the candidates, mean over queries",
+        "entropy of the retriever's scores over the candidates, mean over queries",
         "nats",
     ),
-    Figure("target_max", "largest target", "largest share of a distillation's target, mean over queries"),
+    Figure("target_max", "largest target", "largest share in a distillation's target, mean over queries"),
     Figure(
         "num_left_out",
         "left out",
-        "number of instances left out of steps, because prompt, candidates and answer exceed max_length",
+        "number of instances left out, because prompt, candidates and answer together exceed max_length",
         "count",
     ),
     Figure(
         "nsp_accuracy",
         "NSP accuracy",
-        "the passage of a query scores above all negatives of its batch; without any, a query does not count",
+        "the passage of a query scores above all negatives of its batch",
         binary=True,
     ),
     Figure(
@@ -93,9 +103,14 @@ _TRAINING = (
         "[NSP], predicted",
         "[NSP] is the most likely token where the reference has one, as a share of these places",
     ),
-    Figure("knn_kl", "KL to kNN", "KL(p_kNN ‖ p_mem), mean over the keys of a token datastore", "nats"),
-    Figure("num_negatives", "negatives", "number of negatives of a query, mean", "count"),
-    Figure("tokens_per_second", "tokens/s", "tokens per second, padding not counted", "count"),
+    Figure(
+        "knn_kl",
+        "KL to kNN",
+        "KL(p_kNN ‖ p_mem) of an MLP memory, mean over the keys of its datastore",
+        "nats",
+    ),
+    Figure("num_negatives", "negatives", "mean number of negatives of a query", "count"),
+    Figure("tokens_per_second", "tokens/s", "tokens per second, without padding", "count"),
     Figure("padding", "padding", "share of the positions of a batch that are padding"),
 )
 _RETRIEVAL_WHILE_GENERATING = (
@@ -157,18 +172,18 @@ _READER = (
     Figure(
         "indicator_1",
         "Indicator 1",
-        "share of the reader's attention to its passages that goes to a token, mean over the 5 % of their tokens that "
-        "are nearest to the answer",
+        "mean attention to one of the 5 % of passage tokens that are nearest to the answer, as a share of the "
+        "attention to all passage tokens",
     ),
 )
 _ANSWERS = (
     Figure("cor", "Cor", "the answer is right, by the metric of its dataset"),
-    Figure("cor_minus", "Cor⁻", "Cor, with wrong retrieval counted as wrong", needs=_GOLD),
+    Figure("cor_minus", "Cor⁻", "Cor, where an answer after a wrong retrieval counts as wrong", needs=_GOLD),
     Figure("cor_success", "Cor, Ret = 1", "Cor where a gold passage was retrieved", needs=_GOLD),
     Figure("cor_failure", "Cor, Ret = 0", "Cor where no gold passage was retrieved", needs=_GOLD),
     Figure("cor_not_needed", "Cor, not needed", "Cor of the questions that need no passage", needs=_NO_PASSAGE),
     Figure("short_answer", "short answer", "a normalised answer is part of the normalised output", binary=True),
-    Figure("accuracy", "accuracy", "KILT's: the output is one of the answers, neither normalised", binary=True),
+    Figure("accuracy", "accuracy", "KILT's: the output is one of the answers, without normalisation", binary=True),
     Figure(
         "em", "EM", "exact match: the normalised output is one of the normalised answers, as in SQuAD", binary=True
     ),
@@ -249,7 +264,10 @@ _COUNTS = (
         "count",
     ),
     Figure(
-        "num_without_provenance", "without provenance", "number of questions whose retrieval cannot be right", "count"
+        "num_without_provenance",
+        "without provenance",
+        "number of questions without gold passages, whose retrieval counts as wrong",
+        "count",
     ),
 )
 
@@ -264,6 +282,48 @@ _TABLE = (
     *_COUNTS,
 )
 FIGURES: dict[str, Figure] = {entry.name: entry for entry in _TABLE}
+
+_MISSING_WITHOUT: dict[Need, str] = {
+    "gold": "no question has gold passages",
+    "judge": "there is no NLI model",
+    "no_passage": "every question needs a passage",
+}
+# Why figures are missing although there is what they need -> their names.
+_MISSING_IF: dict[str, tuple[str, ...]] = {
+    "Gen learns no tokens (supervision: nsp)": ("ntp_loss",),
+    "no query has a negative": ("nsp_loss", "matryoshka_loss", "nsp_accuracy"),
+    "matryoshka_dims is not set": ("matryoshka_loss",),
+    "nothing is distilled": ("distillation_loss", "target_entropy", "student_entropy", "target_max"),
+    "candidates_from is not set": ("num_left_out",),
+    "no [NSP] is trained": ("nsp_predicted",),
+    "no MLP memory is trained with kl_weight": ("knn_kl",),
+    "there is no query": ("num_negatives",),
+    "the model does not search": (
+        *(entry.name for entry in _RETRIEVAL_WHILE_GENERATING),
+        "cor_minus",
+        "kilt_accuracy",
+        "kilt_em",
+        "kilt_f1",
+        "kilt_rouge_l",
+        "gr_success",
+        "gr_failure",
+    ),
+    "there are no more than k passages": ("query_recall@k", "hit_rate@k"),
+    "all answers are verdicts or whole sentences": ("hit_rate@k",),
+    "the search is exact": ("ann_recall@k",),
+    "log_indicators is not set": ("indicator_1",),
+    "its metric lacks what it needs, such as an NLI model": ("cor",),
+    "no question has answers": ("accuracy", "em", "f1", "rouge_l"),
+    "rouge is not installed": ("rouge_l", "kilt_rouge_l"),
+    "no question is of FEVER": ("fever_label", "fever_nli"),
+    "no question has meta.qa_pairs": ("str_em", "str_hit"),
+    "no question has meta.claims": ("claim_recall",),
+    "no answer holds grounded text": ("gr", "gr_success", "gr_failure", "k_precision"),
+    "nothing was retrieved": ("citation_recall", "citation_precision"),
+    "there is no memory": ("ngram_overlap",),
+    "anywhere but in the evaluate module correctness": ("cor_success", "cor_failure"),
+    "anywhere but in the name of the metric of Cor": ("short_answer",),
+}
 
 COR_FIGURES = ("cor", "cor_minus", "cor_success", "cor_failure", "cor_not_needed")  # by the metric of the dataset
 MAIN = ("ret", "ret_precision", "cor", "cor_minus", "gr", "k_precision")  # the columns of main tables
@@ -325,6 +385,13 @@ def is_binary(name: str, cor: Collection[str] = ()) -> bool:
     if not cor or NO_JUDGE in cor:
         return False
     return all(figure(metric).binary for metric in cor)
+
+
+def missing_if(entry: Figure) -> list[str]:
+    """Return when a figure does not exist. Tables then show [`MISSING`], and results files leave it out."""
+    conditions = [_MISSING_WITHOUT[need] for need in entry.needs]
+    conditions += [condition for condition, names in _MISSING_IF.items() if entry.name in names]
+    return conditions
 
 
 def figures_needing(need: Need) -> list[str]:

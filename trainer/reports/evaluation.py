@@ -9,6 +9,7 @@ from modeling_cosup.lines_cosup import read_lines
 from ..judging.figures import (
     FIGURES,
     MAIN,
+    MISSING,
     MODES,
     QUERY,
     SCOPES,
@@ -17,6 +18,7 @@ from ..judging.figures import (
     cor_label,
     figure,
     in_order,
+    missing_if,
     shown,
 )
 from ..judging.grounding import cited_passages
@@ -219,8 +221,9 @@ def _all_figures(results: dict) -> list[Block]:
             cells = [figure_cell(figures.get(name), name, with_n=True) for figures in sections.values()]
             table.rows.append([figure(name).label, *cells])
         blocks.append(table)
-    meanings: list[list[Cell]] = [[entry.label, entry.meaning] for entry in FIGURES.values()]
-    glossary = Table(["figure", "what it is"], meanings, folded="what the figures are", text_columns=frozenset([1]))
+    rows: list[list[Cell]] = [[entry.label, entry.meaning, "; ".join(missing_if(entry))] for entry in FIGURES.values()]
+    header = ["figure", "what it is", f"{MISSING} if"]
+    glossary = Table(header, rows, folded="what the figures are", text_columns=frozenset([1, 2]))
     return [*blocks, glossary]
 
 
