@@ -228,15 +228,17 @@ def test_what_was_pushed_loads_and_answers_the_same_without_this_package(publish
         assert results[f"{width} bits"]["trace"][0][0]["passages"][0]["id"] in passage_ids
 
     num_requests = len(hub.requests())
-    load_offline = "import os\nos.environ['HF_HUB_OFFLINE'] = '1'\n" + LOAD
-    offline = hub.run(load_offline, job(inputs), package=False, home=tmp_path / "home")
+    offline = hub.run(LOAD, job(inputs), package=False, home=tmp_path / "home", variables={"HF_HUB_OFFLINE": "1"})
     assert_same(offline["plain"], models["plain"], inputs)
     assert len(hub.requests()) == num_requests
 
 
 def test_the_code_needs_torch_and_transformers_and_an_index_names_what_it_needs(published, models):
     hub, commits = published
-    ids, message, spoken, fingerprints = hub.run(WITHOUT_PACKAGES, package=False)
+    process = hub.popen(WITHOUT_PACKAGES, package=False)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    ids, message, spoken, fingerprints = json.loads(out.splitlines()[-1])
     model, prompt = models["plain"], torch.tensor([[5, 6]])
     assert ids == model.generate(prompt, max_new_tokens=4).tolist()
     memory = model.build_memory([passage["text"] for passage in PASSAGES], show_progress_bar=False)
@@ -293,9 +295,7 @@ def test_the_usage_block_of_the_card_runs_as_pasted(published, index):
     assert "who painted it?" in code
     # random weights never decide to retrieve
     forced = "retriever=index, retrieval_config=model.retrieval_config_class(force_nsp_first=True),"
-    process = hub.popen(code.replace("retriever=index,", forced), package=False)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
+    out = hub.call(code.replace("retriever=index,", forced), package=False).stdout
     assert "[1] " in out
     assert "Retrieval(row=0" in out
 

@@ -94,10 +94,8 @@ def trained(hub, inputs, tmp_path_factory):
     training = {"max_steps": 4, "logging_steps": 1, "save_strategy": "steps", "save_steps": 2}
     index = {"validation_file": inputs / "train.jsonl", "corpus_license": "cc-by-sa-4.0", "push_index": "true"}
     words = as_words(**push, **training, **index)
-    process = hub.popen(TRAIN, *options(inputs, output, *words), token=None)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    return output, out + err, *hub.run(FETCH, "tester/trained", "model")
+    ended = hub.call(TRAIN, *options(inputs, output, *words), token=None)
+    return output, ended.stdout + ended.stderr, *hub.run(FETCH, "tester/trained", "model")
 
 
 def as_words(**arguments):
@@ -222,10 +220,8 @@ def test_adapters_load_onto_the_base_and_merge_into_a_checkpoint_with_code(hub, 
 
     code = re.search(r"```python\n(.*?)```", card, re.DOTALL)[1]
     forced = "retriever=index, retrieval_config=model.retrieval_config_class(force_nsp_first=True),"
-    process = hub.popen(code.replace("retriever=index,", forced), package=False)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == 0, err
-    assert "[1] " in out, err
+    ended = hub.call(code.replace("retriever=index,", forced), package=False)
+    assert "[1] " in ended.stdout, ended.stderr
 
 
 def test_what_cannot_be_shared_is_refused_before_training(tmp_path):

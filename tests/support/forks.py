@@ -5,10 +5,14 @@ An import takes about ten seconds of a core, and the tests start dozens of progr
 can be killed, joins a process group, and has its own exit code and output. It shares nothing but the imported modules
 with the others: no model, no process group, no thread.
 
-Not for programs that check what an import does, or that need other variables when it happens.
+A second process forks programs that must not find this project's packages: it has never imported them.
+
+Not for programs that check what an import does, or that need other variables when it happens. The variables of the
+Hub's client are an exception: a fork whose `env` sets `HF_ENDPOINT` reads them again.
 """
 
 import atexit
+import gc
 import importlib
 import json
 import os
@@ -32,6 +36,7 @@ PRELOADED = (
     "transformers.models.gpt2.modeling_gpt2",
     "transformers.models.llama.modeling_llama",
 )
+OF_THIS_PROJECT = ("modeling_cosup", "trainer")
 ENVIRONMENT = {  # of all programs; a variable that a single test sets is not part of it
     **os.environ,
     "HF_HUB_OFFLINE": "1",
@@ -39,7 +44,7 @@ ENVIRONMENT = {  # of all programs; a variable that a single test sets is not pa
     "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]),
 }
-_server: subprocess.Popen[str] | None = None
+_servers: dict[bool, subprocess.Popen[str]] = {}
 
 
 def run_forked(
@@ -48,7 +53,8 @@ def run_forked(
     cwd: Path = ROOT,
     stdin: str = "",
     timeout: float = 600,
-    env: Mapping[str, str] | None = None,
+    env: Mapping[str, str | None] | None = None,
+    package: bool = True,
 ) -> subprocess.CompletedProcess[str]:
     """
     Run a Python program without the network and with one thread, and wait for its end.
@@ -60,7 +66,8 @@ def run_forked(
         cwd (`Path`): its working directory.
         stdin (`str`): its input.
         timeout (`float`): seconds after which it is killed.
-        env (`Mapping[str, str]`, *optional*): further variables.
+        env (`Mapping[str, str | None]`, *optional*): further variables; `None` removes one.
+        package (`bool`): `False` for a process in which this project's packages and `support` cannot be imported.
 
     Returns:
         `subprocess.CompletedProcess`: the output of all ranks, and the first exit code that is not 0 (negative for a
@@ -69,26 +76,33 @@ def run_forked(
     with tempfile.TemporaryDirectory() as folder:
         files = {name: str(Path(folder, name)) for name in ("stdin", "stdout", "stderr")}
         Path(files["stdin"]).write_text(stdin, encoding="utf-8")
-        request = {"command": [str(word) for word in command], "world_size": world_size, "cwd": str(cwd)}
-        code = _ask({**request, "env": dict(env or {}), **files}, timeout)
+        request = {
+            "command": [str(word) for word in command],
+            "world_size": world_size,
+            "cwd": str(cwd),
+            "package": package,
+        }
+        code = _ask({**request, "env": dict(env or {}), **files}, timeout, package)
         output = {name: Path(files[name]).read_text(encoding="utf-8") for name in ("stdout", "stderr")}
     return subprocess.CompletedProcess(request["command"], code, **output)
 
 
-def _ask(request: dict[str, Any], timeout: float) -> int:
-    """Send a request to the server, which is started first if it does not run, and return the exit code."""
-    global _server
-    if _server is None or _server.poll() is not None:
+def _ask(request: dict[str, Any], timeout: float, package: bool) -> int:
+    """Send a request to a server, which is started first if it does not run, and return the exit code."""
+    server = _servers.get(package)
+    if server is None or server.poll() is not None:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        command = [sys.executable, "-m", "support.forks"]  # not as a file: its folder would hide packages
-        _server = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
-        atexit.register(_end, _server)
-    assert _server.stdin is not None and _server.stdout is not None
-    _server.stdin.write(json.dumps({**request, "timeout": timeout}) + "\n")
-    _server.stdin.flush()
-    answer = _server.stdout.readline()
+        # not as a file: its folder would hide packages
+        command = [sys.executable, "-m", "support.forks", *([] if package else ["--without-package"])]
+        server = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, start_new_session=True, **pipes)
+        _servers[package] = server
+        atexit.register(_end, server)
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps({**request, "timeout": timeout}) + "\n")
+    server.stdin.flush()
+    answer = server.stdout.readline()
     if not answer:
-        raise RuntimeError(f"The server of forked programs ended with {_server.wait()}.")
+        raise RuntimeError(f"The server of forked programs ended with {server.wait()}.")
     return int(answer)
 
 
@@ -135,6 +149,35 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
+def _read_hub_variables() -> None:
+    """Let the Hub's client read again which server, cache and token it uses; its import has read the variables."""
+    import datasets.config
+    import huggingface_hub.constants
+    import huggingface_hub.hf_api
+    import transformers.dynamic_module_utils
+
+    importlib.reload(huggingface_hub.constants)
+    importlib.reload(datasets.config)
+    huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
+    transformers.dynamic_module_utils.HF_MODULES_CACHE = os.path.join(os.environ["HF_HOME"], "modules")
+
+
+class Blocker:
+    """A finder that does not find this project's packages, even if they are installed."""
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
+        if name.partition(".")[0] in (*OF_THIS_PROJECT, "support"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+def _hide_packages() -> None:
+    """Make this project's packages, and `support`, impossible to import."""
+    assert not set(OF_THIS_PROJECT) & set(sys.modules)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "support"]:
+        del sys.modules[name]
+    sys.meta_path.insert(0, Blocker())  # type: ignore[arg-type]
+
+
 def _become(request: dict[str, Any], rank: int, port: int) -> None:
     """Run the program in this process, as `python` would, and exit."""
     os.setsid()
@@ -143,7 +186,12 @@ def _become(request: dict[str, Any], rank: int, port: int) -> None:
         os.dup2(file, number)
     sys.stdin = open(0, encoding="utf-8", closefd=False)
     os.chdir(request["cwd"])
-    os.environ.update(request["env"])
+    for name, value in request["env"].items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
+    if "HF_ENDPOINT" in request["env"]:
+        _read_hub_variables()
     if port:
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), LOCAL_RANK=str(rank))
         os.environ.update(WORLD_SIZE=str(request["world_size"]), LOCAL_WORLD_SIZE=str(request["world_size"]))
@@ -152,6 +200,8 @@ def _become(request: dict[str, Any], rank: int, port: int) -> None:
         code, *arguments = arguments
         sys.argv = ["-c", *arguments]
         sys.path[0] = ""
+        if not request["package"]:
+            _hide_packages()
         exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
     else:
         sys.argv = [first, *arguments]
@@ -161,6 +211,9 @@ def _become(request: dict[str, Any], rank: int, port: int) -> None:
 
 
 if __name__ == "__main__":
+    without_package = "--without-package" in sys.argv
     for module in PRELOADED:
-        importlib.import_module(module)
+        if not (without_package and module.partition(".")[0] in OF_THIS_PROJECT):
+            importlib.import_module(module)
+    gc.freeze()  # a fork's collections would look at all objects of the imported libraries, and copy their pages
     serve()

@@ -8,7 +8,8 @@ token. Unlike the Hub it has no Xet (clients set `HF_HUB_DISABLE_XET=1`), no pul
 content network, and a page holds 1,000 files.
 
 Tests use `hub_server(root)` or the fixture `hub`. The genuine client reads its environment when it is imported, and
-tests are offline, so code that talks to this server runs in a separate process: `hub.run(code)`.
+tests are offline, so code that talks to this server runs in a separate process: `hub.run(code)`, or `hub.popen(code)`
+for one that can be killed.
 """
 
 import argparse
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http.server import ThreadingHTTPServer
 from pathlib import Path
@@ -28,6 +29,7 @@ from typing import Any
 
 import pytest
 
+from support.forks import ENVIRONMENT, run_forked
 from support.hub_handler import HubHandler
 from support.hub_store import HubStore, write_atomically
 
@@ -144,7 +146,7 @@ class Hub:
     def popen(
         self, code: str, *args: Any, home: Path | None = None, token: str | None = TOKEN, package: bool = True
     ) -> subprocess.Popen:
-        """Start `python -c code` as a client, in an empty folder; see `run`."""
+        """Start `python -c code` as a client, in an empty folder; see `call`. Its imports take seconds."""
         environment = self.environment(home, token)
         if package:
             environment["PYTHONPATH"] = f"{TESTS.parent}{os.pathsep}{TESTS}"
@@ -161,37 +163,44 @@ class Hub:
             text=True,
         )
 
-    def run(
+    def call(
         self,
         code: str,
         *args: Any,
         home: Path | None = None,
         token: str | None = TOKEN,
         package: bool = True,
+        variables: Mapping[str, str] | None = None,
         timeout: float = 300,
-    ) -> Any:
+    ) -> subprocess.CompletedProcess[str]:
         """
         Run code in a process with the genuine client, by default with an empty cache.
 
         Args:
-            code (`str`): a program whose last printed line is JSON.
+            code (`str`): a program.
             args: its `sys.argv[1:]`.
             home (`Path`, *optional*): its `HF_HOME`, for a cache that several programs share.
             token (`str`, *optional*): its token, by default the right one; `None` for none.
             package (`bool`): whether it imports `modeling_cosup`, `trainer` and `support` from this checkout; `False`
-                makes the first two impossible to import.
+                makes them impossible to import.
+            variables (`Mapping[str, str]`, *optional*): further environment variables.
             timeout (`float`): seconds.
-
-        Returns:
-            The value in the last line.
 
         Raises:
             `AssertionError`: with the program's stderr, if it failed.
         """
-        process = self.popen(code, *args, home=home, token=token, package=package)
-        out, err = process.communicate(timeout=timeout)
-        assert process.returncode == 0, err
-        return json.loads(out.splitlines()[-1])
+        environment: dict[str, str | None] = {**self.environment(home, token), **(variables or {})}
+        removed = dict.fromkeys(set(ENVIRONMENT) - set(environment) - {"PYTHONPATH"})
+        folder = Path(tempfile.mkdtemp(dir=self.root.parent, prefix="cwd_"))
+        ended = run_forked(
+            "-c", code, *args, cwd=folder, env={**removed, **environment}, package=package, timeout=timeout
+        )
+        assert ended.returncode == 0, ended.stderr
+        return ended
+
+    def run(self, code: str, *args: Any, **options: Any) -> Any:
+        """Return the JSON in the last line that code prints; the arguments are those of `call`."""
+        return json.loads(self.call(code, *args, **options).stdout.splitlines()[-1])
 
     def requests(self, method: str | None = None) -> list[dict[str, Any]]:
         """Return the requests answered so far: method, path, status (or "stalled") and bytes received of each."""

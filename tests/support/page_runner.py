@@ -4,13 +4,9 @@ The code and the commands of pages, in forks that have imported everything alrea
     python -c "from support.page_runner import run_page; run_page()" docs/memory.md
     python -c "from support.page_runner import run_script; run_script()" recipes/generate.py --model out "when?"
     python -c "from support.page_runner import run_server; run_server()" URL recipes/serve.py --model out
-
-All of them use the Hub that the variables of the process name.
 """
 
 import contextlib
-import importlib
-import os
 import runpy
 import sys
 import traceback
@@ -26,19 +22,6 @@ MODEL = "cosup-quickstart"  # that it serves, a folder of the stand-ins
 ARGUMENT = "who painted the night watch?"  # of a block that reads `sys.argv`
 
 
-def read_environment_again() -> None:
-    """Let the Hub's client read the variables again that name server, cache and token; its import has read them."""
-    import datasets.config
-    import huggingface_hub.constants
-    import huggingface_hub.hf_api
-    import transformers.dynamic_module_utils
-
-    importlib.reload(huggingface_hub.constants)
-    importlib.reload(datasets.config)
-    huggingface_hub.hf_api.api.endpoint = huggingface_hub.constants.ENDPOINT
-    transformers.dynamic_module_utils.HF_MODULES_CACHE = os.path.join(os.environ["HF_HOME"], "modules")
-
-
 def run_page() -> None:
     """
     Run the Python blocks of a page one after another in one namespace, those that are marked left out.
@@ -47,7 +30,6 @@ def run_page() -> None:
     """
     page = sys.argv[1]
     sys.argv = [page, ARGUMENT]
-    read_environment_again()
     blocks = [block for block in blocks_of(Path(page)) if block.language == "python" and block.not_run is None]
     namespace: dict[str, Any] = {"__name__": "__main__"}
     with contextlib.ExitStack() as stack:
@@ -82,7 +64,6 @@ def served() -> Iterator[str]:
 
 def run_script() -> None:
     """Run a script with its options."""
-    read_environment_again()
     _, script, *options = sys.argv
     sys.argv = [script, *options]
     sys.path[0] = str(Path(script).resolve().parent)
