@@ -5,8 +5,8 @@ Pages where the repository is not next to them: links that lead out of them beco
     python .ci/pages.py site https://github.com/OWNER/NAME main
 
 `release` changes this checkout: README.md, which PyPI shows, and pyproject.toml, which gets the URLs of the project.
-It fails if the tag is not the version. `site` writes the pages of the docs site to `build/pages`, and the sources of its
-API reference to `build/sources`; see mkdocs.yml.
+It fails if the tag is not the version. `site` writes the pages of the docs site to `build/pages`, and the sources of
+its API reference to `build/sources`; see mkdocs.yml.
 """
 
 import posixpath
@@ -19,8 +19,9 @@ from urllib.parse import urlsplit
 
 ROOT = Path(__file__).resolve().parents[1]
 BUILD = ROOT / "build"
-FENCED = re.compile(r"^( *)(```|~~~).*?^\1\2[ \t]*$", re.MULTILINE | re.DOTALL)
-LINK = re.compile(r"(?P<start>!?\[(?:[^\[\]]|\[[^\]]*\]\([^)]*\))*\]\(|<img [^>]*src=\")(?P<target>[^)\s\"]+)")
+CODE = re.compile(r"^ *(```|~~~).*?^ *\1[ \t]*$|(`+).+?\2", re.MULTILINE | re.DOTALL)
+IMAGE = re.compile(r"(?P<start>!\[[^\]]*\]\(|<img [^>]*src=\")(?P<target>[^)\s\"]+)")
+LINK = re.compile(r"(?P<start>\]\()(?P<target>[^)\s]+)")
 PARAMETER = re.compile(r"^( +\*{0,2}\w+(?:, \*{0,2}\w+)*) \((`.*?)\): ", re.MULTILINE)  # a line of Args
 TYPES = re.compile(r"^( +)(`[^`\n]+`(?:, `[^`\n]+`)*): ", re.MULTILINE)  # a line of Returns or Raises
 REFERENCE = re.compile(r"\[`~?([\w.]+)`\]")  # to another object, as Hugging Face writes it
@@ -46,16 +47,19 @@ def with_urls(text: str, page: str, url: str, ref: str, is_kept: Callable[[str],
         path = posixpath.normpath(posixpath.join(posixpath.dirname(page), link.path))
         if is_kept(path):
             return match[0]
-        kind = "raw" if match["start"].startswith(("!", "<img")) else "blob"
+        kind = "raw" if match.re is IMAGE else "blob"
         anchor = f"#{link.fragment}" if link.fragment else ""
         return f"{match['start']}{url}/{kind}/{ref}/{path}{anchor}"
 
+    def with_replaced_links(prose: str) -> str:
+        return LINK.sub(replaced, IMAGE.sub(replaced, prose))
+
     pieces = []
     end = 0
-    for fenced in FENCED.finditer(text):
-        pieces += [LINK.sub(replaced, text[end : fenced.start()]), fenced[0]]
-        end = fenced.end()
-    pieces.append(LINK.sub(replaced, text[end:]))
+    for code in CODE.finditer(text):
+        pieces += [with_replaced_links(text[end : code.start()]), code[0]]
+        end = code.end()
+    pieces.append(with_replaced_links(text[end:]))
     return "".join(pieces)
 
 
