@@ -84,8 +84,14 @@ def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
         raise ValueError(f"--memory: {args.engine} mixes no token memory in; use --engine embedded.")
     if args.has_own_engine:
         return open_own_engine(args)
+    bounds = {"max_running": args.max_running, "max_waiting": args.max_waiting}
     if args.engine == "vllm":
-        return open_vllm_engine(args)
+        from serving.vllm_engine import VllmEngine, model_without_weights
+
+        model = model_without_weights(args.model)
+        index = open_index(model, args.index, args.index_uri)
+        urls = {"gen_url": args.gen_url, "query_url": args.query_url, "encoder_url": args.encoder_url}
+        return VllmEngine(model, index, **urls, api_key=os.environ.get("VLLM_API_KEY"), **bounds)
     import torch
 
     from modeling_cosup import CoSupConfig, CoSupForCausalLM
@@ -95,14 +101,9 @@ def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load_emb_seq = args.load_emb_seq or CoSupConfig.from_pretrained(args.model).query_from != "gen"
     model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq).to(device)
-    return EmbeddedEngine(
-        model,
-        index=open_index(model, args.index, args.index_uri),
-        **open_memory(model, memory_options),
-        max_running=args.max_running,
-        max_waiting=args.max_waiting,
-        max_batch_tokens=args.max_batch_tokens,
-    )
+    index = open_index(model, args.index, args.index_uri)
+    memory = open_memory(model, memory_options)
+    return EmbeddedEngine(model, index, **memory, max_batch_tokens=args.max_batch_tokens, **bounds)
 
 
 def open_own_engine(args: ServeArguments) -> Engine:
@@ -113,23 +114,6 @@ def open_own_engine(args: ServeArguments) -> Engine:
     except (ImportError, AttributeError, ValueError) as error:
         raise ValueError(f"--engine {args.engine}: {error}.") from error
     return open_engine(args)
-
-
-def open_vllm_engine(args: ServeArguments) -> Engine:
-    """Open the engine of vLLM's servers."""
-    from serving.vllm_engine import VllmEngine, model_without_weights
-
-    model = model_without_weights(args.model)
-    return VllmEngine(
-        model,
-        index=open_index(model, args.index, args.index_uri),
-        gen_url=args.gen_url,
-        query_url=args.query_url,
-        encoder_url=args.encoder_url,
-        api_key=os.environ.get("VLLM_API_KEY"),
-        max_running=args.max_running,
-        max_waiting=args.max_waiting,
-    )
 
 
 if __name__ == "__main__":

@@ -348,7 +348,9 @@ class HeldOutMixin(TrainingStepMixin):
             query_losses.append(losses["nsp_loss"].masked_fill(lone, float("nan")))
             return losses, scores
 
-        retrieval, rows, labels = retrieval_metrics(query_embeds, passage_embeds, facts, losses_of)
+        retrieval, rows, labels = retrieval_metrics(
+            query_embeds, passage_embeds, facts, losses_of, symmetric=self.args.symmetric_nsp
+        )
         self._warn_of_lone_held_out_queries(len(labels), retrieval)
         metrics: dict[str, Any] = {}
         num_labels = sum(batch_facts.num_labels for batch_facts in facts)

@@ -17,13 +17,13 @@ from modeling_cosup.cache_cosup import maskable_attention
 from modeling_cosup.decoding_cosup import Decoder
 from modeling_cosup.trace_cosup import Logprobs, Retrieval, Row
 
+from serving.base_engine import search_failed
 from serving.engine import (
     BackendFailed,
     EndEvent,
     EngineError,
     Event,
     RetrievalEvent,
-    SearchFailed,
     TokenEvent,
     TokenLogprobs,
 )
@@ -181,9 +181,7 @@ class DecodingThread:
         ticket = self._tickets.pop(row)
         events = ticket.new_events
         if row.error is not None:
-            logger.error("The search failed for one request.", exc_info=row.error)
-            kind = type(row.error).__name__
-            return Delivery(ticket, events, ended=True, error=SearchFailed(f"The index cannot be searched ({kind})."))
+            return Delivery(ticket, events, ended=True, error=search_failed(row.error))
         if row.listener is None:
             events = events_of(row)
         end = EndEvent(row.finish_reason, row.num_generated_tokens)

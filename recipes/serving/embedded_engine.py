@@ -14,16 +14,16 @@ import torch
 from numpy.typing import NDArray
 
 from modeling_cosup import CoSupForCausalLM, Memory, MemoryConfig, Retriever
-from modeling_cosup.cache_cosup import context_length
 from modeling_cosup.call_cosup import token_ids
 from modeling_cosup.decoding_cosup import Decoder
 from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.scores_cosup import depends_on_scores_only
 from modeling_cosup.settings_cosup import DecisionSettings, DecodingSettings, RowSettings
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 from modeling_cosup.trace_cosup import Row
 
-from serving.checks import check_passages, check_request
+from serving.base_engine import BaseEngine, check_least, search_failed
+from serving.checks import check_request
 from serving.decoding_thread import DecodingThread, Delivery, Ticket
 from serving.engine import (
     BackendFailed,
@@ -33,7 +33,6 @@ from serving.engine import (
     Event,
     GenerationRequest,
     QueueFull,
-    SearchFailed,
     ShuttingDown,
     UnsupportedSetting,
 )
@@ -68,7 +67,7 @@ class _Stream:
     started: float = field(default_factory=time.monotonic)
 
 
-class EmbeddedEngine:
+class EmbeddedEngine(BaseEngine):
     """
     Answers requests with a model in this process.
 
@@ -94,30 +93,19 @@ class EmbeddedEngine:
         max_waiting: int = 256,
         max_batch_tokens: int | None = None,
     ) -> None:
-        limits = (("max_running", max_running, 1), ("max_waiting", max_waiting, 0))
-        for name, limit, least in (*limits, ("max_batch_tokens", max_batch_tokens, 1)):
-            if limit is not None and limit < least:
-                raise ValueError(f"{name} is {limit}, expected at least {least}.")
-        self.model = model
-        self.index = index
+        # a copy: a tokenizer serves one thread at a time, and the decoding thread uses the model's
+        super().__init__(model, index, copy.deepcopy(model.tokenizer), max_running, max_waiting)
+        check_least("max_batch_tokens", max_batch_tokens, 1)
         self.memory = memory
         self.memory_config = memory_config
-        self.max_running = max_running
-        self.max_waiting = max_waiting
         self.max_batch_tokens = max_batch_tokens
-        self.config = model.config
-        # a copy: a tokenizer serves one thread at a time, and the decoding thread uses the model's
-        self.tokenizer = copy.deepcopy(model.tokenizer)
-        self.has_index = index is not None
-        self.context_length = context_length(model.config.get_text_config())
         if max_batch_tokens is not None:
             self.context_length = min(self.context_length, max_batch_tokens)  # an answer alone has room
-        self._lookup = PreparedLookup(self, index)
+        self.lookup = PreparedLookup(self, index)
         self._decisions: dict[tuple[float, float], DecisionSettings] = {}
         self._thread: DecodingThread | None = None
         self._streams: dict[Ticket, _Stream] = {}  # requests that have not ended
         self._mean_seconds = 1.0  # that a request takes; the last ones count most
-        self._stopping = False
 
     # ------------------------------------------------------------------ life
 
@@ -168,6 +156,7 @@ class EmbeddedEngine:
         if not drain:
             for stream in list(self._streams.values()):
                 self._cancel(stream, ShuttingDown("The server is shutting down."))
+        await self._end_embeddings(drain)  # while the thread still takes their batches
         await asyncio.to_thread(self._thread.stop)
 
     async def is_healthy(self) -> bool:
@@ -259,8 +248,12 @@ class EmbeddedEngine:
 
     def _open_thread(self) -> DecodingThread:
         """Return the decoding thread, if it takes requests."""
-        if self._stopping or self._thread is None:
-            raise ShuttingDown("The server is shutting down." if self._stopping else "The engine was not started.")
+        super()._check_open()
+        return self._living_thread()
+
+    def _living_thread(self) -> DecodingThread:
+        if self._thread is None:
+            raise ShuttingDown("The engine was not started.")
         if not self._thread.is_alive:
             raise BackendFailed("The server's decoding thread has ended.")
         return self._thread
@@ -281,12 +274,12 @@ class EmbeddedEngine:
         )
         row = Row(0, list(request.prompt_ids), settings)
         try:
-            self._lookup.prepare([row], retrieval)
+            self.lookup.prepare([row], retrieval)
         except ValueError as error:
             name = "candidates" if retrieval.candidates is not None else "passages"
             raise UnsupportedSetting(f"{name}: {error}") from error
         except Exception as error:
-            raise SearchFailed(f"The index cannot be read ({type(error).__name__}).") from error
+            raise search_failed(error) from error
         if request.seed is not None and request.temperature > 0:
             row.generator = torch.Generator(self.model._input_device())
             row.generator.manual_seed(request.seed)
@@ -311,48 +304,37 @@ class EmbeddedEngine:
 
     # ------------------------------------------------------------------ embeddings
 
-    async def embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
-        """Return the embeddings `(N, h)` of passages `{"title", "text"}`, as in the index."""
+    def _check_open(self) -> None:
         self._open_thread()
+
+    def _check_encoder(self) -> None:
         if self.model.emb_seq is None:
             raise UnsupportedSetting(
                 "passages: Emb_seq, which embeds them, is not in memory; load the model with load_emb_seq=True."
             )
-        check_passages(passages)
-        return await self._embed(list(passages), self._embed_passages)
 
-    async def embed_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return the query embeddings `(N, h)` of texts, as Gen makes them at the first `[NSP]` of an answer."""
-        self._open_thread()
-        if self.config.nsp_token_id is None:
-            raise UnsupportedSetting("queries: this model has no [NSP] token.")
-        prompts = []
-        for number, text in enumerate(texts):
-            prompts.append([*encode_prompt(self.tokenizer, text), self.config.nsp_token_id])
-            await asyncio.sleep(0)  # other requests go on
-            if len(prompts[-1]) > self.context_length:
-                length = len(prompts[-1])
-                raise UnsupportedSetting(
-                    f"queries[{number}] has {length:,} tokens, but Gen reads {self.context_length:,}."
-                )
-        return await self._embed(prompts, self._embed_queries)
+    async def _embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
+        return await self._embed(passages, self._passage_embeds)
 
-    async def _embed(self, items: list[T], embed: Callable[[list[T]], torch.Tensor]) -> NDArray[np.float32]:
+    async def _embed_queries(self, prompts: list[list[int]]) -> NDArray[np.float32]:
+        return await self._embed(prompts, self._query_embeds)
+
+    async def _embed(self, items: Sequence[T], embed: Callable[[Sequence[T]], torch.Tensor]) -> NDArray[np.float32]:
         """Embed items in the decoding thread, some of them after each pass."""
         batches = [np.zeros((0, self.config.embedding_size), np.float32)]
         for start in range(0, len(items), _EMBEDDING_BATCH):
             future: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
             job = partial(_run_job, embed, items[start : start + _EMBEDDING_BATCH], future)
-            self._open_thread().call(job)
+            self._living_thread().call(job)
             batches.append(await future)
         return np.concatenate(batches)
 
-    def _embed_passages(self, passages: list[dict[str, Any]]) -> torch.Tensor:
-        rows = encode_passages_for_emb_seq(self.model.emb_seq_tokenizer, passages, self.config)
+    def _passage_embeds(self, passages: Sequence[dict[str, Any]]) -> torch.Tensor:
+        rows = encode_passages_for_emb_seq(self.model.emb_seq_tokenizer, list(passages), self.config)
         return self.model.encode_passages(*pad_rows(rows, device=self.model._input_device()))
 
-    def _embed_queries(self, prompts: list[list[int]]) -> torch.Tensor:
-        ids, mask = pad_rows(prompts, device=self.model._input_device())  # (N, T) each
+    def _query_embeds(self, prompts: Sequence[list[int]]) -> torch.Tensor:
+        ids, mask = pad_rows(list(prompts), device=self.model._input_device())  # (N, T) each
         if self.config.query_from != "gen":
             return self.model.encode_queries(ids, mask)
         ends = mask.sum(1) - 1 + torch.arange(len(ids), device=ids.device) * ids.shape[1]  # (N,), in (N · T)
@@ -362,7 +344,7 @@ class EmbeddedEngine:
 
 @torch.no_grad()
 def _run_job(
-    embed: Callable[[list[T]], torch.Tensor], items: list[T], future: "asyncio.Future[NDArray[np.float32]]"
+    embed: Callable[[Sequence[T]], torch.Tensor], items: Sequence[T], future: "asyncio.Future[NDArray[np.float32]]"
 ) -> None:
     """Embed `items` in the decoding thread, and resolve `future` in its event loop."""
     loop = future.get_loop()

@@ -16,6 +16,7 @@ from support.models import PASSAGES, make_model
 from support.recipes import fails_here, flags
 
 from serving.arguments import ServeArguments
+from serving.running import open_socket
 from shared.memory_options import MemoryOptions
 
 
@@ -60,6 +61,7 @@ def test_a_server_answers_until_a_signal(checkpoint, free_port, monkeypatch, cap
                 for key in ("from-variable", "from-option", "from-variable, second"):
                     headers = {"Authorization": f"Bearer {key}"}
                     responses[key] = client.get("/v1/models", headers=headers)
+                client.get("/health", headers={"Connection": "close"})  # so the server closes first, and waits
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -76,12 +78,20 @@ def test_a_server_answers_until_a_signal(checkpoint, free_port, monkeypatch, cap
     assert statuses == [200, 200, 401]
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)
+    open_socket("127.0.0.1", free_port).close()  # at once, although connections of the server are still closing
 
 
 def test_a_port_in_use_is_one_line_before_the_model_is_loaded(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
         message = fails_here(monkeypatch, "serve", *flags(model=tmp_path, port=port))  # no model in this folder
+    assert message == f"error: --host 127.0.0.1 --port {port}: Address already in use."
+
+
+def test_a_port_of_a_server_that_still_loads_its_model_is_in_use(tmp_path, monkeypatch):
+    with open_socket("127.0.0.1", 0) as loading:  # bound, but does not listen yet
+        port = loading.getsockname()[1]
+        message = fails_here(monkeypatch, "serve", *flags(model=tmp_path, port=port))
     assert message == f"error: --host 127.0.0.1 --port {port}: Address already in use."
 
 

@@ -128,7 +128,7 @@ def test_what_needs_an_index_is_refused_without_one(model):
 def test_the_event_loop_and_the_decoding_thread_do_not_share_a_tokenizer(model, index):
     engine = EmbeddedEngine(model, index)
     assert engine.tokenizer._tokenizer is not model.tokenizer._tokenizer
-    assert engine._lookup.model.tokenizer is engine.tokenizer
+    assert engine.lookup.model.tokenizer is engine.tokenizer
     assert encode_prompt(engine.tokenizer, "who? [NSP]") == encode_prompt(model.tokenizer, "who? [NSP]")
 
 
@@ -423,6 +423,10 @@ def test_stopping_finishes_or_cancels_what_was_accepted(model, index, drain):
             await engine.start()
         tasks = [asyncio.create_task(events_of(engine, request(model, 40, forbid_nsp=True))) for _ in range(2)]
         await until_load(engine, 1, 1)
+        passages = [PASSAGES[i % 6] for i in range(70)]  # three batches
+        embedding = asyncio.create_task(engine.embed_passages(passages))
+        while not engine._embeddings:
+            await asyncio.sleep(0)
         stopped = asyncio.create_task(engine.stop(drain=drain))
         await asyncio.sleep(0)
         with pytest.raises(ShuttingDown, match="shutting down"):
@@ -434,8 +438,11 @@ def test_stopping_finishes_or_cancels_what_was_accepted(model, index, drain):
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         if drain:
             assert [len(outcome) for outcome in outcomes] == [41, 41]
+            np.testing.assert_allclose(await embedding, np.tile(index.embeddings, (12, 1))[:70], atol=1e-5)
         else:
             assert [type(outcome) for outcome in outcomes] == [ShuttingDown] * 2
+            with pytest.raises(ShuttingDown):
+                await embedding
 
     asyncio.run(serve())
 

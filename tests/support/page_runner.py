@@ -8,6 +8,8 @@ A traceback shows the page with the number of the line.
 
 import importlib
 import os
+import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -34,4 +36,9 @@ def run_page(page: str) -> None:
     for block in blocks_of(Path(page)):
         if block.language == "python" and block.not_run is None:
             code = "\n" * (block.line - 1) + block.code  # so that the numbers of its lines are those of the page
-            exec(compile(code, page, "exec"), namespace)
+            try:
+                exec(compile(code, page, "exec"), namespace)
+            except BaseException as error:
+                assert error.__traceback__ is not None
+                traceback.print_exception(error.with_traceback(error.__traceback__.tb_next))  # from the page on
+                sys.exit(1)

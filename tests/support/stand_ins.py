@@ -3,7 +3,7 @@ What the pages of docs/ name, as tiny stand-ins: a folder, and repositories on a
 
 The folder, in which the code of a page runs:
 
-    cosup-quickstart/, out/         checkpoints with index/: two towers, and a tied model; they retrieve all the time
+    cosup-quickstart/, out/         checkpoints with index/: two towers, and a tied model; they retrieve once
     cosup-quickstart/world/         train.jsonl, validation.jsonl, eval.jsonl, corpus.jsonl of the quickstart
     train.jsonl, eval.jsonl, corpus.jsonl, text.jsonl
     recipes/                        those of this checkout
@@ -14,6 +14,7 @@ Names on the Hub: see [`put_on_hub`]. The code of a page downloads them, and can
 import json
 import os
 import shutil
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -27,19 +28,30 @@ from support.models import PASSAGES, make_emb_seq, make_gen, make_tokenizer
 ROOT = Path(__file__).parents[2]
 TRAINED = ("cosup-quickstart", "out")
 CONTEXT = 2048  # tokens
+STRENGTH = 10  # of what is set by hand in random weights
 
 
 @torch.no_grad()
-def retrieving(model: CoSupForCausalLM) -> CoSupForCausalLM:
+def answer_with_a_passage(model: CoSupForCausalLM) -> None:
     """
-    Make a random model with a Llama as Gen retrieve whenever it can.
+    Make a random model, whose Gen is a Llama with its own LM head, answer `[NSP]` passage `[Cs]` words `[CE]`, end.
 
-    Dimension 0 of every state is large, and only the row of `[NSP]` in the LM head reads it.
+    Each of these tokens sets one dimension of its state, all others dimension 0; the row of the next token in the LM
+    head reads it.
     """
-    model.gen.get_input_embeddings().weight[:, 0] = 3
-    model.gen.lm_head.weight[:, 0] = 0
-    model.gen.lm_head.weight[model.config.nsp_token_id, 0] = 10
-    return model
+    tokenizer, config = model.tokenizer, model.config
+    words = tokenizer(" Rembrandt painted", add_special_tokens=False)["input_ids"]
+    chain = [config.cs_token_id, *words, config.ce_token_id, tokenizer.eos_token_id]
+    embeddings = model.gen.get_input_embeddings().weight  # (V, H)
+    head = model.gen.lm_head.weight  # (V, H)
+    embeddings[:, : len(chain)] = 0
+    head[:, : len(chain)] = 0
+    embeddings[:, 0] = STRENGTH
+    head[config.nsp_token_id, 0] = STRENGTH
+    for dimension, (token, following) in enumerate(pairwise(chain), 1):
+        embeddings[token, 0] = 0
+        embeddings[token, dimension] = STRENGTH
+        head[following, dimension] = STRENGTH
 
 
 def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
@@ -76,7 +88,7 @@ def write_stand_ins(folder: Path) -> None:
         emb_seq = make_emb_seq() if name == "cosup-quickstart" else None
         gen = make_gen(**options)
         model = CoSupForCausalLM.from_gen_and_emb_seq(gen, emb_seq, tokenizer=tokenizer, tie_emb_seq=emb_seq is None)
-        model = retrieving(model)
+        answer_with_a_passage(model)
         model.save_pretrained(folder / name)
         model.build_index(PASSAGES, show_progress_bar=False).save_pretrained(folder / name / "index")
 

@@ -10,6 +10,7 @@ Judge a model on tasks: let it answer every question in every mode, score the an
 """
 
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Sequence
@@ -190,7 +191,7 @@ def environment(model: PreTrainedModel) -> dict:
 
 def command_line() -> str:
     """Return the command line of this process."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
+    return shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])
 
 
 # ---------------------------------------------------------------------- scores and notes of one task
