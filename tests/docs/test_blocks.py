@@ -16,7 +16,7 @@ from support.markdown_pages import ROOT, blocks_of, name_of, pages
 
 PAGES = pages("README.md", "docs/*.md")
 BLOCKS = [block for page in PAGES for block in blocks_of(page)]
-RUN_A_PAGE = "import sys; from support.page_runner import run_page; run_page(sys.argv[1])"
+RUN_A_PAGE = "from support.page_runner import run_page; run_page()"
 LANGUAGES = {"", "bash", "json", "mermaid", "python", "text", "yaml"}  # of a block; "" and text are output
 PROGRAMS = {"bash", "json", "python", "yaml"}
 
