@@ -1,22 +1,16 @@
 """docs/evaluation.md, docs/experiments.md and docs/results/ against the code and the files that they describe."""
 
 import re
-import shlex
 from dataclasses import fields
-
-from shared.cli import parse
 
 import pytest
 
-from support.markdown_pages import ROOT, blocks_of, links_of, name_of, pages
+from support.markdown_pages import ROOT, blocks_of, links_of
 from trainer.judging.correctness import DATASET_METRICS, cor_metric
 from trainer.judging.figures import MAIN, MODES, figure
 from trainer.judging.tasks import Task
 
 from experiments.definition import load_experiment
-from experiments.memory_definition import load_memory_experiment
-from shared.arguments import RunnerArguments
-from shared.memory_arguments import MemoryRunnerArguments
 
 EVALUATION = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
 EXPERIMENTS = ROOT / "docs" / "experiments.md"
@@ -72,39 +66,6 @@ def test_the_experiment_to_write_oneself_is_complete(tmp_path):
     path.write_text(block.code.replace("max_steps", "max_step"))
     with pytest.raises(ValueError, match="train.py has no option 'max_step'"):
         load_experiment(path)
-
-
-def commands_of(page):
-    """Return the arguments of each command of a page that runs an experiment."""
-    commands = []
-    for block in blocks_of(page):
-        if block.language == "bash":
-            text = re.sub(r"<<'P'.*?\nP\n", "\n", block.code, flags=re.DOTALL).replace("\\\n", " ")
-            for line in text.splitlines():
-                words = shlex.split(line, comments=True)
-                if any(word.endswith(("run_experiments.py", "run_memory_experiments.py")) for word in words):
-                    commands.append(words[words.index("python") + 1 :])
-    return commands
-
-
-NOT_FILES = ("my_experiment.yaml", "recipes/experiments/$e.yaml")  # that of the test above, and a loop over names
-PAGES = pages("docs/experiments.md", "docs/results/**/README.md")
-
-
-@pytest.mark.parametrize("page", [page for page in PAGES if commands_of(page)], ids=name_of)
-def test_what_an_experiment_is_run_with_is_valid(page):
-    """Every key of `--override` and every arm of `--only` is one that the file has today."""
-    for recipe, *options in commands_of(page):
-        path = options[options.index("--experiment") + 1]
-        if path in NOT_FILES:
-            continue
-        if recipe.endswith("run_memory_experiments.py"):
-            (args,) = parse([MemoryRunnerArguments], None, options)
-            arms = load_memory_experiment(ROOT / path).arms
-        else:
-            (args,) = parse([RunnerArguments], None, options)
-            arms = load_experiment(ROOT / path, args.override).arms
-        assert set(args.only or []) <= set(arms)
 
 
 # ---------------------------------------------------------------------- results
