@@ -41,7 +41,7 @@ def test_from_a_corpus_to_a_cited_answer(folder, monkeypatch):
     assert re.search(r"forbid_nsp.* \[\]\n", text)
     assert re.search(r"candidates.*\('p1[69]', ", text)
     assert re.search(r"passages.*\(None, None\)", text)
-    assert (folder / "cosup-notebook" / "index" / "config.json").exists()
+    assert (folder / "cosup-notebook" / "index" / "index_config.json").exists()
 
 
 def test_train_on_your_questions(folder, monkeypatch):
