@@ -291,8 +291,7 @@ def embedding_batch(
     passage_embeds: torch.Tensor,
     passage_labels: torch.Tensor,
     batch: GlobalBatch,
-    gather: str = "global",
-    symmetric: bool = False,
+    args: CoSupTrainingArguments,
 ) -> EmbeddingBatch:
     """
     Gather the passages of all ranks for the queries of this rank.
@@ -302,19 +301,34 @@ def embedding_batch(
         passage_embeds (`torch.FloatTensor` of shape `(M_r, h)`): of this rank.
         passage_labels (`torch.LongTensor` of shape `(N,)`): rows of this rank's `passage_embeds`.
         batch ([`GlobalBatch`]): which passages are the same.
-        gather (`str`, *optional*, defaults to `"global"`): see [`~trainer.distributed.gather_rows`].
-        symmetric (`bool`, *optional*, defaults to `False`): gather queries too, for `reverse_nsp_loss`.
+        args ([`CoSupTrainingArguments`]): `gather`, `nsp_gradient`, and `symmetric_nsp`, which gathers queries too.
     """
-    passage_embeds = gather_rows(passage_embeds, batch.passage_counts, gather)  # (M, h)
+    query_embeds, passage_embeds = _taught_by_nsp(query_embeds, passage_embeds, args.nsp_gradient)
+    passage_embeds = gather_rows(passage_embeds, batch.passage_counts, args.gather)  # (M, h)
     labels = passage_labels + batch.first_row  # (N,)
     same_passage = None
     if batch.repeated.any() or batch.further_positives.size:
         same_passage = _same_passage(labels, batch, query_embeds.device)
     reverse = None
-    if symmetric:
-        all_query_embeds = gather_rows(query_embeds, batch.query_counts, gather)  # (Q, h)
+    if args.symmetric_nsp:
+        all_query_embeds = gather_rows(query_embeds, batch.query_counts, args.gather)  # (Q, h)
         reverse = reverse_batch(all_query_embeds, batch, len(query_embeds))
     return EmbeddingBatch(query_embeds, passage_embeds, labels, same_passage, reverse)
+
+
+def _taught_by_nsp(
+    query_embeds: torch.Tensor, passage_embeds: torch.Tensor, nsp_gradient: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the embeddings with the gradients that `nsp_gradient` leaves them.
+
+    A constant keeps a graph, with gradient 0: DDP and FSDP expect a gradient of every weight.
+    """
+    if nsp_gradient == "gen":
+        passage_embeds = passage_embeds.detach() + 0 * passage_embeds
+    elif nsp_gradient == "emb_seq":
+        query_embeds = query_embeds.detach() + 0 * query_embeds
+    return query_embeds, passage_embeds
 
 
 def reverse_batch(query_embeds: torch.Tensor, batch: GlobalBatch, num_queries: int) -> ReverseBatch:
@@ -330,21 +344,6 @@ def reverse_batch(query_embeds: torch.Tensor, batch: GlobalBatch, num_queries: i
     same_query = torch.zeros(num_queries, len(query_embeds), dtype=torch.bool)
     same_query[tuple(torch.from_numpy(batch.queries_of_positives))] = True
     return ReverseBatch(query_embeds, labels, same_query.to(query_embeds.device))
-
-
-def taught_by_nsp(
-    query_embeds: torch.Tensor, passage_embeds: torch.Tensor, nsp_gradient: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """
-    Return the embeddings with the gradients that `nsp_gradient` leaves them.
-
-    A constant keeps a graph, with gradient 0: DDP and FSDP expect a gradient of every weight.
-    """
-    if nsp_gradient == "gen":
-        passage_embeds = passage_embeds.detach() + 0 * passage_embeds
-    elif nsp_gradient == "emb_seq":
-        query_embeds = query_embeds.detach() + 0 * query_embeds
-    return query_embeds, passage_embeds
 
 
 def distilled_batch(

@@ -42,7 +42,6 @@ from .losses import (
     finite_queries,
     forward_options,
     loss_weights,
-    taught_by_nsp,
     token_losses,
     total_loss,
 )
@@ -301,10 +300,7 @@ class TrainingStepMixin(DistillationStepMixin):
         """
         labels = inputs["passage_labels"]
         global_facts: GlobalBatch = inputs["global"]
-        query_embeds, passage_embeds = taught_by_nsp(query_embeds, passage_embeds, self.args.nsp_gradient)
-        batch = embedding_batch(
-            query_embeds, passage_embeds, labels, global_facts, self.args.gather, self.args.symmetric_nsp
-        )
+        batch = embedding_batch(query_embeds, passage_embeds, labels, global_facts, self.args)
         query_losses, scores = self.embedding_losses(batch)
         losses = {}
         num_compared_of = {}  # by loss: the queries of all ranks that have a negative

@@ -3,7 +3,8 @@
 import pytest
 
 from support.evaluation_world import FREE, QUESTIONS, UNKNOWN
-from trainer.judging.figures import FIGURES, figure, figures_needing, missing_if
+from trainer.judging.figures import FIGURES, figure, figures_needing
+from trainer.judging.missing_figures import missing_if
 from trainer.judging.retrieval import Ranking
 from trainer.judging.scoring import cor_names, measure, score, score_rankings
 

@@ -122,6 +122,18 @@ _TRAINING = (
         "[NSP] is the most likely token where the reference has one, as a share of these places",
     ),
     Figure(
+        "first_query_recall@k",
+        "R@k, first [NSP]",
+        "R@k of the queries at the first [NSP] of their instance",
+        binary=True,
+    ),
+    Figure(
+        "later_query_recall@k",
+        "R@k, later [NSP]",
+        "R@k of the queries after the first [NSP] of their instance, which have read its passages",
+        binary=True,
+    ),
+    Figure(
         "knn_kl",
         "KL to kNN",
         "KL(p_kNN ‖ p_mem) of an MLP memory, mean over the keys of its datastore",
@@ -164,20 +176,6 @@ RETRIEVAL_WHILE_GENERATING = (
     Figure("num_retrievals", "retrievals", "number of retrievals of a question", "count"),
 )
 _QUERY_EMBEDDING = (
-    Figure(
-        "first_query_recall@k",
-        "R@k, first [NSP]",
-        "R@k of the queries at the first [NSP] of their instance",
-        needs=_GOLD,
-        binary=True,
-    ),
-    Figure(
-        "later_query_recall@k",
-        "R@k, later [NSP]",
-        "R@k of the queries after the first [NSP] of their instance, which have read its passages",
-        needs=_GOLD,
-        binary=True,
-    ),
     Figure(
         "query_recall@k",
         "R@k",
