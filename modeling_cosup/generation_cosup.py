@@ -222,7 +222,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
             generation_config, retriever, memory, memory_config, **kwargs: as in [`generate`], e.g. `max_new_tokens`.
 
         Raises:
-            As [`generate`], but for what depends on the tokens of the prompt.
+            `ValueError`: as [`generate`], but for what depends on the tokens of the prompt.
         """
         call = self._retrieval_call(retriever, None, None, memory, memory_config) or RetrievalCall()
         call.only_settings = True

@@ -244,8 +244,8 @@ class TrainingStepMixin(DistillationStepMixin):
             outputs (`list[CoSupOutput]`, *optional*): of micro-batches, for the token losses.
             num_items_in_batch (`int`, *optional*, defaults to 1): trained tokens of all ranks, by which token losses
                 are divided.
-            query_embeds (`torch.FloatTensor` of shape `(N, h)`, *optional*), passage_embeds (`torch.FloatTensor` of
-                shape `(M_r, h)`, *optional*): of all micro-batches, for the embedding losses.
+            query_embeds, passage_embeds (`torch.FloatTensor` of shapes `(N, h)` and `(M_r, h)`, *optional*): of all
+                micro-batches, for the embedding losses.
             first (`int`, *optional*, defaults to 0): number of the first micro-batch of `outputs`.
 
         Returns:
