@@ -1,4 +1,4 @@
-"""The messages that docs/troubleshooting.md quotes are those of the code, and its advice leads to sections there are."""
+"""The messages that docs/troubleshooting.md quotes are those of the code."""
 
 import ast
 import re
@@ -39,7 +39,8 @@ def strings_in(source: str) -> set[str]:
 
 @cache
 def strings_of_the_code() -> set[str]:
-    files = [path for package in ("modeling_cosup", "trainer", "recipes") for path in (ROOT / package).rglob("*.py")]
+    files = [*ROOT.glob("modeling_cosup/*.py"), *ROOT.glob("trainer/**/*.py"), *ROOT.glob("recipes/*.py")]
+    files += [*ROOT.glob("recipes/shared/*.py"), *ROOT.glob("recipes/serving/*.py")]
     return set().union(*[strings_in(path.read_text(encoding="utf-8")) for path in files])
 
 

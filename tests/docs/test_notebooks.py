@@ -71,6 +71,18 @@ def test_kept_outputs_are_those_of_one_whole_run(name):
     assert [cell.outputs for cell in cells] == outputs  # neither errors nor warnings
 
 
+@pytest.mark.parametrize("name", [ANSWER, TRAIN])
+def test_links_lead_somewhere(name):
+    cells = [cell.source for cell in notebooks.read(notebooks.FOLDER / f"{name}.ipynb").cells]
+    targets = [target for source in cells for target in re.findall(r"\]\(([^)\s]+)\)", source)]
+    assert len(targets) >= 4
+    for target in targets:
+        if target.startswith("#"):  # Jupyter's anchors
+            assert any(f"# {target[1:].replace('-', ' ')}" in source for source in cells)
+        else:
+            assert (notebooks.FOLDER / target).exists()
+
+
 def test_kept_outputs_show_what_the_text_says():
     text = notebooks.printed(notebooks.read(notebooks.FOLDER / f"{ANSWER}.ipynb"))
     assert "A  Toka Rivune works as a baker. [1]\n[1] Toka Rivune: Toka Rivune works as a baker." in text
