@@ -55,7 +55,22 @@ class Admission:
         return admitted
 
     def _columns(self, row: Row) -> int:
-        """Return the columns of the cache that a row may need, one after its last token included."""
-        settings = self.settings
-        needed = row.settings.columns_needed(len(row.prompt), self.config.max_passage_length, settings.context_length)
-        return rounded(needed + 1)
+        """
+        Return the columns of the cache that a row may need, one after its last token included.
+
+        Without `max_retrievals` that is room for one more retrieval: see `room_cosup` for rows that retrieve again.
+        """
+        length = len(row.prompt)
+        if row.settings.retrieves and row.settings.retrieval.max_retrievals is None:
+            length = max(length, self._filled(row))
+        limit = self.settings.context_length
+        return rounded(row.settings.columns_needed(length, self.config.max_passage_length, limit) + 1)
+
+    def _filled(self, row: Row) -> int:
+        """Return the columns of a row that runs or was set aside, without those of the tokens that it decided."""
+        if row.set_aside is not None:
+            return len(row.set_aside.tokens) + 1 - row.set_aside.num_generated
+        slot = row.slot
+        if slot < 0 or slot >= len(self.slots) or self.slots.rows[slot] is not row:
+            return 0
+        return int(self.slots.columns[slot]) + 1 - int(self.slots.generated[slot])

@@ -7,7 +7,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import EosTokenCriteria, MaxLengthCriteria
 
-from .cache_cosup import context_length
+from .cache_cosup import context_length, rounded
 from .configuration_cosup import CoSupConfig
 from .memory_cosup import Memory, MemoryConfig
 from .queue_cosup import Queue
@@ -97,15 +97,18 @@ def call_settings(
     longest = max(map(len, prompts), default=1)
     limit = context_length(config.get_text_config())
     columns_needed = row_settings.columns_needed(longest, config.max_passage_length, limit)
-    num_columns = longest + min(generation_config.max_length - prompt_length, 256)
-    if call.static or call.max_batch_tokens is not None:
-        num_columns = columns_needed  # growth would change a captured step's shapes, or double past the limit
+    num_columns = min(columns_needed, longest + min(generation_config.max_length - prompt_length, 256))
+    if call.static:
+        num_columns = columns_needed  # growth would change a captured step's shapes
+    most_columns = columns_needed
+    if row_settings.retrieves and call.retrieval.max_retrievals is None:
+        most_columns = limit  # a static cache keeps its rows, however often they retrieve
     pad = generation_config._pad_token_tensor
     settings = DecodingSettings(
         generation_config=generation_config,
         retrieves=call.retrieves,
         memory_config=call.memory_config,
-        num_slots=_num_slots(call, len(prompts), columns_needed),
+        num_slots=_num_slots(call, len(prompts), rounded(most_columns + 1)),
         num_columns=num_columns,
         device=device,
         context_length=limit,
@@ -116,19 +119,21 @@ def call_settings(
         special=token_ids(special, device),
         static=call.static,
         refill=call.queue is not None,
+        max_batch_tokens=None if call.static else call.max_batch_tokens,
     )
     return settings, row_settings
 
 
-def _num_slots(call: RetrievalCall, num_prompts: int, columns_needed: int) -> int:
-    """Return the most rows at a time; at least one, for a rank without prompts."""
+def _num_slots(call: RetrievalCall, num_prompts: int, most_columns: int) -> int:
+    """Return the most rows at a time, of up to `most_columns`; at least one, for a rank without prompts."""
     if call.queue is None:
         return max(num_prompts, 1)
     limit = call.queue.batch_size
+    if not call.static:
+        return max(min(limit, num_prompts), 1)
+    # a captured step keeps its shapes from call to call, so rows are not admitted by their lengths
     if call.max_batch_tokens is not None:
-        limit = min(limit, call.max_batch_tokens // columns_needed)
-    if not call.static:  # a captured step keeps its shapes from call to call
-        limit = min(limit, num_prompts)
+        limit = min(limit, call.max_batch_tokens // most_columns)
     return max(limit, 1)
 
 

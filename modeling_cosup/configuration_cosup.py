@@ -1,6 +1,7 @@
 """Configuration of a CoSup model: its sub-models, and how passages and queries are embedded and compared."""
 
 import os
+from shlex import quote
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
@@ -117,7 +118,8 @@ class CoSupConfig(PreTrainedConfig):
         if model_type != cls.model_type:
             raise ValueError(
                 f"{name} is a plain {model_type} model, not a CoSup checkpoint: build one from it with"
-                f" CoSupForCausalLM.from_gen_and_emb_seq({str(name)!r}), or with recipes/train.py --gen {name}."
+                f" CoSupForCausalLM.from_gen_and_emb_seq({str(name)!r}), or with recipes/train.py --gen"
+                f" {quote(str(name))}."
             )
         is_tied = config.get("tie_emb_seq", False)
         if unused_kwargs.get("tie_emb_seq") is None:

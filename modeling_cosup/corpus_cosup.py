@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .lines_cosup import lines_with_places
+from .lines_cosup import BadRow, lines_with_places
 from .metadata_cosup import read_metadata
 from .names_cosup import refuse_misspelt
 
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from pyarrow import RecordBatch
 
 
-def read_files(paths: Iterable[str | Path], columns: Sequence[str] = COLUMNS) -> Iterator[tuple[str, dict]]:
+def read_files(
+    paths: Iterable[str | Path], columns: Sequence[str] = COLUMNS, on_bad_row: BadRow | None = None
+) -> Iterator[tuple[str, dict]]:
     """
     Read the rows of files, one after another, unchecked: Parquet if a name ends in `.parquet`, otherwise JSON Lines.
 
@@ -28,6 +30,8 @@ def read_files(paths: Iterable[str | Path], columns: Sequence[str] = COLUMNS) ->
         paths (iterable of `str` or `Path`): the files.
         columns (sequence of `str`, *optional*): what is read of a Parquet file, besides `OPTIONAL_COLUMNS`; a name
             that nearly is one of these is an error.
+        on_bad_row (`Callable`, *optional*): gets the place and the error of a row that cannot be read, and the next
+            row follows; by default the error is raised.
 
     Yields:
         `(str, dict)`: the place, for error messages, and the row.
@@ -37,16 +41,18 @@ def read_files(paths: Iterable[str | Path], columns: Sequence[str] = COLUMNS) ->
     """
     for path in paths:
         if Path(path).suffix == ".parquet":
-            yield from read_parquet(path, columns)
+            yield from read_parquet(path, columns, on_bad_row)
         else:
-            yield from lines_with_places(path)
+            yield from lines_with_places(path, on_bad_row)
 
 
-def read_parquet(path: str | Path, columns: Sequence[str] = COLUMNS) -> Iterator[tuple[str, dict]]:
+def read_parquet(
+    path: str | Path, columns: Sequence[str] = COLUMNS, on_bad_row: BadRow | None = None
+) -> Iterator[tuple[str, dict]]:
     """
     Read `(where, row)` pairs of a Parquet file: `columns`, and the `OPTIONAL_COLUMNS` that it has.
 
-    `metadata` is a column of structs, maps or JSON text.
+    `metadata` is a column of structs, maps or JSON text. `on_bad_row` as in [`read_files`].
     """
     if parquet is None:
         raise ImportError("A Parquet file needs pyarrow: pip install pyarrow.")
@@ -60,15 +66,37 @@ def read_parquet(path: str | Path, columns: Sequence[str] = COLUMNS) -> Iterator
         raise ValueError(f"{path} is damaged: {error}") from None
     refuse_misspelt(dict.fromkeys(file.schema_arrow.names, True), tuple(columns), str(path))
     present = [name for name in dict.fromkeys((*columns, *OPTIONAL_COLUMNS)) if name in file.schema_arrow.names]
-    row = 0
+    row = -1
     with file:
         for batch in _read_batches(file, present, path):
-            for value in batch.to_pylist():
-                where = f"{path}, row {row}"
-                if "metadata" in value:
-                    value["metadata"] = _metadata(value["metadata"], where)
-                yield where, value
+            for value in _rows(batch):
                 row += 1
+                where = f"{path}, row {row}"
+                try:
+                    if isinstance(value, Exception):
+                        raise ValueError(f"{where}: a value cannot be read: {value}") from value
+                    if "metadata" in value:
+                        value["metadata"] = _metadata(value["metadata"], where)
+                except ValueError as error:
+                    if on_bad_row is None:
+                        raise
+                    on_bad_row(where, error)
+                    continue
+                yield where, value
+
+
+def _rows(batch: "RecordBatch") -> list[dict | Exception]:
+    """Return the rows of a batch; the error of a row that Python cannot hold, such as a text that is not UTF-8."""
+    try:
+        return batch.to_pylist()
+    except (ValueError, OverflowError):  # of one of the rows
+        rows: list[dict | Exception] = []
+    for number in range(batch.num_rows):
+        try:
+            rows += batch.slice(number, 1).to_pylist()
+        except (ValueError, OverflowError) as error:
+            rows.append(error)
+    return rows
 
 
 def _metadata(value: object, where: str) -> object:

@@ -7,7 +7,7 @@ and of all other state. A row takes a free slot and leaves it when it ends; then
 unless the cache is static. Rows may be submitted and cancelled between passes. Each pass of the loop (`Decoder.step`)
 decides one token for every row:
 
-1. Admit. Waiting rows take free slots, in the order in which they came (`Admission`).
+1. Admit. Waiting rows take free slots in their order (`Admission`). Rows without room wait again (`room_cosup`).
 2. Decode step. Every row whose last token was not forwarded yet forwards it: one token per row
    (`Forwards.decode_step`). Most of the time goes here; with a static cache the step keeps its shapes and can be
    compiled.
@@ -47,6 +47,7 @@ from .lookup_cosup import Lookup, ScoredPassages
 from .memory_cosup import Memory, TokenNeighbors
 from .packing_cosup import pad_rows
 from .retriever_cosup import Retriever
+from .room_cosup import has_room, put_back, set_latest_aside
 from .scores_cosup import RowScores
 from .settings_cosup import DecodingSettings
 from .slots_cosup import Slots
@@ -99,6 +100,7 @@ class Decoder:
         self.full: list[Row] = []  # a passage took the last of their context: they end
         self.failed: list[Row] = []  # their search failed: they end
         self.listening: list[Row] = []  # they have a listener
+        self.num_submitted = 0
         self.ended: list[Row] = []  # in this pass
         self.finished: list[Row] = []  # of `run`
 
@@ -129,6 +131,8 @@ class Decoder:
 
     def submit(self, row: Row) -> None:
         """Let a row wait for a slot."""
+        row.arrival = self.num_submitted
+        self.num_submitted += 1
         self.admission.waiting.append(row)
 
     def cancel(self, row: Row) -> None:
@@ -164,6 +168,8 @@ class Decoder:
             [`RetrievalError`]: when the search fails, unless `settings.serves`.
         """
         self.ended = []
+        while not has_room(self.config, self.settings, self.slots, self.retrieving, self.recomputing):
+            set_latest_aside(self)
         new = self._admit()
         chunks = {row: row.prompt for row in new}
         for row in self.recomputing:
@@ -219,17 +225,22 @@ class Decoder:
         return needs_forward
 
     def _admit(self) -> list[Row]:
-        """Give free slots to waiting rows, and return these rows."""
-        new = self.admission.admit()
-        if new:
+        """Give free slots to waiting rows, and return these rows, without those that were set aside and now go on."""
+        admitted = self.admission.admit()
+        new = [row for row in admitted if row.set_aside is None]
+        if admitted:
+            lengths = [len(row.set_aside.tokens) for row in admitted if row.set_aside is not None]
             filled = int(self.slots.columns[: len(self.slots)].max())  # of rows that run
-            self.cache.grow(len(self.slots), filled)
-        for row in new:
-            self.slots.ban(row.slot, not row.may_decide_nsp)
-            self.slots.ground(row.slot, row.begins_grounded(self.config.cs_token_id, self.stops))
+            self.cache.grow(len(self.slots), max([filled, *lengths]))
+        for row in admitted:
             self.cache.positions[row.slot] = EMPTY  # hides the keys of the row that was here before
             if row.listener is not None:
                 self.listening.append(row)
+            if row.set_aside is not None:
+                put_back(row, self)
+        for row in new:
+            self.slots.ban(row.slot, not row.may_decide_nsp)
+            self.slots.ground(row.slot, row.begins_grounded(self.config.cs_token_id, self.stops))
         return new
 
     # ------------------------------------------------------------------ decisions
@@ -419,9 +430,13 @@ class Decoder:
         self.failed = []
 
     def _free_slot(self, row: Row) -> None:
+        row.logits_before_nsp = None
+        self.vacate(row)
+
+    def vacate(self, row: Row) -> None:
+        """Free the slot of a row."""
         if row.listener is not None:
             self.listening.remove(row)
-        row.logits_before_nsp = None
         freed = row.slot
         source = self.slots.vacate(row)
         if source is not None:

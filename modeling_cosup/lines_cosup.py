@@ -11,14 +11,21 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from io import BufferedIOBase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from .files_cosup import byte_lines, parse_json
 
+BadRow: TypeAlias = Callable[[str, ValueError], object]  # gets the place of a row, and why it cannot be read
 
-def lines_with_places(path: str | Path) -> Iterator[tuple[str, dict]]:
+
+def lines_with_places(path: str | Path, on_bad_row: BadRow | None = None) -> Iterator[tuple[str, dict]]:
     """
     Yield the objects of a JSON Lines file, `.gz` or plain, one at a time.
+
+    Args:
+        path (`str` or `Path`): the file.
+        on_bad_row (`Callable`, *optional*): gets the place and the error of a line that cannot be read, and the next
+            line follows; by default the error is raised.
 
     Yields:
         `(str, dict)`: `"file, line n"` and the object. Blank lines are skipped.
@@ -31,9 +38,15 @@ def lines_with_places(path: str | Path) -> Iterator[tuple[str, dict]]:
         if not line.strip():
             continue
         place = f"{path}, line {number}"
-        value = parse_json(line, place)  # a byte order mark begins the file, or each of several that were joined
-        if not isinstance(value, dict):
-            raise ValueError(f"{place}: found {type(value).__name__}, expected a JSON object.")
+        try:
+            value = parse_json(line, place)  # a byte order mark begins the file, or each of several that were joined
+            if not isinstance(value, dict):
+                raise ValueError(f"{place}: found {type(value).__name__}, expected a JSON object.")
+        except ValueError as error:
+            if on_bad_row is None:
+                raise
+            on_bad_row(place, error)
+            continue
         yield place, value
 
 

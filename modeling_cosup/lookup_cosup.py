@@ -76,10 +76,11 @@ class Lookup:
         Raises:
             `ValueError`: for an id without a retriever, and for what is neither an id nor a passage with a text.
         """
-        for passage in passages:
+        for number, passage in enumerate(passages):
             if isinstance(passage, Mapping):
-                check_title_and_text(passage, "RetrievalConfig.passages")
-                check_metadata(passage.get("metadata"), "RetrievalConfig.passages")
+                where = f"RetrievalConfig.passages, passage {number} of a prompt"
+                check_title_and_text(passage, where)
+                check_metadata(passage.get("metadata"), where)
             elif not isinstance(passage, str):
                 raise ValueError(f"RetrievalConfig.passages holds {passage!r}, expected a passage or its id.")
         ids = [passage for passage in passages if isinstance(passage, str)]
@@ -113,15 +114,24 @@ class Lookup:
             rows (`list[Row]`): the rows that retrieve.
             query_embeds_of (`Callable`): returns the query embeddings `(R, h)` of some of them.
             isolates_failures (`bool`): if the search fails, search for each row alone. A row for which that fails too
-                gets the `error`, and is left out of the result. Otherwise all errors are raised.
+                gets the `error`, and is left out of the result. After a `ConnectionError` no row searches again: each
+                would wait as long for a server that is gone. Otherwise all errors are raised.
         """
+        is_gone = None
         try:
             return self._find(rows, query_embeds_of)
+        except ConnectionError as error:
+            is_gone = error
+            if not isolates_failures:
+                raise
         except Exception:
             if not isolates_failures:
                 raise
         found = {}
         for row in rows:
+            if is_gone is not None and row.given_passages is None:
+                row.error = is_gone
+                continue
             try:
                 found.update(self._find([row], query_embeds_of))
             except Exception as error:

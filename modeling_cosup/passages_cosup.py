@@ -1,9 +1,10 @@
 """Passages of a corpus: read and checked one at a time. Their ids must be unique."""
 
 import hashlib
+import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,12 @@ def read_corpus(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, objec
         yield f"Corpus row {row}", value
 
 
-def _read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, object]]:
+def _read_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, object]]:
+    for path in paths:
+        if not os.path.isfile(path):  # a text that is too long for a name of a file, too
+            raise FileNotFoundError(
+                f"{_SHORT.repr(str(path))[1:-1]} is not a file. A passage is an object with id, title and text."
+            )
     try:
         from modeling_cosup.corpus_cosup import read_files
     except ImportError:
@@ -75,6 +81,11 @@ def shown(value: object) -> str:
     return _SHORT.repr(value)
 
 
+def blank(text: str) -> str:
+    """Return in words what a text without any visible character is."""
+    return "only white space" if text else "empty"
+
+
 def check_text(value: object, field: str, where: str, may_be_empty: bool = False) -> str:
     """
     Return `value` if it is a string that can be encoded and, unless `may_be_empty`, holds more than white space.
@@ -82,9 +93,11 @@ def check_text(value: object, field: str, where: str, may_be_empty: bool = False
     Raises:
         `ValueError`: otherwise.
     """
-    expected = "a string" if may_be_empty else "a string that is not empty"
-    if not isinstance(value, str) or not (may_be_empty or value.strip()):
+    if not isinstance(value, str):
+        expected = "a string" if may_be_empty else "a string that is not empty"
         raise ValueError(f"{where}: {field} is {shown(value)}, expected {expected}.")
+    if not may_be_empty and not value.strip():
+        raise ValueError(f"{where}: {field} is {blank(value)}, expected a text.")
     try:
         value.encode()
     except UnicodeEncodeError as error:  # half a surrogate pair: valid JSON, no text
@@ -98,10 +111,12 @@ def check_id(value: object, where: str, field: str = "id") -> str:
 
     CoSup never uses ids as paths, but other programs might: an id that would lead out of a folder is refused.
     """
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str):
         if isinstance(value, Integral) and not isinstance(value, bool):
             return str(value)
         raise ValueError(f"{where}: {field} is {shown(value)}, expected a string that is not empty, or an integer.")
+    if not value.strip():
+        raise ValueError(f"{where}: {field} is {blank(value)}, expected a text or an integer.")
     check_text(value, field, where)
     if _FORBIDDEN_IN_ID.search(value):
         raise ValueError(f"{where}: {field} is {value!r}, expected no NUL and no '..' between slashes.")

@@ -2,7 +2,7 @@
 
 import contextlib
 import queue
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,12 +42,12 @@ class GrowingText:
     them count, so that the work for a token does not grow with the text.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Gen's.
+        decode (`Callable`): returns the text of token ids, without special tokens.
         context (`Sequence[int]`): the last ids of a text that this one continues.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, context: Sequence[int] = ()) -> None:
-        self._decode = text_decoder(tokenizer)
+    def __init__(self, decode: Callable[[list[int]], str], context: Sequence[int] = ()) -> None:
+        self._decode = decode
         self._pending: list[int] = []  # ids whose text was not returned yet
         self._context = list(context)  # the last ids whose text was returned
 
@@ -109,7 +109,7 @@ class RetrievalStreamer(BaseStreamer):
         self._prompt_is_next = True
         self._ended = False  # for the thread that generates
         self._exhausted = False  # for the thread that reads
-        self._text = GrowingText(tokenizer)
+        self._text = GrowingText(text_decoder(tokenizer))
 
     # ------------------------------------------------------------------ the thread that generates
 

@@ -90,6 +90,35 @@ class Listener(Protocol):
         ...
 
 
+@dataclass(frozen=True, eq=False)
+class SetAside:
+    """
+    The state of a row that was taken out of the decoding loop, and goes on later as if nothing had happened.
+
+    Args:
+        keys, values (`list[torch.Tensor]` of shape `(heads, columns, head_dim)`): one entry per layer, on the CPU.
+        devices (`list[torch.device]`): of the layers.
+        tokens, positions (`torch.LongTensor` of shape `(columns,)`): token id and position in each column.
+        next_position (`int`): position of the next token to forward.
+        last_token (`int`): the last decision, which is not forwarded yet.
+        num_generated (`int`): decided tokens.
+        banned, grounded (`bool`): the next decision may not be `[NSP]`; the next token is grounded text.
+        tasks (`list[str]`): the lists of the loop in which the row was.
+    """
+
+    keys: list[torch.Tensor]
+    values: list[torch.Tensor]
+    devices: list[torch.device]
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    next_position: int
+    last_token: int
+    num_generated: int
+    banned: bool
+    grounded: bool
+    tasks: list[str]
+
+
 @dataclass(eq=False)  # rows are compared by identity
 class Row:
     """
@@ -104,6 +133,8 @@ class Row:
         candidates (`numpy.ndarray` of int64, *optional*): rows of the index that may be retrieved.
         given_passages (`list[dict]`, *optional*): passages for the next `[NSP]`s, in order, in place of a search.
         slot (`int`): of the batch and the cache.
+        arrival (`int`): how many rows were submitted before.
+        set_aside ([`SetAside`], *optional*): while the row waits to go on.
         retrievals (`list[Retrieval]`): the trace so far; positions count from the row's first token.
         retrieved (`set[int]`): rows of the index that were retrieved.
         forgotten (`list[tuple[int, list[int]]]`): passages that left the cache: the index of their first token in the
@@ -131,6 +162,8 @@ class Row:
     candidates: NDArray[np.int64] | None = None
     given_passages: list[dict[str, Any]] | None = None
     slot: int = -1
+    arrival: int = 0
+    set_aside: SetAside | None = None
     retrievals: list[Retrieval] = field(default_factory=list)
     retrieved: set[int] = field(default_factory=set)
     forgotten: list[tuple[int, list[int]]] = field(default_factory=list)

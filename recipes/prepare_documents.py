@@ -17,11 +17,12 @@ canonical link). Its id depends on source, row, start and end alone. A text that
 occurs first.
 
 Documents that have not changed are not converted again: their passages are kept in `<output_file>.cache`, which may be
-deleted. An interrupted run resumes there. What could not be read is printed, and stands in the report next to the
-corpus, `corpus.report.json`; with `--on_error fail` it also ends the program with status 1, and no corpus is written.
+deleted. An interrupted run resumes there. What could not be read, documents and single rows, is printed, and stands in
+the report next to the corpus, `corpus.report.json`; with `--on_error fail` it also ends the program with status 1, and
+no corpus is written.
 """
 
-import json
+import shlex
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +65,7 @@ class DocumentArguments:
     text_column: str = field(default="text", metadata={"help": "field of rows that holds the text"})
     on_error: Literal["skip", "fail"] = field(
         default="skip",
-        metadata={"help": "what unreadable documents cause: a warning, or an error before a corpus is written"},
+        metadata={"help": "what unreadable documents and rows cause: a warning, or an error and no corpus"},
     )
     num_workers: int = field(default=1, metadata={"help": "processes that convert and split"})
 
@@ -83,7 +84,9 @@ def prepare(args: DocumentArguments) -> dict[str, Any]:
 
     Returns:
         `dict`: the report: `documents`, `unchanged`, `passages`, `tokens` (`mean`, `longest`), `duplicates`,
-            `unreadable` and `notes` (`source`, `reason`), `ignored` (files by the end of their names), and `settings`.
+            `unreadable` (documents, and rows of other documents) and `notes` (`source`, `reason`),
+            `unreadable_documents` and `unreadable_rows` (how many), `ignored` (files by the end of their names), and
+            `settings`.
 
     Raises:
         `ValueError`, `OSError`: for wrong options, if no passage is left, or with `on_error="fail"` for unreadable
@@ -106,6 +109,7 @@ def prepare(args: DocumentArguments) -> dict[str, Any]:
         filler.fill(documents)
         unreadable = filler.unreadable
         readable = [document for document in documents if document.source not in unreadable]
+        bad_rows = [bad_row for document in readable for bad_row in cache.bad_rows(document.source)]
         report: dict[str, Any] = {
             "documents": len(readable),
             "unchanged": filler.num_unchanged,
@@ -113,17 +117,26 @@ def prepare(args: DocumentArguments) -> dict[str, Any]:
             "tokens": {"mean": 0.0, "longest": 0},
             "duplicates": 0,
             "unreadable": [{"source": source, "reason": reason} for source, reason in unreadable.items()],
+            "unreadable_documents": len(unreadable),
+            "unreadable_rows": sum(bad_row.number for bad_row in bad_rows),
             "notes": notes_of(cache, readable),
             "ignored": dict(sorted(ignored.items())),
             "settings": settings,
         }
-        may_write = readable and not (unreadable and args.on_error == "fail")
+        for bad_row in bad_rows:
+            report["unreadable"].append({"source": f"{bad_row.source}, {bad_row.place}", "reason": bad_row.reason})
+        may_write = readable and not (report["unreadable"] and args.on_error == "fail")
         if may_write:
             report |= write_corpus(cache, readable, output)
             cache.forget_others(document.source for document in documents)
     write_json(report_file, report)
     if not may_write:
-        what = f"{len(unreadable):,} of {len(documents):,} documents cannot be read; no corpus was written"
+        counts = []
+        if unreadable:
+            counts.append(f"{len(unreadable):,} of {len(documents):,} documents")
+        if bad_rows:
+            counts.append(f"{report['unreadable_rows']:,} rows")
+        what = f"{' and '.join(counts)} cannot be read; no corpus was written"
         raise ValueError(f"{what}. All are listed in {report_file}.\n{listed(report['unreadable'])}")
     return report
 
@@ -160,8 +173,9 @@ def write_corpus(cache: DocumentCache, documents: list[DocumentFile], output: Pa
                         num_duplicates += 1
                         continue
                     if not cache.is_new(id):
-                        row = json.loads(line)["metadata"].get("row")
-                        raise ValueError(f"{document.source}: two rows have the id {row!r}; ids must be unique.")
+                        raise ValueError(
+                            f"{document.source}: two passages have the id {id.hex()}; ids must be unique."
+                        )
                     file.write(line + b"\n")
                     num_passages += 1
                     num_tokens += length
@@ -189,7 +203,8 @@ def summary(report: dict[str, Any], args: DocumentArguments) -> str:
         ("passages", f"{report['passages']:,}"),
         ("tokens of a passage", f"{report['tokens']['mean']} on average, {report['tokens']['longest']:,} at most"),
         ("duplicate texts left out", f"{report['duplicates']:,}"),
-        ("unreadable documents", f"{len(report['unreadable']):,}"),
+        ("unreadable documents", f"{report['unreadable_documents']:,}"),
+        ("unreadable rows of others", f"{report['unreadable_rows']:,}"),
         ("other files ignored", ignored or "0"),
     ]
     parts = [table(rows)]
@@ -198,10 +213,8 @@ def summary(report: dict[str, Any], args: DocumentArguments) -> str:
     if report["unreadable"]:
         parts.append(f"NOT IN THE CORPUS, as they cannot be read:\n{listed(report['unreadable'])}")
     parts.append(f"All of this is in {report_path(Path(args.output_file))}. The next command:")
-    parts.append(
-        f"  python recipes/build_index.py --model {args.model} --corpus_file {args.output_file} --output_dir"
-        f" {args.model}/index"
-    )
+    files = ["--corpus_file", args.output_file, "--output_dir", f"{args.model}/index"]
+    parts.append(f"  {shlex.join(['python', 'recipes/build_index.py', '--model', args.model, *files])}")
     return "\n".join(parts)
 
 

@@ -16,9 +16,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pkgutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from shared.cli import clear_errors, parse
 
@@ -28,6 +29,7 @@ from shared.memory_options import MemoryOptions, open_memory
 
 if TYPE_CHECKING:  # options and a port in use do not wait for torch
     from serving.engine import Engine
+    from serving.served_model import ServedModel
 
 
 def main() -> None:
@@ -40,8 +42,7 @@ def main() -> None:
 def serve(args: ServeArguments, memory_options: MemoryOptions) -> None:
     """Open everything, what is quick to check first, and serve it."""
     check_index_options(args.index, args.index_uri)
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
-    logging.getLogger("cosup").setLevel(logging.INFO)
+    set_up_logging()
     from serving.running import EngineServer, open_socket
 
     bound = open_socket(args.host, args.port)
@@ -70,6 +71,12 @@ def serve(args: ServeArguments, memory_options: MemoryOptions) -> None:
     asyncio.run(server.serve_engine(bound))
 
 
+def set_up_logging() -> None:
+    """Write the server's own log, and warnings of others, to stderr."""
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
+    logging.getLogger("cosup").setLevel(logging.INFO)
+
+
 def model_name(model: str) -> str:
     """Return the name of a model on the Hub, or of its folder."""
     if Path(model).is_dir():
@@ -79,44 +86,63 @@ def model_name(model: str) -> str:
 
 def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
     """Open the engine that `--engine` names."""
+    if args.engine != "embedded" and memory_options.memory is not None:
+        raise ValueError(f"--memory: {args.engine} mixes no token memory in; use --engine embedded.")
+    if args.has_own_engine:
+        return open_own_engine(args)
     if args.engine == "vllm":
-        if memory_options.memory is not None:
-            raise ValueError("--memory: vLLM mixes no token memory in; use --engine embedded.")
-        return open_vllm_engine(args)
+        from serving.vllm_engine import VllmEngine, model_without_weights
+
+        model = model_without_weights(args.model)
+        index = open_index(model, args.index, args.index_uri, **index_options(args))
+        urls = {"gen_url": args.gen_url, "query_url": args.query_url, "encoder_url": args.encoder_url}
+        bounds = {"max_running": args.max_running, "max_waiting": args.max_waiting}
+        return VllmEngine(model, index, **urls, api_key=os.environ.get("VLLM_API_KEY"), **bounds)
+    from serving.decoding_process import DecodingProcess
+    from serving.decoding_thread import DecodingThread
+    from serving.embedded_engine import EmbeddedEngine
+
+    if args.decode_in == "thread":
+        return EmbeddedEngine(DecodingThread(load_served_model(args, memory_options)), args.max_waiting)
+    return EmbeddedEngine(DecodingProcess(load_served_model, args, memory_options), args.max_waiting)
+
+
+def load_served_model(args: ServeArguments, memory_options: MemoryOptions) -> ServedModel:
+    """Load model, index and memory; the decoding process calls this."""
     import torch
 
     from modeling_cosup import CoSupConfig, CoSupForCausalLM
 
-    from serving.embedded_engine import EmbeddedEngine
+    from serving.served_model import ServedModel
 
+    set_up_logging()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load_emb_seq = args.load_emb_seq or CoSupConfig.from_pretrained(args.model).query_from != "gen"
     model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq).to(device)
-    return EmbeddedEngine(
+    return ServedModel(
         model,
-        index=open_index(model, args.index, args.index_uri),
+        index=open_index(model, args.index, args.index_uri, **index_options(args)),
         **open_memory(model, memory_options),
         max_running=args.max_running,
-        max_waiting=args.max_waiting,
         max_batch_tokens=args.max_batch_tokens,
     )
 
 
-def open_vllm_engine(args: ServeArguments) -> Engine:
-    """Open the engine of vLLM's servers."""
-    from serving.vllm_engine import VllmEngine, model_without_weights
+def index_options(args: ServeArguments) -> dict[str, Any]:
+    """Return how a collection in Milvus is asked: running answers wait for a search, which must fail soon."""
+    if args.index_uri is None:
+        return {}
+    return {"timeout": args.index_timeout, "max_retries": 1}
 
-    model = model_without_weights(args.model)
-    return VllmEngine(
-        model,
-        index=open_index(model, args.index, args.index_uri),
-        gen_url=args.gen_url,
-        query_url=args.query_url,
-        encoder_url=args.encoder_url,
-        api_key=os.environ.get("VLLM_API_KEY"),
-        max_running=args.max_running,
-        max_waiting=args.max_waiting,
-    )
+
+def open_own_engine(args: ServeArguments) -> Engine:
+    """Open an engine by calling `module:function`; the module is installed, or a file in the working directory."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        open_engine = pkgutil.resolve_name(args.engine)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--engine {args.engine}: {error}.") from error
+    return open_engine(args)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,14 @@ from modeling_cosup import Retriever
 GB = 1e9
 
 
+def resident_bytes(name: str, process: str = "self") -> int:
+    """Return the value of one line of `/proc/<process>/status`, e.g. `VmRSS`, in bytes."""
+    for line in Path(f"/proc/{process}/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise ValueError(f"/proc/{process}/status has no {name}.")
+
+
 class Meter:
     """
     A meter of the seconds and the peak memory of a call.
@@ -40,22 +48,14 @@ class Meter:
         else:
             ctypes.CDLL(None).malloc_trim(0)  # returns the memory that earlier arms freed to the system
             Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak
-            bytes_before = self._resident("VmRSS")
+            bytes_before = resident_bytes("VmRSS")
         start = time.perf_counter()
         result = call()
         if self.cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if self.cuda else self._resident("VmHWM")
+        peak = torch.cuda.max_memory_allocated() if self.cuda else resident_bytes("VmHWM")
         return result, seconds, peak - bytes_before
-
-    @staticmethod
-    def _resident(name: str) -> int:
-        """Return the value of one line of /proc/self/status, in bytes."""
-        for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
-            if line.startswith(name):
-                return int(line.split()[1]) * 1024
-        raise ValueError(f"/proc/self/status has no {name}.")
 
 
 class Clock:

@@ -43,7 +43,7 @@ from modeling_cosup.memory_cosup import target_log_probs
 from modeling_cosup.token_keys_cosup import ffn_name
 from trainer.judging.perplexity import target_and_kept
 
-from measuring import Arm, Meter, print_hardware, print_table, spread, spread_text, take_turns
+from measuring import Arm, Meter, print_hardware, print_table, resident_bytes, spread, spread_text, take_turns
 from random_world import SHAPES, World
 
 SECTIONS = ("search", "perplexity", "build", "decode", "memory")
@@ -388,7 +388,7 @@ def build_and_load(folder: str, size: str, threads: str) -> None:
 def _peak_of(name: str, call: Callable[[], Any]) -> int:
     """Return by how many bytes a line of /proc/self/status grew during a call, read fifty times a second."""
     done = threading.Event()
-    before = Meter._resident(name)
+    before = resident_bytes(name)
     peak = before
 
     def watch() -> None:
@@ -396,7 +396,7 @@ def _peak_of(name: str, call: Callable[[], Any]) -> int:
         finished = False
         while not finished:
             finished = done.wait(0.02)
-            peak = max(peak, Meter._resident(name))
+            peak = max(peak, resident_bytes(name))
 
     watcher = threading.Thread(target=watch)
     watcher.start()

@@ -1,20 +1,22 @@
 """
 The clients of benchmarks/server_load.py, which runs [`main`] in a process of their own.
 
-It imports neither torch nor this project, so that it starts at once and takes little memory.
+They share a machine with the server: while they load it they only send prepared bytes and keep what comes back. They
+read it afterwards. This module imports neither torch nor this project: it starts at once and takes little memory.
 """
 
 import asyncio
-import contextlib
+import http.client
+import io
 import json
 import random
+import re
 import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
-
-import httpx
+from urllib.parse import urlsplit
 
 PLAIN, STREAMED, CANCELLED, DISCONNECTED = "plain", "streamed", "cancelled", "disconnected"
 
@@ -83,43 +85,143 @@ class Outcome:
     total: float = 0.0
 
 
-async def run_client(
-    http: httpx.AsyncClient, job: Job, rng: random.Random, requests: Iterator[tuple[int, str]], outcomes: list[Outcome]
-) -> None:
-    """Send requests, one after the other, until there are no more."""
-    for question, kind in requests:
-        outcome = Outcome(question, kind)
-        outcomes.append(outcome)
-        start = time.perf_counter()
+@dataclass
+class Exchange:
+    """
+    A request, and what came back.
+
+    Args:
+        outcome ([`Outcome`]): of the request.
+        start (`float`): when it was sent, on the clock of `time.perf_counter`.
+        received (`list[tuple[float, bytes]]`): what came, with its time.
+        is_complete (`bool`): the response has ended.
+    """
+
+    outcome: Outcome
+    start: float = field(default_factory=time.perf_counter)
+    received: list[tuple[float, bytes]] = field(default_factory=list)
+    is_complete: bool = False
+
+
+class Client:
+    """
+    Sends requests, one after the other, over a connection that is kept.
+
+    Args:
+        job ([`Job`]): of all clients.
+        number (`int`): of this one.
+    """
+
+    def __init__(self, job: Job, number: int) -> None:
+        self.job = job
+        self.rng = random.Random(f"{job.seed} {number}")
+        self.url = urlsplit(job.base_url)
+        self.reader: asyncio.StreamReader | None = None
+        self.writer: asyncio.StreamWriter | None = None
+
+    async def run(self, requests: Iterator[tuple[int, str]], exchanges: list[Exchange]) -> None:
+        """Send requests until there are no more."""
+        for question, kind in requests:
+            exchange = Exchange(Outcome(question, kind))
+            exchanges.append(exchange)
+            try:
+                if kind == DISCONNECTED:
+                    await self._send_and_leave(exchange)
+                else:
+                    await self._send(exchange)
+            except OSError as error:
+                exchange.outcome.error = repr(error)
+                self._close()
+            exchange.outcome.total = time.perf_counter() - exchange.start
+        self._close()
+
+    def _request(self, outcome: Outcome) -> bytes:
+        messages = [{"role": "user", "content": self.job.questions[outcome.question]}]
+        body = {"messages": messages, "temperature": 0, **self.job.body}
+        if outcome.kind in (STREAMED, CANCELLED):
+            body |= {"stream": True, "stream_options": {"include_usage": True}}
+        content = json.dumps(body).encode()
+        head = f"POST {self.url.path}/chat/completions HTTP/1.1\r\nHost: {self.url.netloc}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
+        return head.encode() + content
+
+    async def _send(self, exchange: Exchange) -> None:
+        """Send a request and wait for its response; of a `"cancelled"` stream for a few parts, then leave."""
+        parts_left = self.rng.randint(1, 8) if exchange.outcome.kind == CANCELLED else -1
+        if self.writer is None:
+            self.reader, self.writer = await asyncio.open_connection(self.url.hostname, self.url.port)
+        assert self.reader is not None
+        self.writer.write(self._request(exchange.outcome))
+        while not exchange.is_complete:
+            data = await self.reader.read(2**16)
+            if not data:
+                raise ConnectionResetError("the server closed the connection")
+            exchange.received.append((time.perf_counter(), data))
+            exchange.is_complete = is_complete(exchange.received)
+            parts_left -= 1
+            if parts_left == 0:
+                self._close()
+                return
+
+    async def _send_and_leave(self, exchange: Exchange) -> None:
+        """Send a request, and leave within a second."""
         try:
-            if kind in (STREAMED, CANCELLED):
-                await stream(http, job, outcome, rng, start)
-            else:
-                await ask(http, job, outcome, rng)
-        except (httpx.HTTPError, ValueError, KeyError) as error:
-            outcome.error = repr(error)
-        outcome.total = time.perf_counter() - start
-
-
-def body_of(job: Job, outcome: Outcome) -> dict[str, Any]:
-    """Return the body of a request."""
-    messages = [{"role": "user", "content": job.questions[outcome.question]}]
-    return {"messages": messages, "temperature": 0, **job.body}
-
-
-async def ask(http: httpx.AsyncClient, job: Job, outcome: Outcome, rng: random.Random) -> None:
-    """Wait for a whole answer; a `"disconnected"` request waits less than a second."""
-    request = http.post("/chat/completions", json=body_of(job, outcome))
-    if outcome.kind == DISCONNECTED:
-        try:
-            response = await asyncio.wait_for(request, rng.random())
+            await asyncio.wait_for(self._send(exchange), self.rng.random())
         except asyncio.TimeoutError:  # in Python 3.10 not the builtin one
-            return
-    else:
-        response = await request
-    if response.status_code != 200:
-        raise ValueError(f"status {response.status_code}: {response.text}")
-    answer = response.json()
+            self._close()
+
+    def _close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+        self.writer = None
+
+
+def is_complete(received: list[tuple[float, bytes]]) -> bool:
+    """Return whether a response has ended; that of a stream ends with an empty chunk."""
+    if received[-1][1].endswith(b"0\r\n\r\n"):
+        return True
+    head, _, body = received[0][1].partition(b"\r\n\r\n")
+    length = re.search(rb"\ncontent-length: *(\d+)", head, re.IGNORECASE)
+    if length is None:
+        return False
+    return len(body) + sum(len(data) for _, data in received[1:]) >= int(length[1])
+
+
+# ---------------------------------------------------------------------- after the load
+
+
+class _Bytes:
+    """A socket that has received these bytes, for `http.client`."""
+
+    def __init__(self, received: bytes) -> None:
+        self.received = received
+
+    def makefile(self, mode: str) -> io.BytesIO:
+        return io.BytesIO(self.received)
+
+
+def read(exchange: Exchange) -> None:
+    """Read what came into the outcome of its request."""
+    outcome = exchange.outcome
+    if outcome.error or not exchange.is_complete:
+        return
+    try:
+        response = http.client.HTTPResponse(_Bytes(b"".join(data for _, data in exchange.received)))  # type: ignore
+        response.begin()
+        content = response.read()
+        if response.status != 200:
+            raise ValueError(f"status {response.status}: {content.decode()}")
+        if outcome.kind in (STREAMED, CANCELLED):
+            read_stream(outcome, content)
+            outcome.first_token = first_text(exchange)
+        else:
+            read_answer(outcome, json.loads(content))
+    except (http.client.HTTPException, ValueError, KeyError) as error:
+        outcome.error = repr(error)
+
+
+def read_answer(outcome: Outcome, answer: dict[str, Any]) -> None:
+    """Read a whole answer."""
     message = answer["choices"][0]["message"]
     outcome.text = message["content"]
     take_retrievals(outcome, message)
@@ -127,33 +229,33 @@ async def ask(http: httpx.AsyncClient, job: Job, outcome: Outcome, rng: random.R
     outcome.finished = True
 
 
-async def stream(http: httpx.AsyncClient, job: Job, outcome: Outcome, rng: random.Random, start: float) -> None:
-    """Read an answer as it comes; a `"cancelled"` one only for a few chunks."""
-    chunks_left = rng.randint(1, 8) if outcome.kind == CANCELLED else -1
-    body = body_of(job, outcome) | {"stream": True, "stream_options": {"include_usage": True}}
-    async with http.stream("POST", "/chat/completions", json=body) as response:
-        if response.status_code != 200:
-            raise ValueError(f"status {response.status_code}: {(await response.aread()).decode()}")
-        async for line in response.aiter_lines():
-            if line == "data: [DONE]":
-                outcome.finished = True
-            if not line.startswith("data: {"):
-                continue
-            chunk = json.loads(line.removeprefix("data: "))
-            if "error" in chunk:
-                raise ValueError(f"in mid-stream: {chunk['error']}")
-            for choice in chunk["choices"]:
-                outcome.text += choice["delta"].get("content") or ""
-                take_retrievals(outcome, choice["delta"])
-            if outcome.text and not outcome.first_token:
-                outcome.first_token = time.perf_counter() - start
-            if chunk.get("usage"):
-                outcome.tokens = chunk["usage"]["completion_tokens"]
-            chunks_left -= 1
-            if chunks_left == 0:
-                return
+def read_stream(outcome: Outcome, content: bytes) -> None:
+    """Read the events of a stream."""
+    for line in content.decode().splitlines():
+        if line == "data: [DONE]":
+            outcome.finished = True
+        if not line.startswith("data: {"):
+            continue
+        chunk = json.loads(line.removeprefix("data: "))
+        if "error" in chunk:
+            raise ValueError(f"in mid-stream: {chunk['error']}")
+        for choice in chunk["choices"]:
+            outcome.text += choice["delta"].get("content") or ""
+            take_retrievals(outcome, choice["delta"])
+        if chunk.get("usage"):
+            outcome.tokens = chunk["usage"]["completion_tokens"]
     if not outcome.finished:
         raise ValueError("the stream ended without [DONE]")
+
+
+def first_text(exchange: Exchange) -> float:
+    """Return the seconds to the first text of a stream, 0 without one."""
+    received = b""
+    for seconds, data in exchange.received:
+        received += data
+        if re.search(rb'"content":"[^"]', received):
+            return seconds - exchange.start
+    return 0.0
 
 
 def take_retrievals(outcome: Outcome, message: dict[str, Any]) -> None:
@@ -162,25 +264,24 @@ def take_retrievals(outcome: Outcome, message: dict[str, Any]) -> None:
         outcome.passages.append([passage["id"] for passage in retrieval["passages"]])
 
 
-async def run_clients(job: Job) -> tuple[float, list[Outcome]]:
-    """Return the seconds that all requests took, and the outcome of each, in the order in which they were sent."""
-    outcomes: list[Outcome] = []
+async def load(job: Job) -> tuple[float, list[Exchange]]:
+    """Return the seconds that all requests took, and what came of each, in the order in which they were sent."""
+    exchanges: list[Exchange] = []
     requests = job.requests()
-    async with contextlib.AsyncExitStack() as stack:
-        clients = []
-        for number in range(job.num_clients):
-            http = httpx.AsyncClient(base_url=job.base_url, timeout=600, verify=False, trust_env=False)
-            await stack.enter_async_context(http)
-            rng = random.Random(f"{job.seed} {number}")
-            clients.append(run_client(http, job, rng, requests, outcomes))
-        start = time.perf_counter()
-        await asyncio.gather(*clients)
-        return time.perf_counter() - start, outcomes
+    clients = [Client(job, number) for number in range(job.num_clients)]
+    start = time.perf_counter()
+    await asyncio.gather(*[client.run(requests, exchanges) for client in clients])
+    return time.perf_counter() - start, exchanges
 
 
 def main() -> None:
     """Run jobs: a line of stdin is one, and gets a line of stdout with what came of it."""
     for line in sys.stdin:
-        seconds, outcomes = asyncio.run(run_clients(Job(**json.loads(line))))
-        result = {"seconds": seconds, "outcomes": [asdict(outcome) for outcome in outcomes]}
-        print(json.dumps(result), flush=True)
+        job = Job(**json.loads(line))
+        cpu_before = time.process_time()
+        seconds, exchanges = asyncio.run(load(job))
+        cpu_seconds = time.process_time() - cpu_before
+        for exchange in exchanges:
+            read(exchange)
+        outcomes = [asdict(exchange.outcome) for exchange in exchanges]
+        print(json.dumps({"seconds": seconds, "cpu_seconds": cpu_seconds, "outcomes": outcomes}), flush=True)

@@ -5,19 +5,22 @@ Load a server with the embedded engine, and compare it with generate_many over t
         --eval_file data/quickstart/eval.jsonl --output_file serving.json
     python recipes/benchmarks/server_load.py --quick true    # takes seconds, only shows that it runs
 
-Server and engine run in this process as in recipes/serve.py; the clients have a process of their own. Sections:
+Server and engine run as in recipes/serve.py: the model decodes in a process of its own, or with `--decode_in thread`
+in the server's. The clients have a process of their own. Sections:
     `throughput`: answers and tokens a second, whole and streamed, against generate_many with as many rows at a time
     `latency`: time to the first text of a stream, with one client and with all
     `soak`: all clients for --seconds; some close their streams, some disconnect. Memory is sampled every second
 
-Arms take turns; CPU seconds are those of this process, without the clients. Every answer that was finished is compared
-with that of generate_many: text, passages and number of tokens; in float32 all should be equal. The exit status is 1
-if an answer was lost or differs, or a slot stays taken.
+Arms take turns. CPU seconds of the server are those of HTTP and decoding; generate_many has no HTTP and no clients.
+Every answer that was finished is compared with that of generate_many: text, passages and number of tokens; in float32
+all should be equal. The exit status is 1 if an answer was lost or differs, or a slot stays taken.
 """
 
 import asyncio
 import contextlib
+import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -41,12 +44,14 @@ from modeling_cosup.files_cosup import write_json
 from modeling_cosup.lines_cosup import read_lines
 from modeling_cosup.tokenization_cosup import encode_prompt
 
-from measuring import Meter, print_hardware, print_table, spread, spread_text, take_turns
+from measuring import Meter, print_hardware, print_table, resident_bytes, spread, spread_text, take_turns
 from random_world import World
 from server_clients import CANCELLED, DISCONNECTED, PLAIN, STREAMED, Job, Outcome
 from serving.api import ApiSettings, build_app
+from serving.decoding_process import DecodingProcess
 from serving.embedded_engine import EmbeddedEngine
 from serving.running import EngineServer, open_socket, url_of
+from serving.served_model import ServedModel
 from shared.indexes import open_index
 
 SECTIONS = ("throughput", "latency", "soak")
@@ -64,7 +69,10 @@ class BenchmarkArguments:
     eval_file: str | None = field(default=None, metadata={"help": "Evaluation instances: their questions are asked."})
     sections: list[str] = field(default_factory=lambda: list(SECTIONS), metadata={"help": "Sections to run."})
     num_clients: int = field(default=200, metadata={"help": "Clients at a time."})
-    num_questions: int = field(default=600, metadata={"help": "The first questions of the file."})
+    num_questions: int = field(
+        default=600, metadata={"help": "The first questions of the file; more than it has are repeated."}
+    )
+    decode_in: str = field(default="process", metadata={"help": "Where the engine decodes: process or thread."})
     max_running: int = field(default=32, metadata={"help": "Rows at a time, of the server and of generate_many."})
     max_new_tokens: int = field(default=64, metadata={"help": "Decoded tokens of an answer."})
     seconds: float = field(default=60, metadata={"help": "`soak`: its duration."})
@@ -79,6 +87,8 @@ class BenchmarkArguments:
         unknown = set(self.sections) - set(SECTIONS)
         if unknown:
             raise ValueError(f"--sections holds {min(unknown)!r}, expected some of {', '.join(SECTIONS)}.")
+        if self.decode_in not in ("process", "thread"):
+            raise ValueError(f"--decode_in {self.decode_in}: expected process or thread.")
         if self.output_file and not Path(self.output_file).parent.is_dir():
             raise ValueError(f"--output_file {self.output_file}: its folder does not exist.")
         if self.quick:
@@ -112,7 +122,14 @@ class Service:
         self.index = index
         self.questions = questions
         self.retrieval = retrieval
-        self.engine = EmbeddedEngine(model, index, max_running=args.max_running, max_waiting=2 * args.num_clients)
+        limits = {"max_running": args.max_running, "max_waiting": 2 * args.num_clients}
+        self.processes = ["self"]  # of server and engine, in /proc
+        if args.decode_in == "thread":
+            self.engine = EmbeddedEngine.in_thread(model, index, **limits)
+        else:
+            decoding = DecodingProcess(load_served_model, args)
+            self.engine = EmbeddedEngine(decoding, limits["max_waiting"])
+            self.processes.append(str(decoding.pid))
         self.answers = self.generate()
         self.base_url = ""
         self.clients: subprocess.Popen[str] | None = None
@@ -163,11 +180,24 @@ class Service:
             **options,
         )
         assert self.clients is not None and self.clients.stdin is not None and self.clients.stdout is not None
-        cpu_before = time.process_time()
+        cpu_before = self.cpu_seconds()
         print(json.dumps(asdict(job)), file=self.clients.stdin, flush=True)
         result = json.loads(self.clients.stdout.readline())
-        cpu_seconds = time.process_time() - cpu_before
-        return Round(result["seconds"], cpu_seconds, [Outcome(**outcome) for outcome in result["outcomes"]])
+        cpu_seconds = self.cpu_seconds() - cpu_before
+        outcomes = [Outcome(**outcome) for outcome in result["outcomes"]]
+        return Round(result["seconds"], cpu_seconds, result["cpu_seconds"], outcomes)
+
+    def cpu_seconds(self) -> float:
+        """Return the CPU seconds that server and engine have taken."""
+        ticks = 0
+        for process in self.processes:
+            numbers = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            ticks += int(numbers[11]) + int(numbers[12])  # of user and system
+        return ticks / os.sysconf("SC_CLK_TCK")
+
+    def resident_bytes(self) -> int:
+        """Return the resident memory of server and engine."""
+        return sum(resident_bytes("VmRSS", process) for process in self.processes)
 
     def faults(self, outcomes: list[Outcome]) -> list[str]:
         """Return, in words, what is wrong with answers: lost, or other than those of generate_many."""
@@ -201,10 +231,11 @@ class Service:
 
 @dataclass
 class Round:
-    """The seconds that all requests of a job took, the CPU seconds of this process, and what became of each."""
+    """The seconds that all requests took, the CPU seconds of server and clients, and what became of each request."""
 
     seconds: float
     cpu_seconds: float
+    client_cpu_seconds: float = 0.0
     outcomes: list[Outcome] = field(default_factory=list)
 
 
@@ -216,10 +247,10 @@ def throughput(service: Service) -> dict[str, Any]:
     args = service.args
 
     def generate() -> Round:
-        cpu_before = time.process_time()
+        cpu_before = service.cpu_seconds()
         start = time.perf_counter()
         service.generate()
-        return Round(time.perf_counter() - start, time.process_time() - cpu_before)
+        return Round(time.perf_counter() - start, service.cpu_seconds() - cpu_before)
 
     arms: dict[str, Callable[[], Round]] = {
         "generate_many": generate,
@@ -239,6 +270,7 @@ def throughput(service: Service) -> dict[str, Any]:
             "arm": name,
             "seconds": spread(arm.seconds),
             "cpu_seconds": spread([measured_round.cpu_seconds for measured_round in arm.results]),
+            "client_cpu_seconds": spread([measured_round.client_cpu_seconds for measured_round in arm.results]),
             "answers_per_second": len(service.questions) / seconds,
             "tokens_per_second": num_tokens / seconds,
             "speed_to_generate_many": spread(arm.ratios(measured["generate_many"])),
@@ -249,13 +281,16 @@ def throughput(service: Service) -> dict[str, Any]:
                 name,
                 f"{seconds:.2f}",
                 f"{result['cpu_seconds']['median']:.2f}",
+                f"{result['client_cpu_seconds']['median']:.2f}",
                 f"{result['answers_per_second']:.1f}",
                 f"{result['tokens_per_second']:.0f}",
                 spread_text(result["speed_to_generate_many"]),
             ]
         )
     print(f"\n{len(service.questions)} questions, {args.num_clients} clients, {args.max_running} rows at a time")
-    print_table(["arm", "s", "CPU s", "answers/s", "tokens/s", "x generate_many (min to max)"], rows)
+    print_table(
+        ["arm", "s", "CPU s", "CPU s of clients", "answers/s", "tokens/s", "x generate_many (min to max)"], rows
+    )
     return {"arms": results, "faults": faults}
 
 
@@ -289,7 +324,7 @@ def percentiles(values: list[float]) -> dict[str, float]:
 def soak(service: Service) -> dict[str, Any]:
     """Keep all clients busy; some of them break off."""
     args = service.args
-    with memory_samples() as samples:
+    with memory_samples(service) as samples:
         measured = service.ask(args.num_clients, shares=SOAK_SHARES, seconds=args.seconds)
     faults = service.faults(measured.outcomes)
     if busy := service.busy():
@@ -312,14 +347,14 @@ def soak(service: Service) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def memory_samples() -> Iterator[list[int]]:
-    """Append the resident memory of this process, in bytes, to a list: once a second while the context lasts."""
+def memory_samples(service: Service) -> Iterator[list[int]]:
+    """Append the resident memory of server and engine, in bytes, to a list: once a second while the context lasts."""
     samples: list[int] = []
     done = threading.Event()
 
     def sample() -> None:
         while not done.wait(1 if samples else 0):
-            samples.append(Meter._resident("VmRSS"))
+            samples.append(service.resident_bytes())
 
     thread = threading.Thread(target=sample)
     thread.start()
@@ -341,15 +376,37 @@ def thinned(samples: list[int], count: int = 12) -> list[int]:
 def opened(args: BenchmarkArguments) -> Service:
     """Return the service of the options."""
     if args.quick:
-        script = SimpleNamespace(gen=None, shape="tiny", dtype="float32", seed=args.seed)
-        world = World(script, torch.device("cpu"))
+        world = tiny_world(args)
         questions = [" ".join(world.words[number : number + 4]) for number in range(args.num_questions)]
         return Service(args, world.model, world.index(60), questions, {"force_nsp_first": True, "max_retrievals": 2})
+    model, index = load_parts(args)
+    lines = itertools.cycle(read_lines(args.eval_file))
+    questions = [line["input"] for line in itertools.islice(lines, args.num_questions)]
+    return Service(args, model, index, questions, {})
+
+
+def tiny_world(args: BenchmarkArguments) -> World:
+    """Return the world of `--quick`."""
+    return World(SimpleNamespace(gen=None, shape="tiny", dtype="float32", seed=args.seed), torch.device("cpu"))
+
+
+def load_parts(args: BenchmarkArguments) -> tuple[CoSupForCausalLM, Retriever | None]:
+    """Load model and index."""
     load_emb_seq = CoSupConfig.from_pretrained(args.model).query_from != "gen"
     model = CoSupForCausalLM.from_pretrained(args.model, load_emb_seq=load_emb_seq).eval()
-    index = open_index(model, args.index, None)
-    questions = [line["input"] for line in read_lines(args.eval_file)[: args.num_questions]]
-    return Service(args, model, index, questions, {})
+    return model, open_index(model, args.index, None)
+
+
+def load_served_model(args: BenchmarkArguments) -> ServedModel:
+    """Load what the decoding process serves."""
+    if args.num_threads:
+        torch.set_num_threads(args.num_threads)
+    if args.quick:
+        world = tiny_world(args)
+        model, index = world.model, world.index(60)
+    else:
+        model, index = load_parts(args)
+    return ServedModel(model, index, max_running=args.max_running)
 
 
 def main() -> None:

@@ -4,12 +4,14 @@ import re
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 from transformers import PreTrainedTokenizerBase
 
 from modeling_cosup import Retrieval
 from modeling_cosup.streaming_cosup import GrowingText
 from modeling_cosup.tokenization_cosup import special_ids
+from modeling_cosup.trace_cosup import text_decoder
 
 from serving.engine import EndEvent, Event, RetrievalEvent, TokenEvent
 
@@ -19,6 +21,26 @@ CLOSING = ")]}»”’'.,;:!?%…、。，．！？；："  # nor before these
 WITHOUT_SPACES = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u31f0-\u9fff\uf900-\ufaff\uff00-\uff60\U00020000-\U0003ffff]"
 )
+_REMEMBERED = 2**16  # texts of a few token ids
+
+
+class TokenTexts:
+    """
+    Texts of token ids. They are remembered, as the same few ids follow each other again and again: to decode two of
+    them takes as long as to send them.
+
+    Args:
+        tokenizer (`PreTrainedTokenizerBase`): Gen's.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.special_ids = special_ids(tokenizer)
+        decode = text_decoder(tokenizer)
+        self._text_of = lru_cache(_REMEMBERED)(lambda ids: decode(list(ids)))
+
+    def decode(self, ids: list[int]) -> str:
+        """Return the text of a few ids, without special tokens."""
+        return self._text_of(tuple(ids))
 
 
 @dataclass(frozen=True)
@@ -80,7 +102,7 @@ class AnswerWriter:
     `stop`, text that may begin a stop string waits until the next tokens decide.
 
     Args:
-        tokenizer (`PreTrainedTokenizerBase`): Gen's.
+        texts ([`TokenTexts`]): of Gen's tokenizer.
         closing_ids (`frozenset[int]`): ids that end a grounded text: `[CE]` and `[NSP]`.
         prompt_length (`int`): tokens of the prompt; an `[NSP]` among them was not generated.
         stop (`Sequence[str]`): the answer ends before the first of these, wherever its tokens begin.
@@ -97,7 +119,7 @@ class AnswerWriter:
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
+        texts: TokenTexts,
         closing_ids: frozenset[int],
         prompt_length: int,
         stop: Sequence[str] = (),
@@ -111,8 +133,8 @@ class AnswerWriter:
         self.num_generated_tokens = 0
         self.num_passage_tokens = 0
         self.num_retrievals = 0
-        self._growing_text = GrowingText(tokenizer, context)
-        self._special_ids = special_ids(tokenizer)
+        self._growing_text = GrowingText(texts.decode, context)
+        self._special_ids = texts.special_ids
         self._released = 0  # characters of the text that were returned
         self._begins_span = False  # the next text is the first of a span
         self._retrieval: Retrieval | None = None  # the current text is grounded on it

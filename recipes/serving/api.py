@@ -24,9 +24,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.middleware import Middleware
 from transformers import GenerationConfig
 
-from serving.answers import AnswerWriter
+from serving.answers import AnswerWriter, TokenTexts
 from serving.embeddings import embed
-from serving.engine import Engine, GenerationRequest, UnsupportedSetting
+from serving.engine import Engine, GenerationRequest
 from serving.errors import ApiError, add_error_handlers
 from serving.generating import Answers, Job, unless_disconnected
 from serving.guards import BodyGuard, FaultGuard, KeyGuard
@@ -114,6 +114,7 @@ class _Api:
         self.settings = settings
         self._metrics = metrics
         self._names = TokenNames(engine.tokenizer)
+        self._texts = TokenTexts(engine.tokenizer)
         # A tokenizer has state, which says whether special tokens are read as text: one for each thread that encodes.
         self._tokenizer = copy.deepcopy(engine.tokenizer)
         self._thread_tokenizer = copy.deepcopy(engine.tokenizer)
@@ -222,42 +223,37 @@ class _Api:
             deadline = time.monotonic() + self.settings.request_timeout
         temperature, top_p = self._sampling(body)
         jobs = []
-        for prompt in prompts:
+        for number, prompt in enumerate(prompts):
+            if not prompt:
+                field = "prompt" if continues_text else "messages"
+                place = f"{field}[{number}]" if len(prompts) > 1 else field
+                raise ApiError(400, f"{place} is empty, expected at least one token.", field)
             max_new_tokens = self._max_new_tokens(prompt, limit)
-            for number in range(body.n or 1):
+            for answer in range(body.n or 1):
                 request = GenerationRequest(
                     prompt_ids=prompt,
                     max_new_tokens=max_new_tokens,
                     retrieval=retrieval,
                     temperature=temperature,
                     top_p=top_p,
-                    seed=None if body.seed is None else (body.seed + number) % (LARGEST_SEED + 1),
+                    seed=None if body.seed is None else (body.seed + answer) % (LARGEST_SEED + 1),
                     num_logprobs=body.num_logprobs,
                     incremental=bool(body.stream or body.stop),
                     deadline=deadline,
                 )
-                self._check(request)
+                self.engine.check(request)
                 context = prompt[-8:] if continues_text else []
-                writer = AnswerWriter(self.engine.tokenizer, self._closing_ids, len(prompt), body.stop or (), context)
+                writer = AnswerWriter(self._texts, self._closing_ids, len(prompt), body.stop or (), context)
                 jobs.append(Job(request, writer))
         return jobs
-
-    def _check(self, request: GenerationRequest) -> None:
-        """Let the engine check a request; an error that begins with a field of `retrieval` has it as its `param`."""
-        try:
-            self.engine.check(request)
-        except UnsupportedSetting as error:
-            name = str(error).split(maxsplit=1)[0].rstrip(":")
-            param = f"retrieval.{name}" if name in RetrievalBody.model_fields else None
-            raise ApiError(400, str(error), param) from error
 
     def _max_new_tokens(self, prompt: list[int], limit: int | None) -> int:
         """Return the most tokens of an answer; without a limit they fill the context."""
         context_length = self.engine.context_length
         longest = min(self.settings.max_prompt_tokens or context_length, context_length - 1)
-        if not 1 <= len(prompt) <= longest:
-            message = f"The prompt has {len(prompt)} tokens, expected 1 to {longest}."
-            raise ApiError(400, message, code="context_length_exceeded" if prompt else None)
+        if len(prompt) > longest:
+            message = f"The prompt has {len(prompt)} tokens, expected at most {longest}."
+            raise ApiError(400, message, code="context_length_exceeded")
         limits = [context_length - len(prompt), limit, self.settings.max_new_tokens]
         return min(value for value in limits if value is not None)
 

@@ -1,7 +1,7 @@
 """
-The thread in which a server's model computes: passes of one decoding loop for all requests, and jobs between them.
+The thread in which a server's model computes: passes of one decoding loop for all requests, and embeddings between.
 
-Other threads tell it what to do through a queue. The events of a pass are delivered together.
+Other threads tell it what to do through a queue. The news of a pass is reported at once.
 """
 
 import logging
@@ -9,38 +9,44 @@ import queue
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
+import numpy as np
 import torch
-from transformers import PreTrainedModel
+from numpy.typing import NDArray
 
 from modeling_cosup.cache_cosup import maskable_attention
-from modeling_cosup.decoding_cosup import Decoder
 from modeling_cosup.trace_cosup import Logprobs, Retrieval, Row
 
+from serving.base_engine import search_failed
 from serving.engine import (
     BackendFailed,
     EndEvent,
     EngineError,
     Event,
+    GenerationRequest,
     RetrievalEvent,
-    SearchFailed,
     TokenEvent,
     TokenLogprobs,
 )
+from serving.served_model import ServedModel
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("cosup.serving")
 
 
 @dataclass(eq=False)  # compared by identity
-class Ticket:
+class _Ticket:
     """
     A request in the decoding loop. It is the listener of its row if events are wanted as they happen.
 
     Args:
+        number (`int`): of the request.
         row ([`Row`]): of the request.
         new_events (`list[Event]`): of the pass under way.
     """
 
+    number: int
     row: Row
     new_events: list[Event] = field(default_factory=list)
 
@@ -51,79 +57,122 @@ class Ticket:
         self.new_events.append(RetrievalEvent(retrieval))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Delivery:
-    """New events of one request; after the last ones it has `ended`, with an `error` if it failed."""
+    """
+    News for one request, or for texts to embed.
 
-    ticket: Ticket
-    events: list[Event]
+    Args:
+        number (`int`): of the request, or of the texts.
+        events (`list[Event]`): new ones.
+        ended (`bool`), error ([`EngineError`], *optional*): nothing follows; because of this error.
+        embeds (`NDArray[np.float32]`, *optional*): `(N, h)`, of the texts.
+    """
+
+    number: int
+    events: list[Event] = field(default_factory=list)
     ended: bool = False
     error: EngineError | None = None
+    embeds: NDArray[np.float32] | None = None
+
+
+@dataclass
+class Report:
+    """
+    The news of a pass.
+
+    Args:
+        deliveries (`list[Delivery]`): for requests and texts.
+        num_running (`int`): rows that are decoded now.
+        num_crashes (`int`): passes that broke off since the last one that did not.
+        end (`str`): why the decoding has ended; empty while it goes on.
+    """
+
+    deliveries: list[Delivery] = field(default_factory=list)
+    num_running: int = 0
+    num_crashes: int = 0
+    end: str = ""
 
 
 class DecodingThread:
     """
-    Decodes rows as they come.
+    Decodes requests as they come.
 
     Args:
-        gen (`PreTrainedModel`): the model's Gen.
-        make_decoder (`Callable`): returns a [`Decoder`] with fresh state.
-        deliver (`Callable`): gets the deliveries of a pass, in this thread.
-
-    Attributes:
-        num_running (`int`): rows that are decoded now.
-        num_crashes (`int`): passes that broke off since the last one that did not.
+        served ([`ServedModel`]): the model.
     """
 
-    def __init__(
-        self, gen: PreTrainedModel, make_decoder: Callable[[], Decoder], deliver: Callable[[list[Delivery]], None]
-    ) -> None:
-        self.gen = gen
-        self.make_decoder = make_decoder
-        self.deliver = deliver
-        self.num_running = 0
-        self.num_crashes = 0
+    def __init__(self, served: ServedModel) -> None:
+        self.served = served
+        self.facts = served.facts
         self._messages: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="decoding", daemon=True)
         # the rest belongs to the thread
-        self._decoder = make_decoder()
-        self._tickets: dict[Row, Ticket] = {}
+        self._tickets: dict[Row, _Ticket] = {}
+        self._numbers: dict[int, _Ticket] = {}
         self._jobs: list[Callable[[], None]] = []
+        self._num_crashes = 0
+        self._last_report = Report()
         self._serving = True
 
     # ------------------------------------------------------------------ other threads
 
-    def start(self) -> None:
-        """Start the thread."""
+    def start(self, report: Callable[[Report], None]) -> None:
+        """
+        Start the thread, which calls `report`.
+
+        Raises:
+            `ValueError`: for an index or a memory of another model, and for a Gen that cannot retrieve.
+        """
+        self._decoder = self.served.make_decoder()
+        self._deliver = report
         self._thread.start()
 
-    @property
-    def is_alive(self) -> bool:
-        """Whether the thread runs."""
-        return self._thread.is_alive()
+    def check(self, request: GenerationRequest) -> None:
+        """Raise [`UnsupportedSetting`] unless a request can be submitted."""
+        self.served.row(request)
 
-    def submit(self, ticket: Ticket) -> None:
-        """Let the row of a ticket wait for a slot."""
-        self._messages.put(lambda: self._submit(ticket))
+    def submit(self, number: int, request: GenerationRequest) -> None:
+        """
+        Let a request wait for a slot.
 
-    def cancel(self, ticket: Ticket) -> None:
-        """Take out a row before the next pass; nothing more is delivered for it."""
-        self._messages.put(lambda: self._cancel(ticket))
+        Raises:
+            [`EngineError`]: if it cannot run.
+        """
+        ticket = _Ticket(number, self.served.row(request))
+        if request.incremental:
+            ticket.row.listener = ticket
+        self._messages.put(partial(self._submit, ticket))
 
-    def call(self, job: Callable[[], None]) -> None:
-        """Run a job between two passes; it must not raise."""
-        self._messages.put(lambda: self._jobs.append(job))
+    def cancel(self, number: int) -> None:
+        """Take out a request before the next pass; nothing more is delivered for it."""
+        self._messages.put(partial(self._cancel, number))
+
+    def embed_passages(self, number: int, passages: list[dict[str, Any]]) -> None:
+        """Embed passages between two passes."""
+        self._messages.put(partial(self._jobs.append, partial(self._embed, number, "embed_passages", passages)))
+
+    def embed_queries(self, number: int, prompts: list[list[int]]) -> None:
+        """Embed prompts that end in `[NSP]` between two passes."""
+        self._messages.put(partial(self._jobs.append, partial(self._embed, number, "embed_queries", prompts)))
+
+    def refuse(self, number: int, error: EngineError) -> None:
+        """Deliver the error of a request that could not be submitted."""
+        self._messages.put(partial(self._report, [Delivery(number, ended=True, error=error)]))
 
     def stop(self) -> None:
-        """Finish what was submitted before, then end the thread; wait for that."""
+        """Finish what was submitted before, then end the thread."""
         self._messages.put(self._stop)
+
+    def join(self) -> None:
+        """Wait until the thread has ended."""
         self._thread.join()
 
     # ------------------------------------------------------------------ this thread
 
     def _run(self) -> None:
         try:
-            with maskable_attention(self.gen):
+            with maskable_attention(self.served.model.gen):
                 while self._serving or self._has_work:
                     self._take_messages()
                     if self._jobs:
@@ -131,7 +180,7 @@ class DecodingThread:
                     if self._decoder.has_rows:
                         self._step()
         finally:
-            self._fail(list(self._tickets), "The server's decoding thread has ended.")
+            self._deliver(Report(end="The server's decoding thread has ended."))
 
     @property
     def _has_work(self) -> bool:
@@ -144,72 +193,87 @@ class DecodingThread:
         while not self._messages.empty():
             self._messages.get()()
 
-    def _submit(self, ticket: Ticket) -> None:
+    def _submit(self, ticket: _Ticket) -> None:
         self._tickets[ticket.row] = ticket
+        self._numbers[ticket.number] = ticket
         self._decoder.submit(ticket.row)
 
-    def _cancel(self, ticket: Ticket) -> None:
-        if self._tickets.pop(ticket.row, None) is not None:
+    def _cancel(self, number: int) -> None:
+        ticket = self._numbers.get(number)
+        if ticket is not None:
+            self._forget(ticket.row)
             self._decoder.cancel(ticket.row)
-            self._count_running()
+            self._report([])
+
+    def _forget(self, row: Row) -> _Ticket:
+        ticket = self._tickets.pop(row)
+        del self._numbers[ticket.number]
+        return ticket
 
     def _stop(self) -> None:
         self._serving = False
 
-    def _count_running(self) -> None:
-        self.num_running = int(self._decoder.slots.occupied.sum())
+    def _report(self, deliveries: list[Delivery]) -> None:
+        """Report deliveries, and how many rows run; nothing, if there is no news."""
+        report = Report(deliveries, int(self._decoder.slots.occupied.sum()), self._num_crashes)
+        last = self._last_report
+        changed = (report.num_running, report.num_crashes) != (last.num_running, last.num_crashes)
+        if deliveries or changed:
+            self._last_report = Report(num_running=report.num_running, num_crashes=report.num_crashes)
+            self._deliver(report)
 
     def _step(self) -> None:
-        """Run one pass and deliver its events; a pass that breaks off ends the rows that took part."""
+        """Run one pass and report its events; a pass that breaks off ends the rows that took part."""
         try:
             ended = self._decoder.step()
         except Exception as error:
             self._start_afresh(error)
             return
-        self.num_crashes = 0
-        self._count_running()
+        self._num_crashes = 0
         deliveries = [self._last_delivery(row) for row in ended]
         for row in self._decoder.listening:
             ticket = self._tickets[row]
             if ticket.new_events:
-                deliveries.append(Delivery(ticket, ticket.new_events))
+                deliveries.append(Delivery(ticket.number, ticket.new_events))
                 ticket.new_events = []
-        if deliveries:
-            self.deliver(deliveries)
+        self._report(deliveries)
 
     def _last_delivery(self, row: Row) -> Delivery:
-        ticket = self._tickets.pop(row)
+        ticket = self._forget(row)
         events = ticket.new_events
         if row.error is not None:
-            logger.error("The search failed for one request.", exc_info=row.error)
-            kind = type(row.error).__name__
-            return Delivery(ticket, events, ended=True, error=SearchFailed(f"The index cannot be searched ({kind})."))
+            return Delivery(ticket.number, events, ended=True, error=search_failed(row.error))
         if row.listener is None:
             events = events_of(row)
         end = EndEvent(row.finish_reason, row.num_generated_tokens)
-        return Delivery(ticket, [*events, end], ended=True)
+        return Delivery(ticket.number, [*events, end], ended=True)
 
     def _start_afresh(self, error: Exception) -> None:
         """Fail the rows of a batch whose pass broke off; those that wait go on in a new loop."""
         logger.error("A pass of the decoding loop broke off; the requests in it fail.", exc_info=error)
-        self.num_crashes += 1
+        self._num_crashes += 1
         waiting = list(self._decoder.admission.waiting)
-        self._decoder = self.make_decoder()  # with a cache of its own: nothing is kept of the one that broke
+        self._decoder = self.served.make_decoder()  # with a cache of its own: nothing is kept of the one that broke
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        running = [row for row in self._tickets if row not in waiting]
-        self._fail(running, f"The model failed while it wrote this answer ({type(error).__name__}); try again.")
+        message = f"The model failed while it wrote this answer ({type(error).__name__}); try again."
+        deliveries = []
+        for row in [row for row in self._tickets if row not in waiting]:
+            ticket = self._forget(row)
+            deliveries.append(Delivery(ticket.number, ticket.new_events, ended=True, error=BackendFailed(message)))
         for row in waiting:
             self._decoder.submit(row)
-        self._count_running()
+        self._report(deliveries)
 
-    def _fail(self, rows: list[Row], message: str) -> None:
-        deliveries = []
-        for row in rows:
-            ticket = self._tickets.pop(row)
-            deliveries.append(Delivery(ticket, ticket.new_events, ended=True, error=BackendFailed(message)))
-        if deliveries:
-            self.deliver(deliveries)
+    def _embed(self, number: int, method: str, items: list[Any]) -> None:
+        try:
+            embeds = getattr(self.served, method)(items)
+        except Exception as error:
+            logger.error("Texts could not be embedded.", exc_info=error)
+            failure = BackendFailed(f"The texts could not be embedded ({type(error).__name__}).")
+            self._report([Delivery(number, ended=True, error=failure)])
+            return
+        self._report([Delivery(number, ended=True, embeds=embeds)])
 
 
 # ---------------------------------------------------------------------- events

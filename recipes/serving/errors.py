@@ -18,6 +18,7 @@ from serving.engine import (
     ShuttingDown,
     UnsupportedSetting,
 )
+from serving.protocol import RetrievalBody
 
 logger = logging.getLogger("cosup.serving")
 
@@ -79,7 +80,7 @@ def _type_of(status: int) -> str:
 
 
 def from_engine(error: EngineError) -> ApiError:
-    """Return what a client gets for an error of the engine."""
+    """Return what a client gets for an error of the engine; one that begins with a field of `retrieval` names it."""
     status, type, code = 500, "server_error", None
     for kind, answer in _ENGINE_ERRORS.items():
         if isinstance(error, kind):
@@ -91,29 +92,47 @@ def from_engine(error: EngineError) -> ApiError:
         headers["Retry-After"] = str(SHUTDOWN_RETRY_AFTER)
     if isinstance(error, DeadlineExceeded):
         headers["X-Should-Retry"] = "false"  # OpenAI's client would ask again, and wait as long
-    return ApiError(status, str(error), code=code, type=type, headers=headers)
+    param = None
+    if isinstance(error, UnsupportedSetting):
+        name = str(error).split(maxsplit=1)[0].rstrip(":")
+        if name in RetrievalBody.model_fields:
+            param = f"retrieval.{name}"
+    return ApiError(status, str(error), param, code, type, headers)
 
 
 def from_validation(error: RequestValidationError) -> ApiError:
     """Return what a client gets for the first problem of a body."""
     problem = error.errors()[0]
-    names = [str(part) for part in problem["loc"] if part != "body"]
+    names = [part for part in problem["loc"] if part != "body"]
     if problem["type"] == "json_invalid":
         return ApiError(400, f"The body is no JSON: {problem['ctx']['error']} at character {names[0]}.")
-    field = ".".join(names)
-    field = field.encode("utf-8", "backslashreplace").decode()
+    field = _path(names)
     if problem["type"] == "extra_forbidden":
         return ApiError(400, f"Unrecognized request argument supplied: {field}", field, "unknown_parameter")
     if problem["type"] == "missing":
         return ApiError(400, f"You must provide a {field or 'body'} parameter.", field or None, "missing_parameter")
+    value = problem["input"]
+    if problem["type"] in ("too_short", "string_too_short"):  # pydantic speaks of items after validation
+        expected = "a text" if isinstance(value, str) else "at least one entry"
+        return ApiError(400, f"{field} is empty, expected {expected}.", field)
+    if problem["type"] in ("too_long", "string_too_long"):
+        unit = "characters" if isinstance(value, str) else "entries"
+        most = problem["ctx"]["max_length"]
+        return ApiError(400, f"{field} has {len(value):,} {unit}, expected at most {most:,}.", field)
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] in ("model_type", "model_attributes_type"):  # pydantic speaks of Python
         message = "Input should be a JSON object"
-    if isinstance(problem["input"], str | int | float):
-        message += f", found {str(problem['input'])[:80]!r}"
+    if isinstance(value, str | int | float) and str(value).strip():
+        message += f", found {str(value)[:80]!r}"
     if not field:
         return ApiError(400, f"The body: {message}.")
     return ApiError(400, f"{field}: {message}.", field)
+
+
+def _path(names: list[str | int]) -> str:
+    """Return where a value stands in a body, such as `messages[0].content`."""
+    path = "".join(f"[{name}]" if isinstance(name, int) else f".{name}" for name in names)
+    return path.removeprefix(".").encode("utf-8", "backslashreplace").decode()
 
 
 def internal_error() -> ApiError:

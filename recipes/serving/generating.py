@@ -167,20 +167,28 @@ class EventStream(StreamingResponse):
 
         loop = asyncio.get_running_loop()
         is_stuck = False
+        sending_since: float | None = None
 
-        def give_up() -> None:
-            nonlocal is_stuck
-            is_stuck = True
-            sending.cancel()
+        def check() -> None:
+            """Give up a client that reads nothing. One timer is for the whole stream: one a token costs too much."""
+            nonlocal is_stuck, timer
+            seconds_left: float = SEND_TIMEOUT
+            if sending_since is not None:
+                seconds_left = sending_since + SEND_TIMEOUT - loop.time()
+            if seconds_left <= 0:
+                is_stuck = True
+                sending.cancel()
+            else:
+                timer = loop.call_later(seconds_left, check)
 
-        async def send_in_time(message: Message) -> None:
-            timer = loop.call_later(SEND_TIMEOUT, give_up)  # a tenth of the work of a cancel scope for each token
-            try:
-                await send(message)
-            finally:
-                timer.cancel()
+        async def send_and_note(message: Message) -> None:
+            nonlocal sending_since
+            sending_since = loop.time()
+            await send(message)
+            sending_since = None
 
-        sending = asyncio.create_task(self.stream_response(send_in_time))
+        sending = asyncio.create_task(self.stream_response(send_and_note))
+        timer = loop.call_later(SEND_TIMEOUT, check)
         async with aclosing(self._chunks):
             try:
                 await unless_disconnected(receive, sending)
@@ -190,6 +198,8 @@ class EventStream(StreamingResponse):
                 if not is_stuck:
                     raise
                 logger.warning(f"A client read nothing for {SEND_TIMEOUT} seconds: its answer was given up.")
+            finally:
+                timer.cancel()
 
 
 async def merged(streams: Sequence[AsyncGenerator[T, None]]) -> AsyncGenerator[tuple[int, T], None]:

@@ -26,7 +26,7 @@ class PreparedLookup(Lookup):
             return
         (row,) = rows
         last = self._last
-        if last is None or last[0] is not retrieval:
+        if last is None or last[0] != retrieval:
             prepared = Row(row.number, [], row.settings)
             super().prepare([prepared], retrieval)
             last = (retrieval, prepared)

@@ -19,6 +19,7 @@ from pydantic import (
 )
 
 from modeling_cosup import RetrievalConfig
+from modeling_cosup.passages_cosup import blank
 
 MAX_CHOICES = 16
 MAX_PROMPTS = 64  # of a completion
@@ -75,6 +76,12 @@ def _check_characters(text: str) -> str:
     return text
 
 
+def _check_not_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError(f"it is {blank(text)}, expected a text")
+    return text
+
+
 Text = Annotated[str, AfterValidator(_check_characters)]
 Neutral = Annotated[Any, AfterValidator(_check_neutral)]
 TokenIds = list[Annotated[int, Field(ge=0, le=LARGEST_ID)]]
@@ -99,7 +106,7 @@ class TextPart(Body):
 class PassageBody(Body):
     """A passage that the client gives."""
 
-    text: Annotated[Text, Field(min_length=1, max_length=MAX_PASSAGE_CHARACTERS)]
+    text: Annotated[Text, AfterValidator(_check_not_blank), Field(min_length=1, max_length=MAX_PASSAGE_CHARACTERS)]
     title: Annotated[Text, Field(max_length=MAX_PASSAGE_CHARACTERS)] = ""
     id: Text | None = None
 
@@ -134,9 +141,11 @@ class Message(Body):
 def _stop_strings(value: Any) -> Any:
     """Return a list of stop strings for one, or for a list."""
     if isinstance(value, str):
-        return [value]
+        value = [value]
     if value is not None and not isinstance(value, list):
         raise ValueError("expected a text, or a list of texts")
+    if value is not None and "" in value:
+        raise ValueError("it holds an empty text, expected texts at which an answer ends")
     return value
 
 
@@ -153,6 +162,8 @@ def _prompts(value: Any) -> Any:
         return [value]
     if isinstance(value, list) and all(isinstance(prompt, str) or _are_token_ids(prompt) for prompt in value):
         return value
+    if isinstance(value, list) and [] in value:
+        raise ValueError(f"entry {value.index([])} is empty, expected at least one token id")
     raise ValueError("expected a text, token ids, or a list of texts or of token ids")
 
 
@@ -308,9 +319,12 @@ def _passages(value: Any) -> Any:
     """Return a list of passages for any of the forms of `input`."""
     values = value if isinstance(value, list) else [value]
     passages = []
-    for passage in values:
+    for number, passage in enumerate(values):
         if not isinstance(passage, str | dict):
             raise ValueError("expected a text, an object with text and title, or a list of them; no token ids")
+        if isinstance(passage, str) and not passage.strip():  # the path of the error would name a passage
+            where = f"entry {number}" if isinstance(value, list) else "it"
+            raise ValueError(f"{where} is {blank(passage)}, expected a text")
         passages.append({"text": passage} if isinstance(passage, str) else passage)
     return passages
 

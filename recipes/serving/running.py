@@ -1,9 +1,11 @@
 """The process around the app: its socket, its signals, and a shutdown that lets running answers finish."""
 
 import asyncio
+import errno
 import logging
 import socket
 from types import FrameType
+from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
@@ -18,17 +20,39 @@ def open_socket(host: str, port: int) -> socket.socket:
     """
     Return a socket that is bound, so that a port in use is an error before a model is loaded.
 
+    With SO_REUSEADDR two sockets could be bound to one port until one of them listens. So it is set only to get a port
+    on which connections of an earlier server are still closing, and is unset until this server listens.
+
     Raises:
         `OSError`: names host and port.
     """
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         bound = socket.socket(family, kind, protocol)
-        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        bound.bind(address)
+        try:
+            _bind(bound, address)
+        except OSError:
+            bound.close()
+            raise
     except OSError as error:
         raise OSError(f"--host {host} --port {port}: {error.strerror or error}.") from error
     return bound
+
+
+def _bind(bound: socket.socket, address: Any) -> None:
+    try:
+        bound.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 0)
+
+
+def leave_port_to_the_next(bound: socket.socket) -> None:
+    """Let the next server take the port while connections of this one are closing; call it before it listens."""
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
 
 
 def url_of(bound: socket.socket) -> str:
@@ -66,6 +90,7 @@ class EngineServer(uvicorn.Server):
 
         Raises:
             An error of the engine's start.
+            `ChildProcessError`: if the engine failed for good. A supervisor starts the server again.
         """
         self._loop = asyncio.get_running_loop()
         await self.engine.start()
@@ -73,11 +98,19 @@ class EngineServer(uvicorn.Server):
             await self.serve([bound])
         finally:
             await self.engine.stop(drain=False)
+        if self.engine.failure:
+            raise ChildProcessError(self.engine.failure)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        for bound in sockets or []:
+            leave_port_to_the_next(bound)
         await super().startup(sockets)
         for bound in sockets or []:
             print(f"Ready: {url_of(bound)}/v1", flush=True)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Return whether the server should end: it does if its engine has failed for good."""
+        return await super().on_tick(counter) or bool(self.engine.failure)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Stop. Unlike uvicorn, do not raise the signal again: to be stopped is no failure."""

@@ -7,7 +7,7 @@ import torch
 from modeling_cosup.lookup_cosup import Found, Lookup
 from modeling_cosup.trace_cosup import Row
 
-from serving.engine import SearchFailed
+from serving.base_engine import search_failed
 
 
 class SearchQueue:
@@ -68,7 +68,4 @@ class SearchQueue:
             if row in found:
                 result.set_result(found[row])
             else:
-                reason = row.error or failure
-                search_failed = SearchFailed(f"The search failed: {reason}")
-                search_failed.__cause__ = reason
-                result.set_exception(search_failed)
+                result.set_exception(search_failed(row.error or failure))

@@ -25,10 +25,11 @@ from modeling_cosup import CoSupConfig, CoSupForCausalLM, Retriever
 from modeling_cosup.cache_cosup import context_length
 from modeling_cosup.lookup_cosup import Found
 from modeling_cosup.settings_cosup import DecisionSettings, RowSettings
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, encode_queries_for_emb_seq
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_queries_for_emb_seq
 from modeling_cosup.trace_cosup import Row
 
-from serving.checks import check_passages, check_request
+from serving.base_engine import BaseEngine, search_failed
+from serving.checks import check_request
 from serving.engine import (
     BackendFailed,
     DeadlineExceeded,
@@ -36,7 +37,6 @@ from serving.engine import (
     Event,
     GenerationRequest,
     QueueFull,
-    SearchFailed,
     ShuttingDown,
     UnsupportedSetting,
 )
@@ -78,7 +78,7 @@ def model_without_weights(name_or_path: str | Path) -> CoSupForCausalLM:
     return model.eval()
 
 
-class VllmEngine:
+class VllmEngine(BaseEngine):
     """
     Continues prompts with retrieval through vLLM servers; see [`~serving.engine.Engine`].
 
@@ -99,9 +99,6 @@ class VllmEngine:
             what is no URL.
     """
 
-    has_index: bool
-    context_length: int
-
     def __init__(
         self,
         model: CoSupForCausalLM,
@@ -115,14 +112,10 @@ class VllmEngine:
         timeout: float = 300.0,
         num_retries: int = 3,
     ) -> None:
-        for name, value, least in (("max_running", max_running, 1), ("max_waiting", max_waiting, 0)):
-            if value < least:
-                raise ValueError(f"{name} is {value}, expected at least {least}.")
+        length = context_length(model.config.get_text_config())
+        super().__init__(model.config, model.tokenizer, index is not None, length, max_running, max_waiting)
         self.model = model
-        self.config = model.config
-        self.tokenizer = model.tokenizer
         self.index = index
-        self.has_index = index is not None
         if self.config.query_from == "query_encoder":
             raise ValueError("query_from='query_encoder' is not available with vLLM: use the embedded engine.")
         self.ends, self.sampling = check_generation_config(model)
@@ -140,21 +133,16 @@ class VllmEngine:
         self.encoder: VllmClient | None = None
         if encoder_url is not None:
             self.encoder = VllmClient(encoder_url, "encoder_url", **options)
-        self.context_length = context_length(self.config.get_text_config())
         self.query_head: torch.Tensor | None = None  # `emb_head`, through which the queries of a tied model go
         if self.config.tie_emb_seq and model.emb_head is not None:
             head = read_weight(model, "emb_head.weight")
             assert head is not None  # the checkpoint would not load without it
             self.query_head = head.float()
-        self.max_running = max_running
-        self.max_waiting = max_waiting
         self.lookup = PreparedLookup(model, index)
         self.searches = SearchQueue(self.lookup)
         self._slots = asyncio.Semaphore(max_running)
         self._running = 0
         self._waiting = 0
-        self._stopping = False
-        self._cancels = False  # answers that run end
         self._steps: set[asyncio.Future] = set()  # what runs for requests, to be cancelled
         self._idle = asyncio.Event()
         self._idle.set()
@@ -187,6 +175,7 @@ class VllmEngine:
             self._cancels = True
             for step in list(self._steps):
                 step.cancel()
+        await self._end_embeddings(drain)
         await self._idle.wait()
         for client in self._clients():
             await client.close()
@@ -235,8 +224,7 @@ class VllmEngine:
         Raises:
             [`EngineError`]: what went wrong.
         """
-        if self._stopping:
-            raise ShuttingDown("The server is shutting down.")
+        self._check_open()
         self.check(request)
         async with self._slot(request.deadline):
             answer = await self._until(request.deadline, self._answer(request))
@@ -321,7 +309,7 @@ class VllmEngine:
             except ValueError as error:
                 raise UnsupportedSetting(str(error)) from error
             except Exception as error:  # a retriever may raise anything
-                raise SearchFailed(f"The candidates could not be looked up: {error}") from error
+                raise search_failed(error) from error
         return Answer(self.settings, request, self.gen, self.lookup, row, self._find)
 
     async def _find(self, row: Row, view: list[int], session: str) -> Found:
@@ -342,31 +330,17 @@ class VllmEngine:
             states = states @ self.query_head.T
         return self.model._normalize(states)
 
-    async def embed_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return the query embeddings `(N, h)` of texts, as Gen makes them at the first `[NSP]` of an answer."""
-        prompts = []
-        for number, text in enumerate(texts):
-            prompts.append([*encode_prompt(self.tokenizer, text), self.settings.nsp_token_id])
-            await asyncio.sleep(0)  # other requests go on
-            length = len(prompts[-1])
-            if length > self.context_length:
-                raise UnsupportedSetting(
-                    f"queries[{number}] has {length:,} tokens, but Gen reads {self.context_length:,}."
-                )
+    async def _embed_queries(self, prompts: list[list[int]]) -> NDArray[np.float32]:
         if not prompts:
             return np.zeros((0, self.config.embedding_size), np.float32)
         return (await self._query_embeds(prompts)).numpy()
 
-    async def embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
-        """
-        Return the embeddings `(N, h)` of passages `{"title", "text"}`, as in the index.
-
-        Raises:
-            [`UnsupportedSetting`]: without `encoder_url`.
-        """
+    def _check_encoder(self) -> None:
         if self.encoder is None:
             raise UnsupportedSetting("passages: Emb_seq, which embeds them, is not served; start with --encoder_url.")
-        check_passages(passages)
+
+    async def _embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
+        assert self.encoder is not None  # checked before
         if not passages:
             return np.zeros((0, self.config.embedding_size), np.float32)
         ids: list[list[int]] = []

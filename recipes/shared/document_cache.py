@@ -26,6 +26,10 @@ TABLES = """
         lines BLOB NOT NULL, ids BLOB NOT NULL, hashes BLOB NOT NULL, lengths BLOB NOT NULL,
         PRIMARY KEY (source, number)
     );
+    CREATE TABLE IF NOT EXISTS bad_rows (
+        source TEXT NOT NULL, place TEXT NOT NULL, reason TEXT NOT NULL, number INTEGER NOT NULL
+    );
+    CREATE INDEX IF NOT EXISTS bad_rows_of ON bad_rows (source);
 """
 
 
@@ -57,6 +61,23 @@ class PassageBatch:
             id = self.ids[number * ID_BYTES : (number + 1) * ID_BYTES]
             hash = self.hashes[number * HASH_BYTES : (number + 1) * HASH_BYTES]
             yield lines[number], id, hash, length
+
+
+@dataclass(frozen=True)
+class BadRow:
+    """
+    A row that cannot be used.
+
+    Args:
+        source (`str`), place (`str`): its document, and where it stands there, such as `"row 3"`.
+        reason (`str`): why it cannot be used.
+        number (`int`): more than 1 if it stands for several rows.
+    """
+
+    source: str
+    place: str
+    reason: str
+    number: int = 1
 
 
 class DocumentCache:
@@ -109,13 +130,23 @@ class DocumentCache:
 
     def discard(self, source: str) -> None:
         """Remove a document, complete or not."""
-        for table in ("documents", "batches"):
+        for table in ("documents", "batches", "bad_rows"):
             self._connection.execute(f"DELETE FROM {table} WHERE source = ?", (source,))
 
     def add(self, source: str, number: int, batch: PassageBatch) -> None:
         """Add passages of a document that is not complete yet."""
         row = (source, number, batch.lines, batch.ids, batch.hashes, batch.lengths)
         self._connection.execute("INSERT INTO batches VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def add_bad_row(self, bad_row: BadRow) -> None:
+        """Add a row that cannot be used, of a document that is not complete yet."""
+        row = (bad_row.source, bad_row.place, bad_row.reason, bad_row.number)
+        self._connection.execute("INSERT INTO bad_rows VALUES (?, ?, ?, ?)", row)
+
+    def bad_rows(self, source: str) -> list[BadRow]:
+        """Return the rows of a document that cannot be used, in order."""
+        query = "SELECT * FROM bad_rows WHERE source = ? ORDER BY rowid"
+        return [BadRow(*row) for row in self._connection.execute(query, (source,))]
 
     def complete(self, source: str, key: str, note: str) -> None:
         """Mark a document as complete, and make that last."""

@@ -19,22 +19,19 @@ from typing import Any, TypeVar
 
 from tqdm import tqdm
 
-from modeling_cosup.corpus_cosup import read_files
 from modeling_cosup.files_cosup import digest, digest_file
-from modeling_cosup.metadata_cosup import check_metadata
-from modeling_cosup.passages_cosup import check_id, check_text
 
 from shared.document_cache import HASH_BYTES, DocumentCache, PassageBatch
 from shared.document_conversion import convert
 from shared.document_files import NO_CHARACTER, DocumentError, DocumentFile
-from shared.document_sections import Document, row_sections, text_file_document
+from shared.document_rows import RowReader
+from shared.document_sections import Document, text_file_document
 from shared.passage_splitting import PassageSplitter
 
-FORMAT = 1  # of the passages; another one splits every document again
+FORMAT = 2  # of the passages; another one splits every document again
 LIBRARIES = ("pypdf", "python-docx", "semantic-text-splitter", "trafilatura")
 WORK_CHARACTERS = 2**18  # of rows or sections that a worker gets at a time
 WORK_ROWS = 1000
-LARGEST = 10**15  # more characters than any text has
 T = TypeVar("T")
 
 
@@ -46,10 +43,10 @@ class Work:
     documents: tuple[Document, ...] = ()
 
 
-def work_of(file: DocumentFile, text_column: str) -> Iterator[Work]:
+def work_of(file: DocumentFile, text_column: str, cache: DocumentCache) -> Iterator[Work]:
     """Yield the work of a document, in order, so that a large text or many rows are never in memory as a whole."""
     if file.kind in ("rows", "dataset"):
-        rows = _row_documents(file, text_column)
+        rows = RowReader(file, text_column, cache).documents()
         for documents in _batched(rows, lambda row: sum(len(section.text) for section in row.sections)):
             yield Work(documents=tuple(documents))
     elif file.kind in ("text", "markdown"):
@@ -72,28 +69,6 @@ def _batched(items: Iterable[T], size_of: Callable[[T], int]) -> Iterator[list[T
             batch, size = [], 0
     if batch:
         yield batch
-
-
-def _row_documents(file: DocumentFile, text_column: str) -> Iterator[Document]:
-    for number, (where, row) in enumerate(_rows(file, text_column)):
-        text = check_text(row.get(text_column), text_column, where, may_be_empty=True)
-        title = check_text(row.get("title") or "", "title", where, may_be_empty=True)
-        metadata = {**(check_metadata(row.get("metadata"), where) or {}), "source": file.source}
-        metadata["row"] = number if row.get("id") in (None, "") else check_id(row["id"], where)
-        if isinstance(row.get("url"), str) and row["url"]:
-            metadata["url"] = row["url"]
-        check_metadata({**metadata, "start": LARGEST, "end": LARGEST}, where)
-        yield Document(f"{file.source}#{metadata['row']}", title, list(row_sections(text)), metadata)
-
-
-def _rows(file: DocumentFile, text_column: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    if file.path is not None:
-        yield from read_files([file.path], (text_column,))
-        return
-    from datasets import load_dataset
-
-    for number, row in enumerate(load_dataset(file.source, split="train", streaming=True)):
-        yield f"{file.source}, row {number}", row
 
 
 def split_work(work: Work, splitter: PassageSplitter) -> PassageBatch:
@@ -217,7 +192,7 @@ class CacheFiller:
                     self.num_unchanged += 1
                     return
             self.cache.discard(source)
-            for number, work in enumerate(work_of(document, self.text_column)):
+            for number, work in enumerate(work_of(document, self.text_column, self.cache)):
                 self._pending.append((source, number, split(work)))
                 while len(self._pending) > 4 * self.num_workers:
                     self._take()

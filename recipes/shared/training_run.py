@@ -1,5 +1,6 @@
 """A run of recipes/train.py: its options, and how its model is judged on the questions of `--eval_file`."""
 
+import shlex
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -184,12 +185,11 @@ def print_examples(predictions: list[dict], run: Run) -> None:
     for i in needing_passage[:num_needing_passage] + needing_none[: script.num_examples]:
         print(f"\nQ  {questions[i]['input']}\nA  {predictions[i]['cited_text']}")
     checkpoint = output_dir / "merged" if script.use_peft else output_dir
-    index = script.index or output_dir / "index"
+    index = [str(script.index or output_dir / "index")]
     if script.index_uri is not None:
-        index = f"{index} --index_uri {script.index_uri}"
-    print(f"\nCheckpoint: {checkpoint}   Index: {index}   Numbers: {output_dir / 'results.json'}")
-    question = questions[needing_passage[0]]["input"]
-    command = f"python recipes/generate.py --model {checkpoint} --index {index}"
+        index += ["--index_uri", script.index_uri]
+    print(f"\nCheckpoint: {checkpoint}   Index: {' '.join(index)}   Numbers: {output_dir / 'results.json'}")
+    command = ["python", "recipes/generate.py", "--model", str(checkpoint), "--index", *index]
     if num_passages(run.args) > 1:
-        command += f" --passages_per_nsp {num_passages(run.args)}"
-    print(f'Ask it:     {command} "{question}"')
+        command += ["--passages_per_nsp", str(num_passages(run.args))]
+    print(f"Ask it:     {shlex.join([*command, questions[needing_passage[0]]['input']])}")

@@ -107,7 +107,7 @@ def test_every_source_makes_the_same_index(model, tmp_path):
 BAD = [
     ({"id": "m0", "title": "", "text": "again"}, "id 'm0' is already"),
     ({"id": "m22", "title": "", "text": "again"}, "id 'm22' is already"),
-    ({"id": "x", "text": ""}, "text is ''"),
+    ({"id": "x", "text": ""}, "text is empty"),
     ({"id": "x", "text": "\ud800"}, "text holds '\\ud800', which is not a character"),
     ({"id": 5.0, "text": "x"}, "id is 5.0, expected a string"),
     ({"_id": "x", "text": "x"}, "unknown key _id; did you mean 'id'?"),
@@ -152,6 +152,9 @@ def test_bad_files(model, tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR0" * 9)
     with pytest.raises(ValueError, match="a.parquet is not a Parquet file"):
         build(model, tmp_path / "a.parquet")
+    for text in ("A text.", 99 * "A long text. "):
+        with pytest.raises(FileNotFoundError, match="^A.* is not a file. A passage is an object with id, title and"):
+            PassageIndex.build([text], model)
     with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
         build(model, tmp_path / "nothing.jsonl")
     pyarrow.parquet.write_table(pa.table({"id": ["a", None], "text": ["b", "c"]}), tmp_path / "b.parquet")

@@ -353,7 +353,7 @@ def test_what_cannot_be_added_changes_nothing(model, tmp_path, where):
     for passages, message in [
         ([new, PASSAGES[2]], "Corpus row 1: id 'p2' is already in the index"),
         (iter([new, {"id": "newer", "text": "word"}, PASSAGES[2]]), "Corpus row 2: id 'p2' is already in the index"),
-        ([new, {"id": "x", "text": ""}], "Corpus row 1: text is ''"),
+        ([new, {"id": "x", "text": ""}], "Corpus row 1: text is empty"),
         ([new, new], "Corpus row 1: id 'new' is already in Corpus row 0"),
         ([], "holds no passage"),
     ]:

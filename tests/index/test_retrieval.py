@@ -98,11 +98,11 @@ def test_emb_seq_with_its_own_tokenizer_and_width():
     ("row", "message"),
     [
         ({"id": "p0", "title": "", "text": "again"}, "Corpus row 6: id 'p0' is already in Corpus row 0"),
-        ({"id": "x", "title": "T", "text": ""}, "row 6: text is ''"),
+        ({"id": "x", "title": "T", "text": ""}, "row 6: text is empty"),
         ({"id": "x", "title": "T", "text": " \n"}, "row 6: text is"),
         ({"id": "x", "title": "T"}, "row 6: text is None"),
         ({"title": "T", "text": "x"}, "row 6: id is None"),
-        ({"id": "", "text": "x"}, "row 6: id is ''"),
+        ({"id": "", "text": "x"}, "row 6: id is empty"),
         ({"id": 7.5, "text": "x"}, "row 6: id is 7.5, expected a string"),
         ({"id": "x", "title": ["T"], "text": "x"}, "row 6: title is"),
         ("not a passage", "row 6"),

@@ -11,7 +11,8 @@ import pytest
 import torch
 from transformers import LogitsProcessorList, TextStreamer
 
-from modeling_cosup import Completion, RetrievalConfig, RetrievalError
+from modeling_cosup import Completion, RetrievalConfig, RetrievalError, decoding_cosup, room_cosup
+from modeling_cosup.cache_cosup import rounded
 from modeling_cosup.tokenization_cosup import encode_prompt
 from support.forks import run_forked
 from support.generation import BreakingIndex, Steer, left_pad, real_tokens
@@ -135,12 +136,46 @@ def test_max_batch_tokens_limits_the_rows(model, index, prompts, options):
     model.gen.base_model.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    columns_per_row = max(map(len, prompts)) + 18 + model.config.max_passage_length + 1
+    columns_per_row = rounded(max(map(len, prompts)) + 18 + model.config.max_passage_length + 2)
     for max_batch_tokens, expected in ((10, 1), (columns_per_row, 1), (3 * columns_per_row, 3)):
         sizes.clear()
         completions = model.generate_many(prompts[:6], retriever=index, max_batch_tokens=max_batch_tokens, **options)
         assert max(sizes) == expected
         assert len(completions) == 6
+
+
+@pytest.mark.parametrize("forget", [None, "recompute", "mask"])
+def test_rows_that_retrieve_more_often_than_there_is_room_for_wait(
+    model, index, prompts, options, forget, monkeypatch
+):
+    """The cache never has more columns than allowed, no token changes, and none is forwarded twice."""
+    options["logits_processor"] = LogitsProcessorList([Steer(model, retrieve_every=3, end_every=9)])
+    options["retrieval_config"] = RetrievalConfig(forget_passages=forget)
+    limit = 4 * rounded(max(map(len, prompts)) + 18 + 2 * (model.config.max_passage_length + 1) + 1)
+    sizes, num_set_aside = [], 0
+
+    def set_latest_aside(decoder):
+        nonlocal num_set_aside
+        num_set_aside += 1
+        room_cosup.set_latest_aside(decoder)
+
+    def note_size(module, args, kwargs):
+        cache = kwargs["past_key_values"]
+        sizes.append((cache.rows * cache.columns, len(kwargs["input_ids"])))
+
+    monkeypatch.setattr(decoding_cosup, "set_latest_aside", set_latest_aside)
+    hook = model.gen.base_model.register_forward_pre_hook(note_size, with_kwargs=True)
+    completions = model.generate_many(prompts, retriever=index, max_batch_tokens=limit, **options)
+    hook.remove()
+    assert max(columns for columns, _ in sizes) <= limit
+    assert max(rows for _, rows in sizes) >= 3
+    assert num_set_aside >= 2
+    outputs, expected = one_by_one(model, index, prompts, options)
+    assert [completion.token_ids for completion in completions] == expected
+    for completion, output in zip(completions, outputs, strict=True):
+        for retrieval, alone in zip(completion.retrievals, output.retrievals[0], strict=True):
+            assert (retrieval.position, retrieval.grounded_span) == (alone.position, alone.grounded_span)
+            assert retrieval.passage_ids == alone.passage_ids
 
 
 def test_candidates_and_passages_belong_to_their_prompts(model, index, prompts, options):
@@ -280,6 +315,7 @@ def test_an_output_file_of_other_prompts_is_refused(model, index, prompts, optio
 SCRIPT = """
 import sys, time
 sys.path[:0] = [{tests!r}, {here!r}]
+from support.models import PASSAGES, make_model
 from support.generation import *
 from support.models import *
 from test_generate_many import *

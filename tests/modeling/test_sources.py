@@ -256,8 +256,9 @@ def large_plain_model(folder):
 @pytest.mark.parametrize("load", [CoSupConfig.from_pretrained, CoSupForCausalLM.from_pretrained])
 def test_a_plain_model_is_no_checkpoint(tmp_path, load):
     with pytest.raises(ValueError, match="is a plain llama model, not a CoSup .*from_gen_and_emb_seq.*--gen") as error:
-        load(large_plain_model(tmp_path))
+        load(large_plain_model(tmp_path / "my gen"))
     assert "\n" not in str(error.value)
+    assert str(error.value).endswith(f"--gen '{tmp_path}/my gen'.")
 
 
 @pytest.mark.parametrize("load", [CoSupForCausalLM.from_pretrained, AutoModelForCausalLM.from_pretrained])

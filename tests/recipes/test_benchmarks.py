@@ -190,10 +190,28 @@ def test_bad_options_of_distillation_are_reported(monkeypatch, options, message)
         distillation.main()
 
 
+HEAD = b"HTTP/1.1 200 OK\r\n"
+CHUNKED = HEAD + b"transfer-encoding: chunked\r\n\r\n"
+MESSAGE = {"content": "He did.", "retrievals": [{"passages": [{"id": "p1"}]}]}
+ANSWER = json.dumps({"choices": [{"message": MESSAGE}], "usage": {"completion_tokens": 4}}).encode()
+
+
+def chunk(text):
+    """Return a chunk of HTTP."""
+    return f"{len(text):x}\r\n{text}\r\n".encode()
+
+
+EVENT_1 = chunk('data: {"choices":[{"delta":{"content":"He "}}]}\n\n')
+EVENT_2 = chunk(
+    'data: {"choices":[{"delta":{"content":"did.","retrievals":[{"passages":[{"id":"p1"}]}]}}]}\n\n'
+    'data: {"choices":[],"usage":{"completion_tokens":4}}\n\ndata: [DONE]\n\n'
+)
+
+
 def test_a_loaded_server_answers_like_generate_many(monkeypatch, tmp_path, capsys):
     pytest.importorskip("uvicorn", reason="serves")
     monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
-    argv = ["server_load.py", "--quick", "true", "--output_file", str(tmp_path / "out.json")]
+    argv = ["server_load.py", *"--quick true --decode_in thread --output_file".split(), str(tmp_path / "out.json")]
     monkeypatch.setattr(sys, "argv", argv)
     import server_load
 
@@ -231,6 +249,31 @@ def test_an_answer_that_is_lost_or_mixed_up_is_a_fault(monkeypatch):
     ]
     assert len(service.faults(outcomes)) == 5
     assert service.faults(outcomes[:2]) == []
+
+
+@pytest.mark.parametrize(
+    ("parts", "kind", "text", "error"),
+    [
+        ([HEAD + f"Content-Length: {len(ANSWER)}\r\n\r\n".encode(), ANSWER[:20], ANSWER[20:]], "plain", "He did.", ""),
+        ([CHUNKED, EVENT_1, EVENT_2, b"0\r\n\r\n"], "streamed", "He did.", ""),
+        ([CHUNKED, EVENT_1, b"0\r\n\r\n"], "streamed", "He ", "the stream ended without [DONE]"),
+        ([b"HTTP/1.1 429 X\r\ncontent-length: 4\r\n\r\nfull"], "plain", "", "status 429: full"),
+    ],
+)
+def test_clients_read_answers_after_the_load(monkeypatch, parts, kind, text, error):
+    monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
+    from server_clients import Exchange, Outcome, is_complete, read
+
+    received = [(float(seconds), part) for seconds, part in enumerate(parts, 11)]
+    assert [is_complete(received[: i + 1]) for i in range(len(parts))] == [False] * (len(parts) - 1) + [True]
+    exchange = Exchange(Outcome(0, kind), start=10, received=received, is_complete=True)
+    read(exchange)
+    outcome = exchange.outcome
+    assert (outcome.text, outcome.finished) == (text, not error)
+    assert error in outcome.error
+    assert outcome.first_token == (2 if kind == "streamed" and not error else 0)
+    if not error:
+        assert (outcome.passages, outcome.tokens) == ([["p1"]], 4)
 
 
 def test_folders_of_documents_have_their_size(tmp_path, monkeypatch):

@@ -227,7 +227,7 @@ def test_gold_that_the_corpus_lacks_is_counted(folder, tmp_path, model):
         ({"index": "index", "corpus_file": None}, "cosine is not a CoSup checkpoint; give a --corpus_file"),
         ({"corpus_file": [*CORPUS, CORPUS[0]]}, "line 11: id 'p0' is already in the corpus"),
         ({"corpus_file": []}, "the corpus holds no passage"),
-        ({"corpus_file": [{"id": "p0", "text": ""}]}, "line 1: text is ''"),
+        ({"corpus_file": [{"id": "p0", "text": ""}]}, "line 1: text is empty"),
         ({"eval_file": [{"id": "1", "input": "q?"}]}, "line 1: answers is None, expected a list of strings"),
     ],
 )

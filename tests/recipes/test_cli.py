@@ -1,7 +1,10 @@
 """Options from dataclasses, YAML files and the command line, and the errors of wrong ones."""
 
+import shlex
 import sys
 from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 from shared.cli import check_options, option_names, parse
@@ -10,6 +13,9 @@ import pytest
 from generate import GenerateArguments, read_questions
 
 from trainer import CoSupTrainingArguments
+from trainer.judging.judge import command_line
+
+from shared.training_run import print_examples
 
 
 @dataclass(kw_only=True)
@@ -224,3 +230,19 @@ def test_help_shows_the_description_and_the_options(capsys):
     assert "What it does." in printed
     assert "A name." in printed
     assert "[words ...]" in printed
+
+
+def test_a_printed_command_can_be_pasted(capsys, monkeypatch):
+    run = SimpleNamespace(
+        script=SimpleNamespace(num_examples=1, use_peft=False, index="my index", index_uri="http://h:1/?a&b"),
+        output_dir=Path("my model"),
+        questions=[{"input": "Who's $HOME?", "provenance": [["p1"]], "answers": ["x"]}],
+        args=SimpleNamespace(candidates_from="corpus", num_candidates=3),
+    )
+    print_examples([{"cited_text": "x"}], run)
+    command = capsys.readouterr().out.partition("Ask it:")[2]
+    options = ["--model", "my model", "--index", "my index", "--index_uri", "http://h:1/?a&b"]
+    asked = [*options, "--passages_per_nsp", "3", "Who's $HOME?"]
+    assert shlex.split(command) == ["python", "recipes/generate.py", *asked]
+    monkeypatch.setattr(sys, "argv", ["/recipes/run_evaluation.py", *asked])
+    assert shlex.split(command_line()) == ["run_evaluation.py", *asked]

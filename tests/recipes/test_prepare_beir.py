@@ -68,7 +68,7 @@ def test_queries_passages_and_counts(tmp_path, beir_folder):
         ),
         ("qrels.tsv", ["query-id\tcorpus-id\tscore", "1\tnowhere\t1"], "(?s)No query is left.*the corpus lacks +1"),
         ("queries.jsonl", [{"_id": 1.0, "text": "q?"}], "queries.jsonl, line 1: _id is 1.0, expected a string"),
-        ("queries.jsonl", [{"_id": "1", "text": ""}], "queries.jsonl, line 1: text is ''"),
+        ("queries.jsonl", [{"_id": "1", "text": ""}], "queries.jsonl, line 1: text is empty"),
         ("queries.jsonl", [{"_id": "1", "text": "q?", "metadata": {"answer": 3}}], "line 1: metadata has answers 3"),
         ("corpus.jsonl", [{"title": "t", "text": "x"}], "corpus.jsonl, line 1: id is None"),
         (

@@ -211,7 +211,7 @@ def test_a_retriever_and_gen_are_trained_on_the_file(tmp_path):
         ([RIVER], {"queries": []}, "--queries is ''"),
         ([RIVER], {"num_instances": 0}, "--num_instances is 0"),
         ([RIVER, {**RIVER, "text": "other"}], {}, "line 2: id 'river' is already in .*line 1"),
-        ([{"id": "a", "text": ""}], {}, "line 1: text is ''"),
+        ([{"id": "a", "text": ""}], {}, "line 1: text is empty"),
         ([{"id": "a", "text": "short"}], {}, "no passage gives an instance"),
         ([], {}, "no passage gives an instance"),
     ],

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shlex
 import sys
 import tracemalloc
 from io import StringIO
@@ -19,7 +20,7 @@ from modeling_cosup import CoSupForCausalLM, RetrievalConfig
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_passages_for_gen
 from support.models import make_model, make_tokenizer
 
-from shared import document_conversion, document_work
+from shared import document_conversion, document_rows, document_work
 from shared.document_cache import DocumentCache
 from shared.document_conversion import convert, join_lines
 from shared.document_files import DocumentError, DocumentFile, find_documents
@@ -80,7 +81,7 @@ UNREADABLE = {
     "bad/empty.txt": "it is empty",
     "bad/locked.pdf": "it is encrypted: it needs a password",
     "bad/nul.txt": "it is no text: it holds NUL bytes",
-    "bad/rows.jsonl": "rows.jsonl, line 2: text is 3, expected a string",
+    "bad/rows.jsonl, line 2": "text is 3, expected a string",
     "bad/scanned.pdf": "no page of 1 holds text; scanned pages need OCR",
 }
 
@@ -313,9 +314,8 @@ def test_what_cannot_be_read_is_listed(result, model_folder, folder, output):
     assert report == json.loads(output.with_name("corpus.report.json").read_text())
     assert (report["documents"], report["duplicates"]) == (len(passages) + 1, 1)  # the text of the copy is not new
     corpus = output.read_bytes()
-    with pytest.raises(
-        ValueError, match=r"8 of 18 documents cannot be read; no corpus was written(.|\n)*needs a pass"
-    ):
+    message = r"7 of 18 documents and 1 rows cannot be read; no corpus was written(.|\n)*needs a pass"
+    with pytest.raises(ValueError, match=message):
         prepare(arguments(model_folder, output, folder, on_error="fail"))
     assert output.read_bytes() == corpus
 
@@ -467,9 +467,10 @@ def test_a_large_file_is_never_in_memory(tmp_path, kind):
     tracemalloc.start()
     try:
         largest = 0
-        for work in work_of(DocumentFile(path.name, kind, path), "text"):
-            for document in work.documents:
-                largest = max(largest, *(len(section.text) for section in document.sections))
+        with DocumentCache(tmp_path / "cache") as cache:
+            for work in work_of(DocumentFile(path.name, kind, path), "text", cache):
+                for document in work.documents:
+                    largest = max(largest, *(len(section.text) for section in document.sections))
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -615,7 +616,7 @@ def test_odd_names_links_and_pipes(model_folder, small, tmp_path):
         report = prepare(arguments(model_folder, small / "corpus.jsonl", tmp_path / "other"))
     assert (report["documents"], report["ignored"]) == (4, {"links to folders": 1, "pipes and devices": 1})
     (unreadable,) = report["unreadable"]
-    assert unreadable["source"] == "rows\ufffd.jsonl" and "rows\ufffd.jsonl, line 1" in unreadable["reason"]
+    assert unreadable["source"] == "rows\ufffd.jsonl" and "line 1: found list" in unreadable["reason"]
     (passage,) = (passage for passage in read(small / "corpus.jsonl") if passage["text"] == "A cafe.")
     assert (passage["title"], passage["metadata"]["source"]) == ("caf\ufffd", "caf\ufffd.md")
 
@@ -675,27 +676,88 @@ def test_a_library_that_is_missing_is_named_before_anything_is_written(model_fol
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_with_one_id_are_refused(model_folder, tmp_path):
-    (tmp_path / "rows.jsonl").write_text('{"id": "a", "text": "one two"}\n{"id": "a", "text": "two one"}\n')
-    with pytest.raises(ValueError, match="rows.jsonl: two rows have the id 'a'; ids must be unique"):
-        prepare(arguments(model_folder, tmp_path / "c.jsonl", tmp_path / "rows.jsonl"))
-    assert not (tmp_path / "c.jsonl").exists()
+BAD_ROWS = {
+    "row 1": "text is None, expected a string",
+    "row 2": "a value cannot be read: 'utf-8' codec can't decode byte 0xff",
+    "row 3": "malformed JSON (Expecting property name",
+    "row 5": "an earlier row has the id 'a' too; ids must be unique",
+}
+BAD_LINES = {
+    "line 2": "malformed JSON (Expecting property name",
+    "line 3": "found list, expected a JSON object",
+    "line 5": "title is 7, expected a string",
+    "line 6": "an earlier row has the id '0' too",
+}
+
+
+def bad_tables(folder):
+    """Write a Parquet and a JSON Lines file of two good rows each among bad ones."""
+    texts = pa.array([b"one", None, b"\xff", b"two", b"three", b"four"]).view(pa.string())
+    ids = ["a", "b", "c", "d", None, "a"]
+    columns = {"id": ids, "text": texts, "metadata": ["", "", "", "{", '{"page": 9}', ""]}
+    pyarrow.parquet.write_table(pa.table(columns), folder / "rows.parquet")
+    lines = ['{"text": "five"}', "{", "[]", '{"text": "six"}', '{"text": "x", "title": 7}', '{"id": 0, "text": "x"}']
+    (folder / "rows.jsonl").write_text("\n".join(lines))
+
+
+def test_bad_rows_are_listed_and_the_others_are_kept(model_folder, tmp_path, monkeypatch):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    bad_tables(folder)
+    output = tmp_path / "c.jsonl"
+    for num_unchanged in (0, 2):  # the second time from the cache
+        report = prepare(arguments(model_folder, output, folder))
+        assert (report["documents"], report["unchanged"], report["unreadable_rows"]) == (2, num_unchanged, 8)
+        reasons = {entry["source"]: entry["reason"] for entry in report["unreadable"]}
+        for name, bad in (("rows.parquet", BAD_ROWS), ("rows.jsonl", BAD_LINES)):
+            for place, reason in bad.items():
+                assert reason in reasons.pop(f"{name}, {place}")
+        assert not reasons
+        assert report["unreadable_documents"] == 0
+        texts = {passage["text"]: passage["metadata"]["row"] for passage in read(output)}
+        assert texts == {"one": "a", "three": 4, "five": 0, "six": 3}  # numbers as if all rows were good
+    output.unlink()
+    words = ["prepare_documents.py", str(folder), "--output_file", str(output), "--model", model_folder]
+    monkeypatch.setattr("sys.argv", [*words, "--on_error", "fail"])
+    with pytest.raises(SystemExit) as error:
+        prepare_documents.main()
+    assert str(error.value).startswith("error: 8 rows cannot be read; no corpus was written.")
+    assert "\n  rows.parquet, row 1: text is None, expected a string" in str(error.value)
+    assert not output.exists()
+
+
+def test_many_bad_rows_are_counted_and_a_file_of_nothing_else_is_unreadable(model_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(document_rows, "MAX_BAD_ROWS", 2)
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "some.jsonl").write_text('{"text": "one"}\n' + "{\n" * 5)
+    (tmp_path / "in" / "none.jsonl").write_text("{\n" * 5)
+    report = prepare(arguments(model_folder, tmp_path / "c.jsonl", tmp_path / "in"))
+    assert (report["unreadable_documents"], report["unreadable_rows"]) == (1, 5)
+    none, *rows = report["unreadable"]
+    assert none["source"] == "none.jsonl"
+    assert none["reason"].startswith("none of its 5 rows can be used: line 1: ")
+    assert [row["source"] for row in rows] == [
+        f"some.jsonl, {place}" for place in ("line 2", "line 3", "further rows")
+    ]
+    assert rows[2]["reason"] == "3 that are not listed"
 
 
 # ------------------------------------------------------------------ the whole way
 
 
 def test_from_a_page_to_its_citation(model_folder, folder, result, tmp_path, monkeypatch, capsys):
-    words = ["prepare_documents.py", str(folder / "guide.pdf"), "--output_file", str(tmp_path / "c.jsonl")]
+    output = tmp_path / "my corpus.jsonl"
+    words = ["prepare_documents.py", str(folder / "guide.pdf"), "--output_file", str(output)]
     monkeypatch.setattr("sys.argv", [*words, "--model", model_folder])
     prepare_documents.main()
     printed = capsys.readouterr().out
     assert "no text on 1 of 3 pages: 3" in printed
-    assert f"build_index.py --model {model_folder} --corpus_file {tmp_path / 'c.jsonl'}" in printed
+    command = shlex.split(printed.splitlines()[-1])  # can be pasted as it is
+    assert command[:6] == ["python", "recipes/build_index.py", "--model", model_folder, "--corpus_file", str(output)]
     model = CoSupForCausalLM.from_pretrained(model_folder)
-    index = model.build_index(str(tmp_path / "c.jsonl"), show_progress_bar=False)
+    index = model.build_index(str(output), show_progress_bar=False)
     prompt = [*model.tokenizer("oil?")["input_ids"], model.config.nsp_token_id]
-    care = read(tmp_path / "c.jsonl")[2]
+    care = read(output)[2]
     settings = RetrievalConfig(candidates=[[care["id"]]], max_retrievals=1)
     options = {"retriever": index, "retrieval_config": settings, "max_new_tokens": 4, "show_progress_bar": False}
     (completion,) = model.generate_many([prompt], **options)

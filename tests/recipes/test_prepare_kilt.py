@@ -214,7 +214,7 @@ PAGE = {"wikipedia_id": "10", "wikipedia_title": "Otter", "text": ["They eat fis
             "pages.jsonl, line 1: text is 'They eat fish.', expected a list of paragraphs",
         ),
         (GOOD, {**PAGE, "wikipedia_title": None}, "pages.jsonl, line 1: wikipedia_title is None"),
-        (GOOD, {**PAGE, "wikipedia_id": ""}, "pages.jsonl, line 1: wikipedia_id is ''"),
+        (GOOD, {**PAGE, "wikipedia_id": ""}, "pages.jsonl, line 1: wikipedia_id is empty"),
     ],
 )
 def test_bad_kilt_files(tmp_path, question, page, message):

@@ -155,8 +155,8 @@ def test_a_dataset_folder_and_gzip_are_read_like_a_file(tmp_path):
     ("row", "changes", "message"),
     [
         ({"output": None}, {}, "rows.jsonl, line 1: output is None, expected a string"),
-        ({"instruction": ""}, {}, "line 1: instruction is ''"),
-        ({"instruction": "Say.## Input:\n\n"}, {}, "line 1: input is ''"),
+        ({"instruction": ""}, {}, "line 1: instruction is empty"),
+        ({"instruction": "Say.## Input:\n\n"}, {}, "line 1: input is empty"),
         ({"input": 5}, {}, "line 1: input is 5, expected a string"),
         ({"output": "[No Retrieval]4"}, {}, "(?s)No instance is left.*without_passage +1"),
         (

@@ -94,7 +94,7 @@ def test_index_of_another_model_is_refused(checkpoint, tmp_path):
 BAD_LINES = [
     ("train_file", '{"input": "q"', "train_file.jsonl, line 1: malformed JSON"),
     ("train_file", '{"input": "q", "segments": []}', "train_file.jsonl, line 1: segments is []"),
-    ("corpus_file", '{"id": "p0", "title": "t", "text": ""}', "corpus_file.jsonl, line 1: text is ''"),
+    ("corpus_file", '{"id": "p0", "title": "t", "text": ""}', "corpus_file.jsonl, line 1: text is empty"),
     (
         "eval_file",
         '{"input": "q", "answers": ["a"], "provenance": [], "candidates": ["x"]}',

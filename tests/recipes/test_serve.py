@@ -16,6 +16,7 @@ from support.models import PASSAGES, make_model
 from support.recipes import fails_here, flags
 
 from serving.arguments import ServeArguments
+from serving.running import open_socket
 from shared.memory_options import MemoryOptions
 
 
@@ -40,7 +41,9 @@ def free_port():
 def test_a_server_answers_until_a_signal(checkpoint, free_port, monkeypatch, capsys):
     monkeypatch.setenv("COSUP_API_KEY", "from-variable, second")
     words = flags(model=checkpoint / "tiny", index=checkpoint / "tiny/index", port=free_port, max_new_tokens=3)
-    monkeypatch.setattr(sys, "argv", ["serve.py", *words, "--load_emb_seq", "--api_key", "from-option"])
+    monkeypatch.setattr(
+        sys, "argv", ["serve.py", *words, "--load_emb_seq", "--decode_in", "thread", "--api_key", "from-option"]
+    )
     url = f"http://127.0.0.1:{free_port}"
     responses = {}
 
@@ -60,6 +63,7 @@ def test_a_server_answers_until_a_signal(checkpoint, free_port, monkeypatch, cap
                 for key in ("from-variable", "from-option", "from-variable, second"):
                     headers = {"Authorization": f"Bearer {key}"}
                     responses[key] = client.get("/v1/models", headers=headers)
+                client.get("/health", headers={"Connection": "close"})  # so the server closes first, and waits
         finally:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -76,6 +80,7 @@ def test_a_server_answers_until_a_signal(checkpoint, free_port, monkeypatch, cap
     assert statuses == [200, 200, 401]
     with pytest.raises(httpx.ConnectError):
         httpx.get(url)
+    open_socket("127.0.0.1", free_port).close()  # at once, although connections of the server are still closing
 
 
 def test_a_port_in_use_is_one_line_before_the_model_is_loaded(tmp_path, monkeypatch):
@@ -85,15 +90,22 @@ def test_a_port_in_use_is_one_line_before_the_model_is_loaded(tmp_path, monkeypa
     assert message == f"error: --host 127.0.0.1 --port {port}: Address already in use."
 
 
+def test_a_port_of_a_server_that_still_loads_its_model_is_in_use(tmp_path, monkeypatch):
+    with open_socket("127.0.0.1", 0) as loading:  # bound, but does not listen yet
+        port = loading.getsockname()[1]
+        message = fails_here(monkeypatch, "serve", *flags(model=tmp_path, port=port))
+    assert message == f"error: --host 127.0.0.1 --port {port}: Address already in use."
+
+
 def test_an_index_of_another_model_is_refused_at_the_start(checkpoint, free_port, monkeypatch):
-    words = flags(model=checkpoint / "tiny", index=checkpoint / "other/index", port=free_port)
+    words = flags(model=checkpoint / "tiny", index=checkpoint / "other/index", port=free_port, decode_in="thread")
     message = fails_here(monkeypatch, "serve", *words)
     assert "This index was built by another model" in message and "emb_seq" in message
 
 
 def test_a_server_that_is_open_to_the_network_warns(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("COSUP_API_KEY", raising=False)
-    words = flags(model=tmp_path, host="0.0.0.0", port=0)
+    words = flags(model=tmp_path, host="0.0.0.0", port=0, decode_in="thread")
     fails_here(monkeypatch, "serve", *words)  # the folder is empty
     assert "warning: --host 0.0.0.0 without --api_key" in capsys.readouterr().err
     fails_here(monkeypatch, "serve", *words, "--api_key", "secret")
@@ -110,6 +122,8 @@ def test_a_server_that_is_open_to_the_network_warns(tmp_path, monkeypatch, capsy
         ({"engine": "vllm", "query_url": "http://q/v1"}, "--engine vllm needs --gen_url."),
         ({"gen_url": "http://g/v1"}, "--gen_url is of --engine vllm."),
         ({"engine": "vllm", "dtype": "bfloat16"}, "--dtype is of --engine embedded."),
+        ({"engine": "tgi"}, "--engine tgi: expected embedded, vllm, or module:function."),
+        ({"engine": "tgi:"}, "--engine tgi:: expected embedded, vllm, or module:function."),
     ],
 )
 def test_options_are_checked(options, message):
@@ -120,8 +134,25 @@ def test_options_are_checked(options, message):
 def test_a_memory_is_mixed_in(checkpoint, tmp_path):
     model = CoSupForCausalLM.from_pretrained(checkpoint / "tiny")
     MLPMemory.from_gen(model, intermediate_size=8).save_pretrained(tmp_path)
-    args = ServeArguments(model=str(checkpoint / "tiny"), max_running=3, max_waiting=0, max_batch_tokens=500)
+    args = ServeArguments(
+        model=str(checkpoint / "tiny"), max_running=3, max_waiting=0, max_batch_tokens=500, decode_in="thread"
+    )
     engine = serve.open_engine(args, MemoryOptions(memory=str(tmp_path), memory_weight=0.4))
-    assert engine.memory_config.weight == 0.4
-    assert (engine.max_running, engine.max_waiting, engine.max_batch_tokens) == (3, 0, 500)
-    assert not engine.has_index and engine.model.emb_seq is None
+    served = engine.decoding.served
+    assert served.memory_config.weight == 0.4
+    assert (engine.max_running, engine.max_waiting, served.max_batch_tokens) == (3, 0, 500)
+    assert not engine.has_index and served.model.emb_seq is None
+
+
+def test_an_engine_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "engine_of_a_test.py").write_text("def open_engine(args):\n    return args.model, args.gen_url\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    options = {"engine": "engine_of_a_test:open_engine", "gen_url": "http://host/v1"}
+    args = ServeArguments(model="out", **options)
+    assert serve.open_engine(args, MemoryOptions()) == ("out", "http://host/v1")
+    with pytest.raises(ValueError, match="--memory: engine_of_a_test:open_engine mixes no token memory in"):
+        serve.open_engine(args, MemoryOptions(memory="mem"))
+    for name, message in [("no_such_module:f", "No module named 'no_such_module'"), ("engine_of_a_test:f", "no attr")]:
+        with pytest.raises(ValueError, match=f"--engine {name}: .*{message}"):
+            serve.open_engine(ServeArguments(model="out", engine=name), MemoryOptions())

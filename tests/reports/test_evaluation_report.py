@@ -90,6 +90,9 @@ def test_report_holds_tables_examples_and_what_was_left_out(output):
     for words in ("In-domain", "Other tasks", "average of all 2", "no NLI model was given"):
         assert words in text
 
+    assert "| figure | what it is | — if |" in text
+    assert re.search(r"\| Cor⁻ \| [^|]+ counts as wrong \| no question has gold passages; the model ", text)
+
     assert page.count('class="example"') == 4
     assert re.search(r"Ret (100|0)\.0 %", page)  # an example shows percent too
     names = {path.name for path in (output / "plots").iterdir()}

@@ -1,5 +1,7 @@
 """The text of an answer and its citations: offsets, spaces between spans, stop strings, for any tokenizer."""
 
+from unittest.mock import Mock, patch
+
 import pytest
 
 from modeling_cosup import Retrieval
@@ -7,7 +9,7 @@ from modeling_cosup.tokenization_cosup import encode_texts
 from support.models import make_tokenizer
 from support.tokenizer_kinds import TOKENIZERS
 
-from serving.answers import AnswerWriter, Piece
+from serving.answers import AnswerWriter, Piece, TokenTexts
 from serving.engine import EndEvent, RetrievalEvent, TokenEvent
 
 CE, NSP = 10**6, 10**6 + 1  # ids of no tokenizer
@@ -38,7 +40,7 @@ def events_of(tokenizer, *spans, finish_reason="stop"):
 
 def written(tokenizer, events, stop=(), group=1, context=()):
     """Return the whole answer, and the pieces of its stream."""
-    writer = AnswerWriter(tokenizer, frozenset({CE, NSP}), prompt_length=5, stop=stop, context=context)
+    writer = AnswerWriter(TokenTexts(tokenizer), frozenset({CE, NSP}), prompt_length=5, stop=stop, context=context)
     pieces = [writer.write(events[i : i + group]) for i in range(0, len(events), group)]
     answer = Piece()
     for piece in pieces:
@@ -149,7 +151,7 @@ def test_tokens_have_their_offset():
 
 
 def test_the_usage_counts_as_generate_does():
-    writer = AnswerWriter(make_tokenizer(), frozenset({CE, NSP}), prompt_length=5)
+    writer = AnswerWriter(TokenTexts(make_tokenizer()), frozenset({CE, NSP}), prompt_length=5)
     writer.write([RetrievalEvent(retrieval(position=4, num_tokens=7))])  # the [NSP] of the prompt
     assert (writer.num_generated_tokens, writer.num_passage_tokens, writer.num_retrievals) == (0, 7, 1)
     writer.write([TokenEvent(70), TokenEvent(CE), RetrievalEvent(retrieval(position=20, num_tokens=3))])
@@ -162,3 +164,14 @@ def test_a_continued_text_keeps_its_first_space():
     events = events_of(tokenizer, "end")
     assert written(tokenizer, events)[0].text == "end"
     assert written(tokenizer, events, context=prompt)[0].text == " end"
+
+
+def test_the_texts_of_the_same_tokens_are_decoded_once():
+    tokenizer = make_tokenizer()
+    texts = TokenTexts(tokenizer)
+    decode = Mock(wraps=tokenizer.decode)
+    texts_of_two = texts.decode([5, 6])
+    with patch.object(tokenizer, "decode", decode):
+        assert texts.decode([5, 6]) == texts_of_two == tokenizer.decode([5, 6], skip_special_tokens=True)
+        assert texts.decode([6, 5]) == tokenizer.decode([6, 5], skip_special_tokens=True)
+    assert decode.call_count == 2  # both by this test

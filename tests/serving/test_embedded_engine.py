@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import math
+import pickle
 import time
 import weakref
 from contextlib import aclosing
@@ -17,7 +18,6 @@ from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt
 from support.models import PASSAGES, make_model
 
-from serving.decoding_thread import Ticket
 from serving.embedded_engine import EmbeddedEngine, _Stream
 from serving.engine import (
     BackendFailed,
@@ -72,7 +72,7 @@ def run(test, *parts, **options):
     """Run `test(engine)` while an engine of these parts serves."""
 
     async def serve():
-        engine = EmbeddedEngine(*parts, **options)
+        engine = EmbeddedEngine.in_thread(*parts, **options)
         await engine.start()
         try:
             await asyncio.wait_for(test(engine), 60)
@@ -106,11 +106,11 @@ def run(test, *parts, **options):
 )
 def test_bad_settings_are_refused_by_name(model, index, settings, message):
     with pytest.raises(UnsupportedSetting, match=f"^{message}"):
-        EmbeddedEngine(model, index).check(request(model, **settings))
+        EmbeddedEngine.in_thread(model, index).check(request(model, **settings))
 
 
 def test_prompts_that_cannot_be_continued_are_refused(model, index):
-    engine = EmbeddedEngine(model, index)
+    engine = EmbeddedEngine.in_thread(model, index)
     engine.check(GenerationRequest([5] * 511, 4))
     for ids, message in (([], "is empty"), ([5] * 512, "has 512 tokens, but Gen reads 512"), ([400], "400 to 400")):
         with pytest.raises(UnsupportedSetting, match=f"^prompt_ids .*{message}"):
@@ -118,7 +118,7 @@ def test_prompts_that_cannot_be_continued_are_refused(model, index):
 
 
 def test_what_needs_an_index_is_refused_without_one(model):
-    engine = EmbeddedEngine(model)
+    engine = EmbeddedEngine.in_thread(model)
     for settings in ({"force_nsp_first": True}, {"candidates": [["p1"]]}):
         with pytest.raises(UnsupportedSetting, match=f"^{next(iter(settings))}: this server has no index"):
             engine.check(request(model, **settings))
@@ -126,33 +126,35 @@ def test_what_needs_an_index_is_refused_without_one(model):
 
 
 def test_the_event_loop_and_the_decoding_thread_do_not_share_a_tokenizer(model, index):
-    engine = EmbeddedEngine(model, index)
+    engine = EmbeddedEngine.in_thread(model, index)
     assert engine.tokenizer._tokenizer is not model.tokenizer._tokenizer
-    assert engine._lookup.model.tokenizer is engine.tokenizer
+    assert engine.decoding.served.lookup.model.tokenizer is engine.tokenizer
     assert encode_prompt(engine.tokenizer, "who? [NSP]") == encode_prompt(model.tokenizer, "who? [NSP]")
 
 
 def test_candidates_and_passages_are_prepared_once_for_all_answers_of_a_body(model, index, monkeypatch):
     encode = Mock(wraps=lookup_cosup.encode_passages_for_gen)
     monkeypatch.setattr(lookup_cosup, "encode_passages_for_gen", encode)
-    engine = EmbeddedEngine(model, index)
+    engine = EmbeddedEngine.in_thread(model, index)
     body = request(model, passages=[[PASSAGES[0]]])
-    rows = [engine._row(body) for _ in range(3)]
+    rows = [engine.decoding.served.row(body) for _ in range(3)]
     assert encode.call_count == 1
     assert [row.given_passages[0]["id"] for row in rows] == [PASSAGES[0]["id"]] * 3
-    other = engine._row(request(model, candidates=[["p2"]]))
+    engine.decoding.served.row(pickle.loads(pickle.dumps(body)))  # as from another process
+    assert encode.call_count == 1
+    other = engine.decoding.served.row(request(model, candidates=[["p2"]]))
     assert other.given_passages is None and other.candidates.tolist() == index.rows_of(["p2"]).tolist()
-    assert engine._row(body).candidates is None and encode.call_count == 2
-    assert engine._row(request(model)).given_passages is None
+    assert engine.decoding.served.row(body).candidates is None and encode.call_count == 2
+    assert engine.decoding.served.row(request(model)).given_passages is None
 
 
 def test_limits_and_parts_are_checked(model, index):
     for name, value in (("max_running", 0), ("max_waiting", -1), ("max_batch_tokens", 0)):
         with pytest.raises(ValueError, match=f"{name} is {value}"):
-            EmbeddedEngine(model, index, **{name: value})
+            EmbeddedEngine.in_thread(model, index, **{name: value})
     other = make_model("llama", emb_seq_kwargs={"seed": 5})
     with pytest.raises(ValueError, match="built by another model"):
-        asyncio.run(EmbeddedEngine(other, index).start())
+        asyncio.run(EmbeddedEngine.in_thread(other, index).start())
 
 
 # ---------------------------------------------------------------------- requests come and go
@@ -161,14 +163,14 @@ def test_limits_and_parts_are_checked(model, index):
 def test_a_closed_request_frees_its_slot_at_the_next_step(model, index):
     async def test(engine):
         steps = 0
-        step = engine._thread._decoder.step
+        step = engine.decoding._decoder.step
 
         def counted_step():
             nonlocal steps
             steps += 1
             return step()
 
-        engine._thread._decoder.step = counted_step
+        engine.decoding._decoder.step = counted_step
         second = None
         async with aclosing(engine.generate(long_request(model))) as groups:
             async for _ in groups:
@@ -256,14 +258,14 @@ def test_the_next_row_has_room_before_later_ones(model, index):
             for number in range(4):
                 group.create_task(answer(f"short {number}", request(model, 1, forbid_nsp=True)))
         assert ended[:2] == ["first", "long"]  # there was room for short ones next to the first
-        assert engine._thread._decoder.cache.rows * engine._thread._decoder.cache.columns <= 256
+        assert engine.decoding._decoder.cache.rows * engine.decoding._decoder.cache.columns <= 256
 
     run(test, model, index, max_batch_tokens=256)
 
 
 def test_a_client_that_leaves_as_news_come_is_not_missed(model, index):
     async def test(engine):
-        stream = _Stream(Ticket(None))
+        stream = _Stream(0)
         for num_turns in range(4):  # of the event loop, between the news and the end of the request
             waiting = asyncio.create_task(engine._wait_for_news(stream, time.monotonic() + 60))
             await asyncio.sleep(0.01)
@@ -288,12 +290,12 @@ def test_an_answer_has_no_more_context_than_there_is_room_for(model, index):
             engine.check(GenerationRequest([5] * 40, 1))
 
     run(test, model, index, max_batch_tokens=40)
-    assert EmbeddedEngine(model, index, max_batch_tokens=10**6).context_length == 512
+    assert EmbeddedEngine.in_thread(model, index, max_batch_tokens=10**6).context_length == 512
 
 
 def test_nothing_of_finished_requests_is_kept(model, index):
     async def test(engine):
-        decoder = engine._thread._decoder
+        decoder = engine.decoding._decoder
         rows = []
         submit = decoder.submit
 
@@ -320,7 +322,7 @@ def test_nothing_of_finished_requests_is_kept(model, index):
         assert len(rows) == 27
         assert not [row for row in rows[:-1] if row() is not None]
         assert max(sizes) <= 8 * 256
-        assert not engine._thread._tickets and not decoder.finished
+        assert not engine.decoding._tickets and not decoder.finished
         assert decoder.cache.rows * decoder.cache.columns <= 4 * 64
         assert decoder.cache.keys[0].shape[:1] + decoder.cache.keys[0].shape[2:3] == decoder.cache.positions.shape
 
@@ -343,7 +345,7 @@ class FailingIndex:
     def search(self, query_embeds, k=1, candidates=None):
         self.searches += 1
         if any(rows is not None and 3 in rows for rows in candidates or []):
-            raise ConnectionError("https://key@host went away")
+            raise OSError("https://key@host refused")
         return self.index.search(query_embeds, k, candidates)
 
 
@@ -358,7 +360,7 @@ def test_a_failing_search_fails_its_own_request(model, index):
         outcomes = await asyncio.gather(*[events_of(engine, request) for request in requests], return_exceptions=True)
         for outcome in (outcomes[1], outcomes[3]):
             assert isinstance(outcome, SearchFailed)
-            assert str(outcome) == "The index cannot be searched (ConnectionError)."  # no address, no key
+            assert str(outcome) == "The index cannot be searched (OSError)."  # no address, no key
         for outcome in (outcomes[0], outcomes[2]):
             assert isinstance(outcome[0], RetrievalEvent)
             assert outcome[1:] == expected[1:]
@@ -415,7 +417,7 @@ def test_an_engine_whose_passes_all_break_off_is_ill(model, index, monkeypatch):
 @pytest.mark.parametrize("drain", [True, False])
 def test_stopping_finishes_or_cancels_what_was_accepted(model, index, drain):
     async def serve():
-        engine = EmbeddedEngine(model, index, max_running=1)
+        engine = EmbeddedEngine.in_thread(model, index, max_running=1)
         with pytest.raises(ShuttingDown, match="not started"):
             await events_of(engine, request(model))
         await engine.start()
@@ -423,6 +425,10 @@ def test_stopping_finishes_or_cancels_what_was_accepted(model, index, drain):
             await engine.start()
         tasks = [asyncio.create_task(events_of(engine, request(model, 40, forbid_nsp=True))) for _ in range(2)]
         await until_load(engine, 1, 1)
+        passages = [PASSAGES[i % 6] for i in range(70)]  # three batches
+        embedding = asyncio.create_task(engine.embed_passages(passages))
+        while not engine._embeddings:
+            await asyncio.sleep(0)
         stopped = asyncio.create_task(engine.stop(drain=drain))
         await asyncio.sleep(0)
         with pytest.raises(ShuttingDown, match="shutting down"):
@@ -434,8 +440,11 @@ def test_stopping_finishes_or_cancels_what_was_accepted(model, index, drain):
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         if drain:
             assert [len(outcome) for outcome in outcomes] == [41, 41]
+            np.testing.assert_allclose(await embedding, np.tile(index.embeddings, (12, 1))[:70], atol=1e-5)
         else:
             assert [type(outcome) for outcome in outcomes] == [ShuttingDown] * 2
+            with pytest.raises(ShuttingDown):
+                await embedding
 
     asyncio.run(serve())
 
@@ -474,10 +483,16 @@ def test_embeddings_that_cannot_be_made_are_refused(model, index, monkeypatch):
         monkeypatch.setattr(model, "encode_passages", None)
         with pytest.raises(BackendFailed, match="TypeError"):
             await engine.embed_passages(PASSAGES)
-        model.emb_seq, emb_seq = None, model.emb_seq
-        with pytest.raises(UnsupportedSetting, match="load_emb_seq"):
-            await engine.embed_passages(PASSAGES)
-        model.emb_seq = emb_seq
         assert (await engine.embed_queries(["who?"])).shape == (1, 32)
 
     run(test, model, index)
+
+
+def test_passages_need_emb_seq_in_memory(model, monkeypatch):
+    async def test(engine):
+        with pytest.raises(UnsupportedSetting, match="load_emb_seq"):
+            await engine.embed_passages(PASSAGES)
+        assert (await engine.embed_queries(["who?"])).shape == (1, 32)
+
+    monkeypatch.setattr(model, "emb_seq", None)
+    run(test, model)

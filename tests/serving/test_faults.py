@@ -219,7 +219,7 @@ def test_a_port_in_use_and_a_shutdown_under_load(world, tmp_path):
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        command = [SERVE, "--model", model, "--index", index, "--port", port]
+        command = [SERVE, "--model", model, "--index", index, "--port", port, "--decode_in", "thread"]
         refused = run_forked(*command)
     assert refused.returncode == 1
     assert refused.stderr == f"error: --host 127.0.0.1 --port {port}: Address already in use.\n"

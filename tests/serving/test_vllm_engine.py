@@ -391,7 +391,7 @@ def test_a_failing_search_fails_its_own_request(world):
 
         def search(self, query_embeds, k=1, candidates=None):
             if any(2 in rows for rows in candidates):
-                raise ConnectionError("the index went away")
+                raise OSError("the index refused")
             return world.index.search(query_embeds, k=k, candidates=candidates)
 
     ids = ["p1", "p2", "p3", "p2", "p1"]
@@ -405,7 +405,7 @@ def test_a_failing_search_fails_its_own_request(world):
     for id, request, answer in zip(ids, requests, answers, strict=True):
         if id == "p2":
             assert isinstance(answer, SearchFailed)
-            assert "the index went away" in str(answer)
+            assert str(answer) == "The index cannot be searched (OSError)."  # clients learn no more
         else:
             check_answer(answer, request, alone(world.model, world.index, request), world.ends())
 
@@ -495,6 +495,24 @@ def test_stopping_finishes_or_ends_what_runs(slow_world, drain):
                 await running
 
     slow_world.run(test)
+
+
+@pytest.mark.parametrize("drain", [True, False])
+def test_stopping_finishes_or_ends_embeddings(world, drain):
+    async def test(engine):
+        embedding = asyncio.create_task(engine.embed_passages(PASSAGES))
+        while len(world.stand_in("encoder").bodies) < 2:  # one was of the start
+            await asyncio.sleep(0)
+        await engine.stop(drain=drain)
+        with pytest.raises(ShuttingDown):
+            await engine.embed_passages(PASSAGES)
+        if drain:
+            assert np.abs(await embedding - world.index.embeddings.numpy()).max() < 1e-5
+        else:
+            with pytest.raises(ShuttingDown):
+                await embedding
+
+    world.run(test)
 
 
 def test_a_client_that_leaves_as_its_slot_is_free_takes_none_along(world):

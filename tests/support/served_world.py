@@ -72,6 +72,6 @@ def served_world(
     gen_kwargs = {"max_position_embeddings": max_position_embeddings}
     model = make_model("gpt2", gen_kwargs=gen_kwargs)
     index = model.build_index(PASSAGES, show_progress_bar=False)
-    engine = EmbeddedEngine(model, index, **engine_options)
+    engine = EmbeddedEngine.in_thread(model, index, **engine_options)
     with running_server(engine, ApiSettings(MODEL, api_keys=api_keys)) as url:
         yield ServedWorld(model, index, engine, url)

@@ -63,6 +63,7 @@ class ScriptedEngine:
         self.tokenizer = model.tokenizer
         self.has_index = True
         self.context_length = 512
+        self.failure = ""
         self.script = script
         self.requests: list[GenerationRequest] = []
         self.closed = 0

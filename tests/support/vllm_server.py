@@ -23,7 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, PlainTextResponse, Response, StreamingResponse
 from transformers import DynamicCache
 
-from serving.running import open_socket, url_of
+from serving.running import leave_port_to_the_next, open_socket, url_of
 
 
 class StandIn:
@@ -182,6 +182,7 @@ class ServerThread:
 
     def start(self) -> None:
         bound = open_socket("127.0.0.1", self.port)
+        leave_port_to_the_next(bound)
         self.server = uvicorn.Server(uvicorn.Config(self.stand_in.app(), log_level="critical", lifespan="off"))
         self.thread = threading.Thread(target=asyncio.run, args=[self._serve(bound)], daemon=True)
         self.thread.start()

@@ -279,7 +279,7 @@ def test_hard_negatives_are_passages_without_a_query(model):
     ("change", "message"),
     [
         ({"negatives": "p"}, r"segments\[0\].negatives is 'p', expected a list of passages"),
-        ({"negatives": [{"text": ""}]}, r"segments\[0\].negatives\[0\].text is ''"),
+        ({"negatives": [{"text": ""}]}, r"segments\[0\].negatives\[0\].text is empty"),
         ({"positives": "p"}, r"segments\[0\].positives is 'p', expected a list of passage ids"),
         ({"positives": [3.5]}, r"an id in segments\[0\].positives is 3.5, expected a string"),
         ({"positives": ["p"], "passage": None}, "has negatives or positives but no passage"),

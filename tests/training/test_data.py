@@ -159,14 +159,17 @@ BAD_INSTANCES = [
     ('{"id": "1", "input": ', "malformed JSON"),
     ("[1, 2]", "found list, expected a JSON object"),
     ({"id": "1", "segments": [segment()]}, "input is None, expected a string that is not empty"),
-    (good(input="  "), "input is '  ', expected a string that is not empty"),
+    (good(input="  "), "input is only white space, expected a text."),
     (good(instruction=3), "instruction is 3, expected a string"),
     (good(segments=[]), "segments is [], expected a list of at least one segment"),
     ({"input": "q?", "answers": []}, "segments is None, expected a list of at least one segment; or else answers"),
     (good(segments=None), "segments is None"),
     (good(segments=["text"]), "segments[0] is 'text'"),
-    (good(segments=[segment(text="")]), "segments[0].text is ''"),
-    (good(segments=[segment(), segment(passage={"id": "p", "text": " "})]), "segments[1].passage.text is ' '"),
+    (good(segments=[segment(text="")]), "segments[0].text is empty"),
+    (
+        good(segments=[segment(), segment(passage={"id": "p", "text": " "})]),
+        "segments[1].passage.text is only white space",
+    ),
     (good(segments=[segment(passage={"id": "p", "title": "t"})]), "segments[0].passage.text is None"),
     (
         '{"input": "\\ud83d", "segments": [{"text": "a", "passage": null}]}',
@@ -195,7 +198,7 @@ BAD_INSTANCES = [
     (good(segments=[segment(negatives=[{"_id": "p", "text": "x"}])]), "negatives[0]._id; did you mean 'id'?"),
     (
         good(segments=[segment(passage={"id": "", "text": "x"})]),
-        "segments[0].passage.id is '', expected a string",
+        "segments[0].passage.id is empty, expected a text or an integer.",
     ),
     (good(segments=[segment(passage={"id": 1.0, "text": "x"})]), "segments[0].passage.id is 1.0, expected a string"),
     (good(segments=[segment(passage={"id": True, "text": "x"})]), "segments[0].passage.id is True, expected a string"),
@@ -245,7 +248,7 @@ def test_dataset_folder_names_the_row(tmp_path):
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([PASSAGES[0], {"id": "x", "title": "t", "text": ""}], "line 2: text is ''"),
+        ([PASSAGES[0], {"id": "x", "title": "t", "text": ""}], "line 2: text is empty"),
         ([PASSAGES[0], {"title": "t", "text": "t"}], "line 2: id is None"),
         ([PASSAGES[0], {"_id": "x", "text": "t"}], "line 2: unknown key _id; did you mean 'id'"),
         ([PASSAGES[0], {"id": "x", "Title": "t", "text": "t"}], "line 2: unknown key Title; did you mean 'title'"),
@@ -271,8 +274,8 @@ def test_bad_corpora(tmp_path, lines, message):
         ({"provenance": [[{"id": "p0"}]]}, r"line 1: an id in provenance\[0\] is {'id': 'p0'}, expected a string"),
         ({"provenance": [[]]}, "line 1: provenance is"),
         ({"candidates": ["p0", None]}, "line 1: an id in candidates is None, expected a string"),
-        ({"answers": [""]}, r"line 1: answers\[0\] is '', expected a string that is not empty"),
-        ({"answers": ["a", "  "]}, r"line 1: answers\[1\] is '  ', expected a string that is not empty"),
+        ({"answers": [""]}, r"line 1: answers\[0\] is empty, expected a text"),
+        ({"answers": ["a", "  "]}, r"line 1: answers\[1\] is only white space, expected a text"),
         ({"answers": "a"}, "line 1: answers is 'a'"),
         ({"candidates": None, "canditates": ["p0"]}, "line 1: unknown key canditates; did you mean 'candidates'"),
         ({"answers": None, "answer": ["a"]}, "line 1: unknown key answer; did you mean 'answers'"),
@@ -364,7 +367,7 @@ def test_evaluation_sets_carry_what_metrics_need_and_may_lack_answers(tmp_path):
     assert (first["meta"], second["meta"], first["candidates"], first["answers"]) == ({"claims": ["c"]}, {}, [], [])
     with pytest.raises(ValueError, match="line 1: answers is .*, expected a list of at least one string"):
         load_evaluation_set(file)
-    with pytest.raises(ValueError, match=r"line 1: answers\[0\] is ''"):
+    with pytest.raises(ValueError, match=r"line 1: answers\[0\] is empty"):
         load_evaluation_set(write(tmp_path / "eval.jsonl", {**line, "answers": [""]}), answers_required=False)
     with pytest.raises(ValueError, match="line 1: meta is 'c', expected an object"):
         load_evaluation_set(write(tmp_path / "eval.jsonl", {**line, "meta": "c"}), answers_required=False)
@@ -411,9 +414,9 @@ def test_every_kind_of_dataset_is_checked(tmp_path, kind):
         "torch": Rows,
     }
     make_dataset = makers[kind]
-    with pytest.raises(ValueError, match=r"training set, row 1: segments\[0\].text is ''"):
+    with pytest.raises(ValueError, match=r"training set, row 1: segments\[0\].text is empty"):
         trainer = CoSupTrainer(make_model(), arguments(tmp_path, max_steps=1), train_dataset=make_dataset())
         list(trainer.train_dataset)  # a stream is checked as it is read
     trainer = CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=world(NAMES[:2]))
-    with pytest.raises(ValueError, match=r"evaluation set, row 1: segments\[0\].text is ''"):
+    with pytest.raises(ValueError, match=r"evaluation set, row 1: segments\[0\].text is empty"):
         trainer.evaluate(make_dataset())

@@ -71,7 +71,7 @@ def test_what_cannot_be_trained_is_refused_before_training(models, tmp_path):
     model = models["gen"]
     with pytest.raises(ValueError, match="Instance 'hinmuru' has answers and no segments: its passage is unknown"):
         CoSupTrainer(copy.deepcopy(model), arguments(tmp_path), train_dataset=ASKED)
-    for answers, message in (([""], r"answers\[0\] is ''"), ("Kodu", "answers is 'Kodu', expected a list")):
+    for answers, message in (([""], r"answers\[0\] is empty"), ("Kodu", "answers is 'Kodu', expected a list")):
         with pytest.raises(ValueError, match=f"training set, row 0: {message}"):
             make_trainer(model, tmp_path, [{"input": "q", "answers": answers}], **ATTENTION)
     with pytest.raises(ValueError, match="has no candidates, and candidates_from='instance'"):

@@ -1,0 +1,145 @@
+"""The process that decodes for a server: its answers are those of generate(), and it does not outlive the server."""
+
+import asyncio
+import os
+import pickle
+import signal
+from dataclasses import replace
+from multiprocessing import Pipe
+
+import numpy as np
+import pytest
+
+from modeling_cosup import CoSupForCausalLM, RetrievalConfig
+from support.served_answers import alone, check_answer, make_parts, requests_of
+
+from serving.api import ApiSettings, build_app
+from serving.decoding_process import DecodingProcess, _decode, _obey
+from serving.embedded_engine import EmbeddedEngine
+from serving.engine import BackendFailed, GenerationRequest, RetrievalEvent, UnsupportedSetting
+from serving.errors import from_engine
+from serving.running import EngineServer, open_socket
+from serving.served_model import ServedModel
+
+
+def load(folder):
+    """Load what the process serves."""
+    model = CoSupForCausalLM.from_pretrained(folder / "model")
+    return ServedModel(model, model.load_index(folder / "index"), max_running=4)
+
+
+async def events_of(engine, request):
+    events = []
+    async for group in engine.generate(request):
+        events += group
+    return events
+
+
+def take_final_ends(events, trace):
+    """Give grounded spans their ends, which are not known yet when an event is sent."""
+    retrievals = [event.retrieval for event in events if isinstance(event, RetrievalEvent)]
+    for retrieval, final in zip(retrievals, trace, strict=True):
+        retrieval.grounded_span = (retrieval.grounded_span[0], final.grounded_span[1])
+
+
+def test_answers_and_a_killed_process(tmp_path):
+    """One process: its answers, embeddings and refusals, then its death in mid-answer, which ends the server."""
+    model, index = make_parts("gpt2")
+    model.save_pretrained(tmp_path / "model")
+    index.save_pretrained(tmp_path / "index")
+    engine = EmbeddedEngine(DecodingProcess(load, tmp_path))
+    server = EngineServer(build_app(engine, ApiSettings("tiny")), engine)
+
+    async def test():
+        serving = asyncio.create_task(server.serve_engine(open_socket("127.0.0.1", 0)))
+        while not server.started:
+            await asyncio.sleep(0.01)
+        requests = requests_of(model, 12)
+        answers = await asyncio.gather(*[events_of(engine, request) for request in requests])
+        for request, events in zip(requests, answers, strict=True):
+            output = alone(model, index, request)
+            if request.incremental:
+                take_final_ends(events, output.retrievals[0])
+            check_answer(events, request, output, model.generation_config.eos_token_id)
+        embeds = await engine.embed_passages([index[0]])
+        np.testing.assert_allclose(embeds, index.embeddings[:1], atol=1e-5)
+        unknown = replace(requests[0], retrieval=RetrievalConfig(candidates=[["nowhere"]]))
+        with pytest.raises(UnsupportedSetting, match=r"^candidates: .*nowhere") as refused:
+            await events_of(engine, unknown)
+        assert from_engine(refused.value).param == "retrieval.candidates"
+
+        endless = GenerationRequest(requests[0].prompt_ids, 400, RetrievalConfig(forbid_nsp=True))
+        given_up = asyncio.create_task(events_of(engine, endless))
+        while engine.load().running != 1:
+            await asyncio.sleep(0.002)
+        given_up.cancel()
+        while engine.load().running:
+            await asyncio.sleep(0.002)
+        running = [asyncio.create_task(events_of(engine, endless)) for _ in range(6)]
+        while engine.load().running != 4:
+            await asyncio.sleep(0.002)
+        os.kill(engine.decoding.pid, signal.SIGTERM)  # as a terminal or systemd may: the server alone decides
+        os.kill(engine.decoding.pid, signal.SIGINT)
+        assert await engine.is_healthy()
+        os.kill(engine.decoding.pid, signal.SIGKILL)
+        for outcome in await asyncio.gather(*running, return_exceptions=True):
+            assert isinstance(outcome, BackendFailed)
+        assert not await engine.is_healthy()
+        with pytest.raises(BackendFailed, match="exit code -9"):
+            await events_of(engine, endless)
+        await serving
+
+    with pytest.raises(ChildProcessError, match="The decoding process ended with exit code -9"):
+        asyncio.run(asyncio.wait_for(test(), 60))
+    with pytest.raises(ProcessLookupError):  # no zombie is left
+        os.kill(engine.decoding.pid, 0)
+
+
+class Unpicklable(Exception):
+    def __init__(self, first, second):
+        super().__init__(first)
+
+
+def test_an_error_of_the_start_reaches_the_server(monkeypatch):
+    def fail(error):
+        raise error
+
+    ours, theirs = Pipe()
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    for error, expected in ((ValueError("no model"), "no model"), (Unpicklable("a", "b"), "Unpicklable: a")):
+        _decode(theirs, fail, error)
+        received = ours.recv()
+        assert isinstance(received, Exception) and str(received) == expected
+
+
+def test_a_request_that_cannot_be_prepared_fails_alone():
+    class Thread:
+        refused = []
+
+        def submit(self, number, request):
+            raise RuntimeError("a bug")
+
+        def refuse(self, number, error):
+            self.refused.append((number, type(error), str(error)))
+
+        def stop(self):
+            raise SystemExit
+
+    ours, theirs = Pipe()
+    for call in (("submit", (7, None)), ("stop", ())):
+        ours.send_bytes(pickle.dumps(call))
+    with pytest.raises(SystemExit):
+        _obey(theirs, Thread())
+    assert Thread.refused == [(7, BackendFailed, "The request could not be prepared (RuntimeError).")]
+
+
+def test_a_process_without_its_server_ends(monkeypatch):
+    ours, theirs = Pipe()
+    ours.close()
+
+    def end(status):
+        raise SystemExit(status)
+
+    monkeypatch.setattr(os, "_exit", end)
+    with pytest.raises(SystemExit):
+        _obey(theirs, None)
