@@ -14,6 +14,7 @@ Hub's client are an exception: a fork whose `env` sets `HF_ENDPOINT` reads them 
 import atexit
 import gc
 import importlib
+import importlib.util
 import json
 import os
 import runpy
@@ -30,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 PRELOADED = (
     "accelerate",
     "datasets",
+    "peft",  # from_pretrained and the Trainer import it where it is installed, and it takes more than a second
     "torch.distributed.fsdp",
     "trainer.judging.judge",
     "trainer.reports.evaluation",
@@ -213,7 +215,8 @@ def _become(request: dict[str, Any], rank: int, port: int) -> None:
 if __name__ == "__main__":
     without_package = "--without-package" in sys.argv
     for module in PRELOADED:
-        if not (without_package and module.partition(".")[0] in OF_THIS_PROJECT):
+        package = module.partition(".")[0]
+        if importlib.util.find_spec(package) and not (without_package and package in OF_THIS_PROJECT):
             importlib.import_module(module)
     gc.freeze()  # a fork's collections would look at all objects of the imported libraries, and copy their pages
     serve()
