@@ -2,7 +2,7 @@
 The interface between the API and an engine: a request goes in, its events come out.
 
 To add an engine, write a class with the members of [`Engine`] in a new file of this folder, and open it in
-`recipes/serve.py`.
+`recipes/serve.py`. [`~serving.base_engine.BaseEngine`] has what the present ones have in common.
 """
 
 from collections.abc import AsyncIterator, Sequence
