@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pkgutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,12 +80,14 @@ def model_name(model: str) -> str:
 
 def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
     """Open the engine that `--engine` names."""
+    if args.engine != "embedded" and memory_options.memory is not None:
+        raise ValueError(f"--memory: {args.engine} mixes no token memory in; use --engine embedded.")
+    if args.has_own_engine:
+        return open_own_engine(args)
     # running answers of the embedded engine wait for a search too: one that gets no answer must fail soon
     milvus = {} if args.index_uri is None else {"timeout": args.index_timeout, "max_retries": 1}
     bounds = {"max_running": args.max_running, "max_waiting": args.max_waiting}
     if args.engine == "vllm":
-        if memory_options.memory is not None:
-            raise ValueError("--memory: vLLM mixes no token memory in; use --engine embedded.")
         from serving.vllm_engine import VllmEngine, model_without_weights
 
         model = model_without_weights(args.model)
@@ -103,6 +106,16 @@ def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
     index = open_index(model, args.index, args.index_uri, **milvus)
     memory = open_memory(model, memory_options)
     return EmbeddedEngine(model, index, **memory, max_batch_tokens=args.max_batch_tokens, **bounds)
+
+
+def open_own_engine(args: ServeArguments) -> Engine:
+    """Open an engine by calling `module:function`; the module is installed, or a file in the working directory."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        open_engine = pkgutil.resolve_name(args.engine)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--engine {args.engine}: {error}.") from error
+    return open_engine(args)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
 import os
 from dataclasses import dataclass, field
-from typing import Literal
 
 from shared.indexes import INDEX_HELP, INDEX_URI_HELP
 
+ENGINES = ("embedded", "vllm")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -20,9 +20,12 @@ class ServeArguments:
         default=5.0,
         metadata={"help": "seconds that a search in Milvus may take; it is sent twice, and then its request fails"},
     )
-    engine: Literal["embedded", "vllm"] = field(
+    engine: str = field(
         default="embedded",
-        metadata={"help": "embedded: this process generates; vllm: servers of vLLM, see --gen_url and --query_url"},
+        metadata={
+            "help": "embedded: this process generates; vllm: servers of vLLM, see --gen_url and --query_url; or "
+            "module:function of your own, which takes these options and returns an engine"
+        },
     )
     gen_url: str | None = field(default=None, metadata={"help": "vLLM server that generates, http://host:8001/v1"})
     query_url: str | None = field(default=None, metadata={"help": "vLLM server that embeds, http://host:8002/v1"})
@@ -85,16 +88,24 @@ class ServeArguments:
                 raise ValueError(f"--{name} {seconds}: expected more than 0.")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port}: expected 0 to 65535.")
+        if self.engine not in ENGINES and not self.has_own_engine:
+            raise ValueError(f"--engine {self.engine}: expected {', '.join(ENGINES)}, or module:function.")
         is_vllm = self.engine == "vllm"
         for name, default in (("dtype", "auto"), ("load_emb_seq", False), ("max_batch_tokens", None)):
             if is_vllm and getattr(self, name) != default:
                 raise ValueError(f"--{name} is of --engine embedded.")
         for name in ("gen_url", "query_url", "encoder_url"):
             is_given = getattr(self, name) is not None
-            if is_given and not is_vllm:
+            if is_given and self.engine == "embedded":
                 raise ValueError(f"--{name} is of --engine vllm.")
             if is_vllm and not is_given and name != "encoder_url":
                 raise ValueError(f"--engine vllm needs --{name}.")
+
+    @property
+    def has_own_engine(self) -> bool:
+        """Whether `--engine` names a function of the user's, `module:function`."""
+        module, _, function = self.engine.partition(":")
+        return bool(module and function)
 
     @property
     def keys(self) -> list[str]:
