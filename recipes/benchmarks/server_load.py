@@ -79,6 +79,10 @@ class BenchmarkArguments:
     num_single: int = field(default=30, metadata={"help": "`latency`: questions of the single client."})
     repeats: int = field(default=3, metadata={"help": "`throughput`: timed rounds of every arm, after a warm-up."})
     num_threads: int | None = field(default=None, metadata={"help": "Threads of torch; defaults to all cores."})
+    pin: bool = field(
+        default=False,
+        metadata={"help": "Decode on core 0, HTTP and clients on core 1: other jobs move nothing from core to core."},
+    )
     seed: int = field(default=0, metadata={"help": "Of what the clients do."})
     quick: bool = field(default=False, metadata={"help": "A random tiny model: shows that it runs, measures nothing."})
     output_file: str | None = field(default=None, metadata={"help": "JSON file for all numbers."})
@@ -94,6 +98,7 @@ class BenchmarkArguments:
         if self.quick:
             self.num_clients, self.num_questions, self.max_running, self.max_new_tokens = 6, 12, 4, 8
             self.seconds, self.num_single, self.repeats = 1, 2, 1
+            self.decode_in = "thread"  # another process would make another random model
         elif not (self.model and self.index and self.eval_file):
             raise ValueError("--model, --index and --eval_file are needed, or --quick true.")
 
@@ -152,7 +157,16 @@ class Service:
         """Serve on a free port, and keep the process of the clients, while the context lasts."""
         bound = open_socket("127.0.0.1", 0)
         server = EngineServer(build_app(self.engine, ApiSettings(MODEL)), self.engine)
-        thread = threading.Thread(target=asyncio.run, args=[server.serve_engine(bound)], daemon=True)
+
+        def serve() -> None:
+            self._pin(0, {1})  # threads that it starts too
+            asyncio.run(server.serve_engine(bound))
+
+        for process in self.processes[1:]:
+            for task in Path(f"/proc/{process}/task").iterdir():
+                self._pin(int(task.name), {0})
+        self._pin(0, {0})  # the thread of generate_many
+        thread = threading.Thread(target=serve, daemon=True)
         thread.start()
         while not server.started:
             if not thread.is_alive():
@@ -163,10 +177,16 @@ class Service:
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         try:
             with subprocess.Popen(command, cwd=Path(__file__).parent, **pipes) as self.clients:
+                self._pin(self.clients.pid, {1})
                 yield
         finally:
             server.should_exit = True
             thread.join()
+
+    def _pin(self, thread: int, cores: set[int]) -> None:
+        """Let a thread, 0 for this one, run on these cores alone, if the options say so."""
+        if self.args.pin:
+            os.sched_setaffinity(thread, cores)
 
     def ask(self, num_clients: int, num_questions: int | None = None, **options: Any) -> "Round":
         """Let clients send their requests, and return what they got."""
@@ -183,17 +203,18 @@ class Service:
         cpu_before = self.cpu_seconds()
         print(json.dumps(asdict(job)), file=self.clients.stdin, flush=True)
         result = json.loads(self.clients.stdout.readline())
-        cpu_seconds = self.cpu_seconds() - cpu_before
+        cpu_seconds = [after - before for before, after in zip(cpu_before, self.cpu_seconds(), strict=True)]
         outcomes = [Outcome(**outcome) for outcome in result["outcomes"]]
         return Round(result["seconds"], cpu_seconds, result["cpu_seconds"], outcomes)
 
-    def cpu_seconds(self) -> float:
-        """Return the CPU seconds that server and engine have taken."""
-        ticks = 0
+    def cpu_seconds(self) -> list[float]:
+        """Return the CPU seconds that the server, and the decoding process if there is one, have taken."""
+        seconds = []
         for process in self.processes:
             numbers = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-            ticks += int(numbers[11]) + int(numbers[12])  # of user and system
-        return ticks / os.sysconf("SC_CLK_TCK")
+            ticks = int(numbers[11]) + int(numbers[12])  # of user and system
+            seconds.append(ticks / os.sysconf("SC_CLK_TCK"))
+        return seconds
 
     def resident_bytes(self) -> int:
         """Return the resident memory of server and engine."""
@@ -231,10 +252,13 @@ class Service:
 
 @dataclass
 class Round:
-    """The seconds that all requests took, the CPU seconds of server and clients, and what became of each request."""
+    """
+    Seconds that all requests took, CPU seconds of the server, of its decoding process, if there is one, and of the
+    clients, and what became of each request.
+    """
 
     seconds: float
-    cpu_seconds: float
+    cpu_seconds: list[float]
     client_cpu_seconds: float = 0.0
     outcomes: list[Outcome] = field(default_factory=list)
 
@@ -247,10 +271,10 @@ def throughput(service: Service) -> dict[str, Any]:
     args = service.args
 
     def generate() -> Round:
-        cpu_before = service.cpu_seconds()
+        cpu_before = service.cpu_seconds()[0]
         start = time.perf_counter()
         service.generate()
-        return Round(time.perf_counter() - start, service.cpu_seconds() - cpu_before)
+        return Round(time.perf_counter() - start, [service.cpu_seconds()[0] - cpu_before])
 
     arms: dict[str, Callable[[], Round]] = {
         "generate_many": generate,
@@ -266,10 +290,11 @@ def throughput(service: Service) -> dict[str, Any]:
         for measured_round in arm.results:
             faults += service.faults(measured_round.outcomes)
         seconds = statistics.median(arm.seconds)
+        cpu_seconds = zip(*[measured_round.cpu_seconds for measured_round in arm.results], strict=True)
         result = {
             "arm": name,
             "seconds": spread(arm.seconds),
-            "cpu_seconds": spread([measured_round.cpu_seconds for measured_round in arm.results]),
+            "cpu_seconds": [spread(list(of_one)) for of_one in cpu_seconds],
             "client_cpu_seconds": spread([measured_round.client_cpu_seconds for measured_round in arm.results]),
             "answers_per_second": len(service.questions) / seconds,
             "tokens_per_second": num_tokens / seconds,
@@ -280,7 +305,7 @@ def throughput(service: Service) -> dict[str, Any]:
             [
                 name,
                 f"{seconds:.2f}",
-                f"{result['cpu_seconds']['median']:.2f}",
+                " + ".join(f"{of_one['median']:.2f}" for of_one in result["cpu_seconds"]),
                 f"{result['client_cpu_seconds']['median']:.2f}",
                 f"{result['answers_per_second']:.1f}",
                 f"{result['tokens_per_second']:.0f}",
@@ -289,7 +314,16 @@ def throughput(service: Service) -> dict[str, Any]:
         )
     print(f"\n{len(service.questions)} questions, {args.num_clients} clients, {args.max_running} rows at a time")
     print_table(
-        ["arm", "s", "CPU s", "CPU s of clients", "answers/s", "tokens/s", "x generate_many (min to max)"], rows
+        [
+            "arm",
+            "s",
+            "CPU s (HTTP + decoding)",
+            "CPU s of clients",
+            "answers/s",
+            "tokens/s",
+            "x generate_many (min to max)",
+        ],
+        rows,
     )
     return {"arms": results, "faults": faults}
 
@@ -376,18 +410,13 @@ def thinned(samples: list[int], count: int = 12) -> list[int]:
 def opened(args: BenchmarkArguments) -> Service:
     """Return the service of the options."""
     if args.quick:
-        world = tiny_world(args)
+        world = World(SimpleNamespace(gen=None, shape="tiny", dtype="float32", seed=args.seed), torch.device("cpu"))
         questions = [" ".join(world.words[number : number + 4]) for number in range(args.num_questions)]
         return Service(args, world.model, world.index(60), questions, {"force_nsp_first": True, "max_retrievals": 2})
     model, index = load_parts(args)
     lines = itertools.cycle(read_lines(args.eval_file))
     questions = [line["input"] for line in itertools.islice(lines, args.num_questions)]
     return Service(args, model, index, questions, {})
-
-
-def tiny_world(args: BenchmarkArguments) -> World:
-    """Return the world of `--quick`."""
-    return World(SimpleNamespace(gen=None, shape="tiny", dtype="float32", seed=args.seed), torch.device("cpu"))
 
 
 def load_parts(args: BenchmarkArguments) -> tuple[CoSupForCausalLM, Retriever | None]:
@@ -401,11 +430,7 @@ def load_served_model(args: BenchmarkArguments) -> ServedModel:
     """Load what the decoding process serves."""
     if args.num_threads:
         torch.set_num_threads(args.num_threads)
-    if args.quick:
-        world = tiny_world(args)
-        model, index = world.model, world.index(60)
-    else:
-        model, index = load_parts(args)
+    model, index = load_parts(args)
     return ServedModel(model, index, max_running=args.max_running)
 
 

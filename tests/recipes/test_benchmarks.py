@@ -211,7 +211,7 @@ EVENT_2 = chunk(
 def test_a_loaded_server_answers_like_generate_many(monkeypatch, tmp_path, capsys):
     pytest.importorskip("uvicorn", reason="serves")
     monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
-    argv = ["server_load.py", *"--quick true --decode_in thread --output_file".split(), str(tmp_path / "out.json")]
+    argv = ["server_load.py", "--quick", "true", "--output_file", str(tmp_path / "out.json")]
     monkeypatch.setattr(sys, "argv", argv)
     import server_load
 
