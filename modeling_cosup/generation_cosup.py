@@ -98,7 +98,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
                 inputs = None
             if kwargs.get("input_ids") is not None:
                 check_token_ids(kwargs["input_ids"])
-            check_configs(generation_config, retrieval_config, memory_config)
+            check_configs(generation_config, retrieval_config, memory_config, kwargs)
             if "nsp_token_id" in kwargs:
                 if kwargs.pop("nsp_token_id") is not None:
                     raise ValueError(
@@ -145,8 +145,10 @@ class RetrievalGenerationMixin(RefusalsMixin):
                 change places: they must not remember which row is which.
             batch_size (`int`): the most rows at a time.
             max_batch_tokens (`int`, *optional*): limit the rows so that their KV caches have no more columns than this
-                together. A row may need its prompt, `max_new_tokens`, and `max_retrievals` (one, if there is no limit)
-                passages of full length.
+                together; one row always runs. A row starts with room for its prompt, `max_new_tokens`, and
+                `max_retrievals` (one, if there is no limit) passages of full length. If rows retrieve more often, the
+                latest ones wait, and go on unchanged. A static cache keeps its rows, so without `max_retrievals` each
+                counts with a full context.
             output_file (`str` or `Path`, *optional*): JSON Lines. Each answer is appended as soon as it is finished;
                 prompts whose answers the file already holds are skipped.
             on_completion (`Callable`, *optional*): gets each [`Completion`] as soon as it is finished, except answers
@@ -171,7 +173,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         for name, limit in (("batch_size", batch_size), ("max_batch_tokens", max_batch_tokens)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} is {limit}, expected at least 1.")
-        check_configs(generation_config, retrieval_config, memory_config)
+        check_configs(generation_config, retrieval_config, memory_config, kwargs)
         prompt_ids = listed_prompts(prompts)
         call = self._retrieval_call(retriever, retrieval_config, max_retrievals, memory, memory_config)
         if call is None:
@@ -220,7 +222,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
             generation_config, retriever, memory, memory_config, **kwargs: as in [`generate`], e.g. `max_new_tokens`.
 
         Raises:
-            As [`generate`], but for what depends on the tokens of the prompt.
+            `ValueError`: as [`generate`], but for what depends on the tokens of the prompt.
         """
         call = self._retrieval_call(retriever, None, None, memory, memory_config) or RetrievalCall()
         call.only_settings = True
@@ -269,7 +271,15 @@ class RetrievalGenerationMixin(RefusalsMixin):
 
         Returns:
             `list[str]`: one text per row. A passage that a row used twice keeps its number.
+
+        Raises:
+            `TypeError`: for token ids alone, which do not say where the passages are.
         """
+        if not hasattr(outputs, "retrievals"):
+            raise TypeError(
+                f"decode_with_citations got a {type(outputs).__name__}, expected what generate(..., retriever=index,"
+                " return_dict_in_generate=True) returns."
+            )
         if tokenizer is None:
             tokenizer = self.tokenizer
         texts = []
@@ -303,9 +313,11 @@ class RetrievalGenerationMixin(RefusalsMixin):
         call = RetrievalCall(retriever, retrieval, memory, memory_config)
         if self.config.nsp_token_id is None or not (call.has_passages or retrieval.forbid_nsp):
             if retrieval_config is not None:
+                if self.config.nsp_token_id is None:
+                    raise ValueError("retrieval_config needs a model with an [NSP] token, and this one has none.")
                 raise ValueError(
-                    "retrieval_config needs a retriever, its own passages or forbid_nsp=True, and a model with an "
-                    "[NSP] token."
+                    "retrieval_config needs a retriever: generate(..., retriever=index). Without one, it may only"
+                    " give the passages or set forbid_nsp=True."
                 )
             if memory is None:
                 return None

@@ -1,9 +1,10 @@
 """Passages of a corpus: read and checked one at a time. Their ids must be unique."""
 
 import hashlib
+import os
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,12 @@ def read_corpus(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, objec
         yield f"Corpus row {row}", value
 
 
-def _read_files(paths: Iterable[str | Path]) -> Iterator[tuple[str, object]]:
+def _read_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, object]]:
+    for path in paths:
+        if not os.path.isfile(path):  # a text that is too long for a name of a file, too
+            raise FileNotFoundError(
+                f"{_SHORT.repr(str(path))[1:-1]} is not a file. A passage is an object with id, title and text."
+            )
     try:
         from modeling_cosup.corpus_cosup import read_files
     except ImportError:

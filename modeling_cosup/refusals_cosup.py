@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .cache_cosup import EMPTY, RowCache, context_length, layer_kinds
 from .configuration_cosup import CoSupConfig
+from .settings_cosup import RetrievalConfig
 
 # arguments of forward() that the loop uses, or that another check refuses
 _HANDLED = {"input_ids", "attention_mask", "past_key_values", "use_cache", "inputs_embeds", "kwargs"}
@@ -167,13 +168,26 @@ class RefusalsMixin:
                 )
 
 
-def check_configs(generation_config: object, retrieval_config: object, memory_config: object) -> None:
-    """Raise a `TypeError` for a config of another kind; one of the installed package fits a model of its copy."""
+def check_configs(
+    generation_config: object, retrieval_config: object, memory_config: object, arguments: Iterable[str] = ()
+) -> None:
+    """
+    Check the configs of a call.
+
+    Raises:
+        `TypeError`: for one of another kind (one of the installed package fits a model of its copy), and for a field
+            of [`RetrievalConfig`] among the names of the other arguments.
+    """
     given = {"GenerationConfig": generation_config, "RetrievalConfig": retrieval_config, "MemoryConfig": memory_config}
     for name, config in given.items():
         if config is not None and name not in [base.__name__ for base in type(config).__mro__]:
             argument = name.replace("Config", "_config").lower()
             raise TypeError(f"{argument} is a {type(config).__name__}, expected a {name}.")
+    for name in arguments:
+        if name in RetrievalConfig.__dataclass_fields__ and name != "top_k":  # which is a setting of sampling, too
+            raise TypeError(
+                f"{name} is a field of RetrievalConfig: pass retrieval_config=RetrievalConfig({name}=...)."
+            )
 
 
 def check_token_ids(ids: object) -> None:

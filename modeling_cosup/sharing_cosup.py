@@ -236,8 +236,8 @@ class SharingMixin(ModelBase):
         It holds the weights (safetensors), the config with the fingerprint, the generation config, the code of this
         model, the tokenizers, and what training recorded about these weights.
 
-        Args: as in `PreTrainedModel.save_pretrained`. With `push_to_hub=True` also the arguments of
-            [`~SharingMixin.push_to_hub`]; `repo_id` defaults to the name of the folder.
+        The arguments are those of `PreTrainedModel.save_pretrained`. With `push_to_hub=True` they are also those of
+        [`~SharingMixin.push_to_hub`]; `repo_id` defaults to the name of the folder.
 
         Raises:
             `ValueError`: when Emb_seq was not loaded, because the checkpoint would lack its weights, for adapters that

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import pkgutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,9 +86,11 @@ def model_name(model: str) -> str:
 
 def open_engine(args: ServeArguments, memory_options: MemoryOptions) -> Engine:
     """Open the engine that `--engine` names."""
+    if args.engine != "embedded" and memory_options.memory is not None:
+        raise ValueError(f"--memory: {args.engine} mixes no token memory in; use --engine embedded.")
+    if args.has_own_engine:
+        return open_own_engine(args)
     if args.engine == "vllm":
-        if memory_options.memory is not None:
-            raise ValueError("--memory: vLLM mixes no token memory in; use --engine embedded.")
         from serving.vllm_engine import VllmEngine, model_without_weights
 
         model = model_without_weights(args.model)
@@ -130,6 +133,16 @@ def index_options(args: ServeArguments) -> dict[str, Any]:
     if args.index_uri is None:
         return {}
     return {"timeout": args.index_timeout, "max_retries": 1}
+
+
+def open_own_engine(args: ServeArguments) -> Engine:
+    """Open an engine by calling `module:function`; the module is installed, or a file in the working directory."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        open_engine = pkgutil.resolve_name(args.engine)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ValueError(f"--engine {args.engine}: {error}.") from error
+    return open_engine(args)
 
 
 if __name__ == "__main__":

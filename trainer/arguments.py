@@ -24,6 +24,8 @@ REFUSED = {
     ),
 }
 
+RENAMED = {"tokenizer": "processing_class"}  # names that Trainer had in earlier releases
+
 
 def check_trainer_arguments(refused: Mapping[str, Any], names: Iterable[str]) -> None:
     """
@@ -38,6 +40,8 @@ def check_trainer_arguments(refused: Mapping[str, Any], names: Iterable[str]) ->
         `TypeError`: for an unknown one, with the nearest name.
     """
     for name, value in refused.items():
+        if name in RENAMED:
+            raise TypeError(f"CoSupTrainer has no argument {name!r}: as in Trainer, it is named {RENAMED[name]}.")
         if name not in REFUSED:
             raise TypeError(f"CoSupTrainer has no argument {name!r}{nearest(name, names)}")
         if value is not None:

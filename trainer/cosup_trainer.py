@@ -48,13 +48,13 @@ from .dataset_setup import (
 )
 from .distillation_step import running_figures
 from .distributed import gather_objects, host_group, world_size
+from .gradient_cosine import GradientCosineMixin
 from .held_out import HeldOutMixin
 from .hub import HubMixin
 from .model_init import ModelInitMixin
 from .model_setup import without_peft
 from .positions import check_positions
 from .training_args import CoSupTrainingArguments
-from .training_step import TrainingStepMixin
 from .watch import FiniteLosses, explained_full_disk, explained_memory_errors, last_complete_checkpoint
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ if TYPE_CHECKING:
 
 
 # create_model_card of HubMixin takes other arguments than Trainer's
-class CoSupTrainer(HubMixin, HeldOutMixin, TrainingStepMixin, ModelInitMixin, Trainer):  # type: ignore[misc]
+class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, Trainer):  # type: ignore[misc]
     """
     A Trainer for [`CoSupForCausalLM`]: next token and next sequence prediction in the same step.
 

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from typing import Any, TypeAlias
 
 import datasets
@@ -56,6 +57,7 @@ def tokenize_dataset(
         `datasets.Dataset`, or `datasets.IterableDataset` if the dataset is streamed; `None` without a dataset.
 
     Raises:
+        `TypeError`: for the name of a file.
         `ValueError`: for an empty dataset, an invalid instance or a passage id with two contents, naming their rows,
             or a dataset in which every instance is too long. Also for one without any passage, if `supervision` needs
             `[NSP]`; otherwise this is a warning. A stream is checked as it is read.
@@ -187,6 +189,11 @@ def _as_dataset(
     dataset: AnyDataset, name: str
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, list[str] | None]:
     """Return a dataset of the `datasets` library and, if its instances have been checked, their places."""
+    if isinstance(dataset, str | PathLike):
+        path = str(dataset)
+        raise TypeError(
+            f"The {name} is the name {path!r}, expected instances: read them with load_instances({path!r})."
+        )
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         return dataset, None
     if isinstance(dataset, torch.utils.data.IterableDataset):

@@ -73,7 +73,9 @@ class Resolution:
 
 
 def mean_names(args: CoSupTrainingArguments) -> list[str]:
-    """Return the names of the figures of candidates and distillation that are means, as logs have them."""
+    """Return the names of the figures of gradients, candidates and distillation that are means, as logs have them."""
+    if args.gradient_cosine_steps is not None:
+        return ["gradient_cosine", "gradient_ratio"]
     if args.candidates_from is None:
         return []
     names = [f"hit_rate@{args.num_candidates}", f"query_recall@{args.num_candidates}"]

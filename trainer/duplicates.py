@@ -4,6 +4,7 @@ import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ class GlobalBatch:
             batch that is not right for it.
         num_compared (`int`): queries of all ranks that have a negative. The others teach nothing and cannot be wrong,
             so no figure counts them.
+        right_groups (`list[list[set[int]]]`): by rank, for each query, the groups of passages that are right for it.
     """
 
     facts: list[BatchFacts]
@@ -36,6 +38,7 @@ class GlobalBatch:
     further_positives: np.ndarray
     has_negatives: np.ndarray
     num_compared: int
+    right_groups: list[list[set[int]]]
 
     @property
     def passage_counts(self) -> list[int]:
@@ -46,6 +49,66 @@ class GlobalBatch:
     def first_row(self) -> int:
         """The row of this rank's first passage."""
         return sum(self.passage_counts[: self.rank])
+
+    @property
+    def query_counts(self) -> list[int]:
+        """The number of queries of each rank."""
+        return [len(rank_facts.passage_labels) for rank_facts in self.facts]
+
+    @property
+    def first_query(self) -> int:
+        """The number of this rank's first query among those of all ranks."""
+        return sum(self.query_counts[: self.rank])
+
+    # ------------------------------------------------------------------ passages that look for their query
+
+    @cached_property
+    def queries_of_positives(self) -> np.ndarray:
+        """
+        `(2, P)`: pairs of a query of this rank and the number of any query for which its positive is right.
+
+        Numbers count the queries of all ranks. Each query is paired with itself too.
+        """
+        pairs = []
+        for query, group in enumerate(self._positive_groups[self.rank]):
+            pairs += [(query, number) for number in self._queries_of_group[group]]
+        return np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+
+    @property
+    def have_wrong_queries(self) -> list[np.ndarray]:
+        """By rank, `(N,)`: whether there is a query for which the positive of a query is wrong."""
+        num_queries = sum(self.query_counts)
+        have_wrong_queries = []
+        for groups in self._positive_groups:
+            wrong = [len(self._queries_of_group[group]) < num_queries for group in groups]
+            have_wrong_queries.append(np.array(wrong, dtype=bool))
+        return have_wrong_queries
+
+    @property
+    def num_reverse_compared(self) -> int:
+        """Queries of all ranks whose positive is wrong for another query."""
+        return sum(int(wrong.sum()) for wrong in self.have_wrong_queries)
+
+    @cached_property
+    def _positive_groups(self) -> list[list[int]]:
+        """By rank, for each query, the group of its positive."""
+        groups_of_ranks = []
+        first_row = 0
+        for rank_facts in self.facts:
+            groups_of_ranks.append(
+                [int(self.passage_groups[first_row + label]) for label in rank_facts.passage_labels]
+            )
+            first_row += len(rank_facts.passage_keys)
+        return groups_of_ranks
+
+    @cached_property
+    def _queries_of_group(self) -> dict[int, list[int]]:
+        """For each group of passages, the numbers of the queries for which it is right."""
+        queries_of_group = defaultdict(list)
+        for number, groups in enumerate(itertools.chain(*self.right_groups)):
+            for group in groups:
+                queries_of_group[group].append(number)
+        return queries_of_group
 
 
 def global_batch(facts: list[BatchFacts], rank: int, mask_duplicates: bool = True) -> GlobalBatch:
@@ -105,6 +168,7 @@ def global_batch(facts: list[BatchFacts], rank: int, mask_duplicates: bool = Tru
         further_positives=np.array(pairs, dtype=np.int64).reshape(-1, 2).T,  # (2, P)
         has_negatives=np.array([len(query_groups) < num_groups for query_groups in right_groups[rank]], dtype=bool),
         num_compared=num_compared,
+        right_groups=right_groups,
     )
 
 

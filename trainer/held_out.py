@@ -24,7 +24,7 @@ from .distillation_step import Resolution, add_scores
 from .distributed import gather_objects, world_size
 from .grad_cache import RandomState, concatenated
 from .held_out_figures import DistilledQuery, distillation_metrics, order_of_queries, padded, retrieval_metrics
-from .losses import EmbeddingBatch, distilled_batch, embedding_losses, student_scores, total_loss
+from .losses import EmbeddingBatch, distilled_batch, student_scores, total_loss
 from .micro_batches import encoder_rows, query_rows
 from .positions import check_positions
 from .training_step import TrainingStepMixin
@@ -340,7 +340,7 @@ class HeldOutMixin(TrainingStepMixin):
         query_losses: list[torch.Tensor] = []
 
         def losses_of(batch: EmbeddingBatch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-            losses, scores = embedding_losses(batch, self.cosup_config, self.args)
+            losses, scores = self.embedding_losses(batch)
             assert batch.same_passage is not None
             are_negatives = ~batch.same_passage  # (C, D)
             are_negatives[torch.arange(len(scores)), batch.passage_labels] = False
@@ -348,7 +348,9 @@ class HeldOutMixin(TrainingStepMixin):
             query_losses.append(losses["nsp_loss"].masked_fill(lone, float("nan")))
             return losses, scores
 
-        retrieval, rows, labels = retrieval_metrics(query_embeds, passage_embeds, facts, losses_of)
+        retrieval, rows, labels = retrieval_metrics(
+            query_embeds, passage_embeds, facts, losses_of, symmetric=self.args.symmetric_nsp
+        )
         self._warn_of_lone_held_out_queries(len(labels), retrieval)
         metrics: dict[str, Any] = {}
         num_labels = sum(batch_facts.num_labels for batch_facts in facts)

@@ -1,5 +1,6 @@
 """Figures of an evaluation set: losses and recall over all its distinct passages, and distillation."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -11,8 +12,8 @@ from modeling_cosup.packing_cosup import pad_rows
 
 from .batching import BatchFacts
 from .candidate_watch import FLATNESS
-from .duplicates import global_batch
-from .losses import EmbeddingBatch, losses_of_scores
+from .duplicates import GlobalBatch, global_batch
+from .losses import EmbeddingBatch, ReverseBatch, losses_of_scores
 from .position_bias import by_candidate, place_sums, without_bias
 from .training_args import CoSupTrainingArguments
 
@@ -55,6 +56,7 @@ def retrieval_metrics(
     embedding_losses: Callable[[EmbeddingBatch], tuple[dict[str, torch.Tensor], torch.Tensor]],
     ks: Sequence[int] = (1, 5),
     chunk_size: int = 1024,
+    symmetric: bool = False,
 ) -> tuple[dict[str, float], np.ndarray, np.ndarray]:
     """
     Return embedding losses and recall of queries over all distinct passages of a set.
@@ -69,10 +71,13 @@ def retrieval_metrics(
         embedding_losses (`Callable`): see [`~trainer.losses.embedding_losses`].
         ks (`Sequence[int]`, *optional*, defaults to `(1, 5)`): of `query_recall@k`.
         chunk_size (`int`, *optional*, defaults to 1024): queries that are scored in one call.
+        symmetric (`bool`, *optional*, defaults to `False`): each positive also looks for its query among all queries
+            of the set, for `reverse_nsp_loss`.
 
     Returns:
         `(dict, numpy.ndarray, numpy.ndarray)`: `num_passages`, `num_queries` (those that have a negative) and, if
-        there are such queries, the mean of each loss and `query_recall@k`; the rows of the D distinct passages,
+        there are such queries, the mean of each loss and `query_recall@k`, which `first_query_recall@k` and
+        `later_query_recall@k` tell apart if an instance has several queries; the rows of the D distinct passages,
         `(D,)`; for each query, the number of its passage among these, `(N,)`.
     """
     merged = _merge(facts)
@@ -93,20 +98,50 @@ def retrieval_metrics(
         also_right = torch.zeros(len(queries), len(rows), dtype=torch.bool)  # (C, D)
         in_chunk = (right_queries >= start) & (right_queries < start + chunk_size)
         also_right[right_queries[in_chunk] - start, right_passages[in_chunk]] = True
-        chunk_losses, scores = embedding_losses(EmbeddingBatch(queries, passages, positives, also_right))
+        reverse = _reverse_batch(query_embeds, batch, start, len(queries)) if symmetric else None
+        chunk_losses, scores = embedding_losses(EmbeddingBatch(queries, passages, positives, also_right, reverse))
         for name, loss in chunk_losses.items():
             losses.setdefault(name, []).append(loss)
         ranks.append(_ranks(scores, positives))
 
     compared = torch.from_numpy(batch.has_negatives)  # (N,)
+    are_first = torch.from_numpy(_are_first(facts))  # (N,)
     metrics: dict[str, float] = {"num_passages": len(rows), "num_queries": int(compared.sum())}
     if compared.any():
         for name, chunks in losses.items():
-            metrics[name] = float(torch.cat(chunks)[compared].mean())
+            measured = compared
+            if name == "reverse_nsp_loss":
+                measured = torch.from_numpy(batch.have_wrong_queries[0])
+            if measured.any():
+                metrics[name] = float(torch.cat(chunks)[measured].mean())
         for k in ks:
-            if k < len(rows):
-                metrics[f"query_recall@{k}"] = float((torch.cat(ranks)[compared] < k).double().mean())
+            if k >= len(rows):
+                continue
+            are_hits = torch.cat(ranks) < k  # (N,)
+            metrics[f"query_recall@{k}"] = float(are_hits[compared].double().mean())
+            for name, queries_of_place in (("first", compared & are_first), ("later", compared & ~are_first)):
+                if queries_of_place.any() and not are_first.all():
+                    metrics[f"{name}_query_recall@{k}"] = float(are_hits[queries_of_place].double().mean())
     return metrics, rows, labels
+
+
+def _are_first(facts: Sequence[BatchFacts]) -> np.ndarray:
+    """Return `(N,)`: whether each query of a set is at the first `[NSP]` of its instance."""
+    instance_ids = [id for batch_facts in facts for id in batch_facts.query_instance_ids]
+    are_first = np.ones(len(instance_ids), dtype=bool)
+    order = order_of_queries(facts)
+    for previous, query in itertools.pairwise(order):
+        are_first[query] = instance_ids[query] != instance_ids[previous]
+    return are_first
+
+
+def _reverse_batch(query_embeds: np.ndarray, batch: GlobalBatch, start: int, count: int) -> ReverseBatch:
+    """Return all queries `(N, h)` of a set, as the positives of `count` of them see them, from number `start`."""
+    own, others = batch.queries_of_positives  # (P,), (P,)
+    in_chunk = (own >= start) & (own < start + count)
+    same_query = torch.zeros(count, len(query_embeds), dtype=torch.bool)  # (C, N)
+    same_query[own[in_chunk] - start, others[in_chunk]] = True
+    return ReverseBatch(torch.from_numpy(query_embeds), torch.arange(start, start + count), same_query)
 
 
 def distillation_metrics(

@@ -13,7 +13,8 @@ Neither kind is averaged here: the caller knows the token and query counts of al
 
 To add a loss, add it to `token_losses` or to `embedding_losses`, its weight to `loss_weights`, and what it needs of
 the model to `forward_options`. Its name must end in `_loss`: logs, evaluation, model cards and plots find it by that.
-Its label goes into `judging/figures.py`.
+Its label goes into `judging/figures.py`. Without an edit of this package, override the methods of these names of a
+[`CoSupTrainer`] in a subclass; see docs/extending.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,12 +47,31 @@ class EmbeddingBatch:
         passage_labels (`torch.LongTensor` of shape `(N,)`): for each query, the row of `passage_embeds` that is its
             positive.
         same_passage (`torch.BoolTensor` of shape `(N, M)`, *optional*): which passages are not negatives of a query.
+        reverse ([`ReverseBatch`], *optional*): for `reverse_nsp_loss`.
     """
 
     query_embeds: torch.Tensor
     passage_embeds: torch.Tensor
     passage_labels: torch.Tensor
     same_passage: torch.Tensor | None = None
+    reverse: "ReverseBatch | None" = None
+
+
+@dataclass
+class ReverseBatch:
+    """
+    The queries among which each positive of an [`EmbeddingBatch`] looks for its own.
+
+    Args:
+        query_embeds (`torch.FloatTensor` of shape `(Q, h)`): of all ranks.
+        query_labels (`torch.LongTensor` of shape `(N,)`): the row of `query_embeds` that holds each query.
+        same_query (`torch.BoolTensor` of shape `(N, Q)`): which queries are not negatives of a query's positive,
+            because it is right for them too.
+    """
+
+    query_embeds: torch.Tensor
+    query_labels: torch.Tensor
+    same_query: torch.Tensor
 
 
 @dataclass
@@ -107,6 +127,8 @@ def loss_weights(config: CoSupConfig, args: CoSupTrainingArguments) -> dict[str,
     """Return the weight of each loss in the total that is minimised, L = L_NTP + λ·L_NSP (Eq. 5)."""
     assert config.nsp_loss_weight is not None  # the config has replaced None by the default of its similarity
     weights = {"ntp_loss": 1.0, "nsp_loss": config.nsp_loss_weight}
+    if args.symmetric_nsp:
+        weights["nsp_loss"] = weights["reverse_nsp_loss"] = config.nsp_loss_weight / 2
     if args.matryoshka_dims:
         weights["matryoshka_loss"] = config.nsp_loss_weight
     if args.distills:
@@ -163,9 +185,28 @@ def embedding_losses(
         return_scores=True,
     )
     losses = {"nsp_loss": nsp_loss}
+    if batch.reverse is not None:
+        losses["reverse_nsp_loss"] = reverse_nsp_loss(batch, batch.reverse, config)
     if args.matryoshka_dims:
         losses["matryoshka_loss"] = matryoshka_loss(batch, config, args.matryoshka_dims)
     return losses, scores
+
+
+def reverse_nsp_loss(batch: EmbeddingBatch, reverse: ReverseBatch, config: CoSupConfig) -> torch.Tensor:
+    """
+    Return the cross-entropy of each query's positive over all queries: the other direction of [`info_nce`].
+
+    Returns:
+        `torch.FloatTensor` of shape `(N,)`: one value per query.
+    """
+    loss = info_nce(
+        batch.passage_embeds[batch.passage_labels],
+        reverse.query_embeds,
+        reverse.query_labels,
+        same_passage=reverse.same_query,
+        temperature=cast(float, config.temperature),
+    )
+    return cast(torch.Tensor, loss)
 
 
 def matryoshka_loss(batch: EmbeddingBatch, config: CoSupConfig, dims: Sequence[int]) -> torch.Tensor:
@@ -250,7 +291,7 @@ def embedding_batch(
     passage_embeds: torch.Tensor,
     passage_labels: torch.Tensor,
     batch: GlobalBatch,
-    gather: str = "global",
+    args: CoSupTrainingArguments,
 ) -> EmbeddingBatch:
     """
     Gather the passages of all ranks for the queries of this rank.
@@ -260,14 +301,49 @@ def embedding_batch(
         passage_embeds (`torch.FloatTensor` of shape `(M_r, h)`): of this rank.
         passage_labels (`torch.LongTensor` of shape `(N,)`): rows of this rank's `passage_embeds`.
         batch ([`GlobalBatch`]): which passages are the same.
-        gather (`str`, *optional*, defaults to `"global"`): see [`~trainer.distributed.gather_rows`].
+        args ([`CoSupTrainingArguments`]): `gather`, `nsp_gradient`, and `symmetric_nsp`, which gathers queries too.
     """
-    passage_embeds = gather_rows(passage_embeds, batch.passage_counts, gather)  # (M, h)
+    query_embeds, passage_embeds = _taught_by_nsp(query_embeds, passage_embeds, args.nsp_gradient)
+    passage_embeds = gather_rows(passage_embeds, batch.passage_counts, args.gather)  # (M, h)
     labels = passage_labels + batch.first_row  # (N,)
     same_passage = None
     if batch.repeated.any() or batch.further_positives.size:
         same_passage = _same_passage(labels, batch, query_embeds.device)
-    return EmbeddingBatch(query_embeds, passage_embeds, labels, same_passage)
+    reverse = None
+    if args.symmetric_nsp:
+        all_query_embeds = gather_rows(query_embeds, batch.query_counts, args.gather)  # (Q, h)
+        reverse = reverse_batch(all_query_embeds, batch, len(query_embeds))
+    return EmbeddingBatch(query_embeds, passage_embeds, labels, same_passage, reverse)
+
+
+def _taught_by_nsp(
+    query_embeds: torch.Tensor, passage_embeds: torch.Tensor, nsp_gradient: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """
+    Return the embeddings with the gradients that `nsp_gradient` leaves them.
+
+    A constant keeps a graph, with gradient 0: DDP and FSDP expect a gradient of every weight.
+    """
+    if nsp_gradient == "gen":
+        passage_embeds = passage_embeds.detach() + 0 * passage_embeds
+    elif nsp_gradient == "emb_seq":
+        query_embeds = query_embeds.detach() + 0 * query_embeds
+    return query_embeds, passage_embeds
+
+
+def reverse_batch(query_embeds: torch.Tensor, batch: GlobalBatch, num_queries: int) -> ReverseBatch:
+    """
+    Return the queries `(Q, h)` of all ranks as the positives of this rank's `num_queries` queries see them.
+
+    Args:
+        query_embeds (`torch.FloatTensor` of shape `(Q, h)`): of all ranks.
+        batch ([`GlobalBatch`]): which passages are right for which queries.
+        num_queries (`int`): N, of this rank.
+    """
+    labels = batch.first_query + torch.arange(num_queries, device=query_embeds.device)  # (N,)
+    same_query = torch.zeros(num_queries, len(query_embeds), dtype=torch.bool)
+    same_query[tuple(torch.from_numpy(batch.queries_of_positives))] = True
+    return ReverseBatch(query_embeds, labels, same_query.to(query_embeds.device))
 
 
 def distilled_batch(

@@ -11,6 +11,7 @@ from modeling_cosup import CoSupConfig, CoSupForCausalLM
 
 from .arguments import read_by_tokenizing
 from .control_tokens import check_control_token_lr
+from .isolation import check_isolation
 from .model_setup import (
     check_control_tokens,
     check_reader,
@@ -64,6 +65,8 @@ class ModelInitMixin(Trainer):
         freeze(base, self.args)
         check_retriever_is_trained(base, self.args)
         check_reader(base, self.args)
+        if self.args.isolate_queries:
+            check_isolation(base)
         freeze_unreached(base, self.args)
         if self.args.control_token_lr is not None:
             check_control_token_lr(base)

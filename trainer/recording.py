@@ -201,7 +201,7 @@ def _recording_eager(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Compute the architecture's eager attention, and record its weights of answer rows, with caps and sinks."""
-    output, weights = _eager_attention(module)(module, query, key, value, attention_mask, **kwargs)
+    output, weights = eager_attention(module)(module, query, key, value, attention_mask, **kwargs)
     recorded = _record_of(module, query, key)
     if recorded is not None:
         rows = recorded.rows.to(query.device)[:, None, :, None]  # (B, 1, R, 1)
@@ -218,7 +218,7 @@ AttentionMaskInterface.register("recording_sdpa", sdpa_mask)
 AttentionMaskInterface.register("recording_eager", eager_mask)
 
 
-def _eager_attention(module: nn.Module) -> Callable:
+def eager_attention(module: nn.Module) -> Callable:
     """Return the eager attention function of an attention layer's architecture."""
     for base in type(module).__mro__:
         function = getattr(sys.modules[base.__module__], "eager_attention_forward", None)

@@ -15,6 +15,7 @@ from transformers.utils import logging
 
 from modeling_cosup.names_cosup import nearest_name
 
+from .ablation_args import GRADIENTS, AblationArguments, check_ablations
 from .distillation_args import DISTILLATIONS, SOURCES, check_candidates
 
 logger = logging.get_logger(__name__)
@@ -23,6 +24,7 @@ CHOICES = {
     "supervision": ("co", "ntp", "nsp", "separate", *DISTILLATIONS),
     "candidates_from": SOURCES,
     "gather": ("global", "local", "detached"),
+    "nsp_gradient": GRADIENTS,
     "batch_sampler": ("batch_sampler", "no_duplicates"),
     "include_num_input_tokens_seen": (False, True, "no", "all", "non_padding"),
 }
@@ -40,9 +42,9 @@ SCHEDULE_FREE = "schedule_free_"
 
 
 @dataclass
-class CoSupTrainingArguments(TrainingArguments):
+class CoSupTrainingArguments(AblationArguments, TrainingArguments):
     """
-    [`~transformers.TrainingArguments`] and:
+    [`~transformers.TrainingArguments`], those of [`AblationArguments`], and:
 
     Args:
         lr_scheduler_type (`str`), warmup_steps (`int` or `float`): as in `TrainingArguments`, but the default is a
@@ -141,79 +143,85 @@ class CoSupTrainingArguments(TrainingArguments):
         default="cosine", metadata={"help": "Schedule of the learning rate."}
     )
     warmup_steps: float = field(
-        default=0.1, metadata={"help": "Steps of linear warm-up, or, below 1, their share of all steps."}
+        default=0.1, metadata={"help": "Steps of linear warm-up. Below 1: their share of all steps."}
     )
     # the default of TrainingArguments where torch is imported, which `--help` does not do
     optim: OptimizerNames | str = field(default="adamw_torch_fused", metadata={"help": "Optimiser."})
     max_length: int = field(
         default=1024,
-        metadata={"help": "Tokens of an instance, passages included; a longer one is dropped and counted."},
+        metadata={"help": "Longest instance in tokens, passages included. Longer ones are dropped and counted."},
     )
     train_on_passages: bool = field(
-        default=False, metadata={"help": "Also train the tokens of retrieved passages (ablation)."}
+        default=False, metadata={"help": "Also train the tokens of the passages (an ablation of the paper)."}
     )
     supervision: str = field(
         default="co",
-        metadata={
-            "help": "co, ntp, nsp, separate (the paper's baseline), attention_distillation or perplexity_distillation."
-        },
+        metadata={"help": "co, ntp, nsp, separate, attention_distillation or perplexity_distillation."},
     )
     num_candidates: int = field(
-        default=5, metadata={"help": "Passages that an instance without a passage gets, see candidates_from."}
+        default=5, metadata={"help": "Passages given to an instance whose passage is unknown."}
     )
     candidates_from: str | None = field(
-        default=None, metadata={"help": "index or instance: where instances without a passage find candidates."}
+        default=None,
+        metadata={"help": "Where these come from: index (of the corpus) or instance. Distillation: index."},
     )
     refresh_index_steps: int = field(
-        default=100, metadata={"help": "Steps after which the training corpus is embedded again."}
+        default=100, metadata={"help": "Steps after which the corpus of candidates is embedded again."}
     )
     distillation_target: str | None = field(
         default=None,
-        metadata={"help": "attention, attention_shares; perplexity, leave_one_out, emdr: what is distilled."},
+        metadata={"help": "attention or attention_shares; perplexity, leave_one_out or emdr. Default: the first."},
     )
     target_temperature: float | None = field(
-        default=None, metadata={"help": "Temperature of the distillation's target; lower is sharper."}
+        default=None, metadata={"help": "Temperature of the target: lower is sharper. Default: depends on the target."}
     )
     rerank_candidates: int | None = field(
-        default=None, metadata={"help": "Retrieve so many, embed them again, and keep the best num_candidates."}
+        default=None, metadata={"help": "Retrieve this many, embed them again, and keep the best num_candidates."}
     )
     index_factory: str | None = field(
-        default=None, metadata={"help": "FAISS factory string of an approximate search for candidates."}
+        default=None,
+        metadata={"help": "FAISS factory string: approximate search of candidates. Default: exact search."},
     )
     shuffle_candidates: bool = field(
-        default=False, metadata={"help": "Put the candidates of a training row in a random order."}
+        default=False, metadata={"help": "Put the candidates of a training row in random order. Default: best first."}
     )
-    log_indicators: bool = field(default=False, metadata={"help": "Log Indicator 1 of the reader."})
+    log_indicators: bool = field(
+        default=False, metadata={"help": "Also log indicator_1: Gen's attention to the tokens nearest to the answer."}
+    )
     nsp_batch_size: int | None = field(
         default=None,
-        metadata={"help": "Instances, over all ranks, whose passages are each other's negatives (GradCache)."},
+        metadata={"help": "GradCache: instances, over all ranks, whose passages are each other's negatives."},
     )
     max_tokens_per_micro_batch: int | None = field(
         default=None, metadata={"help": "With nsp_batch_size: cut micro-batches by tokens, not instances."}
     )
     matryoshka_dims: list[int] | None = field(
-        default=None, metadata={"help": "Also train embeddings that are cut to these widths, see --truncate_dim."}
+        default=None, metadata={"help": "Also train embeddings that are cut to these widths, see truncate_dim."}
     )
-    gather: str = field(default="global", metadata={"help": "global, detached (the paper's code) or local."})
+    gather: str = field(
+        default="global",
+        metadata={"help": "Negatives: global (all ranks), detached (the paper's code) or local (this rank)."},
+    )
     mask_duplicates: bool = field(
-        default=True, metadata={"help": "Identical passages are encoded once and are not each other's negatives."}
+        default=True, metadata={"help": "Encode identical passages once, and never use one as a negative of another."}
     )
     batch_sampler: str = field(
-        default="batch_sampler", metadata={"help": "no_duplicates draws batches in which no passage is named twice."}
+        default="batch_sampler", metadata={"help": "no_duplicates draws batches in which no passage occurs twice."}
     )
     padding_free: bool | None = field(
-        default=None, metadata={"help": "A micro-batch is one row without padding; defaults to what attention allows."}
+        default=None,
+        metadata={"help": "Pack a micro-batch into one row without padding. Default: with flash or flex attention."},
     )
-    freeze_gen: bool = field(default=False, metadata={"help": "Train Emb_seq alone."})
-    freeze_emb_seq: bool = field(default=False, metadata={"help": "Train Gen alone; an index stays valid."})
+    freeze_gen: bool = field(default=False, metadata={"help": "Do not train Gen."})
+    freeze_emb_seq: bool = field(default=False, metadata={"help": "Do not train Emb_seq. An index stays valid."})
     lr_decay_per_epoch: float | None = field(
-        default=None, metadata={"help": "Multiply the learning rate by this after every epoch (paper: 0.85)."}
+        default=None, metadata={"help": "Factor after each epoch, in place of schedule and warm-up (the paper: 0.85)."}
     )
     control_token_lr: float | None = field(
         default=None,
-        metadata={"help": "Learning rate of the embeddings of [NSP], [Cs] and [CE]; defaults to learning_rate."},
+        metadata={"help": "Learning rate of the rows of [NSP], [Cs] and [CE]. Default: learning_rate."},
     )
-    clip_gen_only: bool = field(default=False, metadata={"help": "Clip the gradients of Gen alone (paper)."})
+    clip_gen_only: bool = field(default=False, metadata={"help": "Clip the gradients of Gen alone (the paper)."})
     dataset_num_proc: int | None = field(default=None, metadata={"help": "Processes that tokenize the dataset."})
 
     def __post_init__(self) -> None:
@@ -290,6 +298,7 @@ class CoSupTrainingArguments(TrainingArguments):
         if self.matryoshka_dims and self.distills:
             raise ValueError("matryoshka_dims cuts embeddings for the NSP loss, not for a distillation: leave it out.")
         check_candidates(self)
+        check_ablations(self)
         if self.batch_sampler == "no_duplicates" and self.train_sampling_strategy != "random":
             raise ValueError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} and batch_sampler='no_duplicates' both say"

@@ -32,7 +32,9 @@ from .distillation_step import DistillationStepMixin, running_figures
 from .distributed import gather_objects
 from .duplicates import GlobalBatch, global_batch
 from .grad_cache import OptionalTensors, RandomState, concatenated, first_pass, like_pieces, second_pass
+from .isolation import isolated_forward
 from .losses import (
+    EmbeddingBatch,
     distillation_losses,
     distilled_batch,
     embedding_batch,
@@ -47,7 +49,7 @@ from .micro_batches import forward_arguments
 from .model_setup import trains_retriever, without_peft
 from .running import RunningFigures
 from .training_args import CoSupTrainingArguments
-from .watch import FiniteLosses
+from .watch import FiniteLosses, lone_queries
 
 logger = logging.get_logger(__name__)
 
@@ -67,6 +69,7 @@ class TrainingStepMixin(DistillationStepMixin):
     _warned_of_lone_queries: bool
     _num_trained_instances: int
     _num_trained_queries: int
+    _measured_weights: dict[str, float] | None = None  # while the gradient of one loss is measured
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Run `Trainer`'s, and begin the log: a trial of a search has set its arguments by now."""
@@ -126,6 +129,7 @@ class TrainingStepMixin(DistillationStepMixin):
             "num_queries": sum(len(batch_facts.passage_labels) for batch_facts in all_facts),
             "num_distilled": sum(len(batch_facts.distilled_instance_ids) for batch_facts in all_facts),
             "num_compared": 0,
+            "num_reverse_compared": 0,
         }
         rank = self.args.process_index
         for i, batch in enumerate(batches):
@@ -134,9 +138,13 @@ class TrainingStepMixin(DistillationStepMixin):
                 batches_of_ranks = [global_batch([facts], 0, self.args.mask_duplicates) for facts in facts_of_ranks]
                 batch["global"] = batches_of_ranks[rank]
                 counts["num_compared"] += sum(batch_of_rank.num_compared for batch_of_rank in batches_of_ranks)
+                global_batches = batches_of_ranks
             else:
                 batch["global"] = global_batch(facts_of_ranks, rank, self.args.mask_duplicates)
                 counts["num_compared"] += batch["global"].num_compared
+                global_batches = [batch["global"]]
+            if self.args.symmetric_nsp:
+                counts["num_reverse_compared"] += sum(facts.num_reverse_compared for facts in global_batches)
             if len(facts_of_ranks) > 1:
                 count = max(len(batch_facts.instance_ids) for batch_facts in facts_of_ranks)
                 self._fill_up(batch, count)
@@ -149,14 +157,8 @@ class TrainingStepMixin(DistillationStepMixin):
         if num_compared == num_queries or self._warned_of_lone_queries or not self.is_world_process_zero():
             return
         self._warned_of_lone_queries = True
-        remedies = "a larger per_device_train_batch_size, or nsp_batch_size (GradCache: the same memory)"
-        if self.args.gather == "local" and self.args.world_size > 1:
-            remedies += ", or gather='global'"
-        logger.warning(
-            f"Step {self.state.global_step + 1}: {num_queries - num_compared} of {num_queries} queries have no"
-            " negative, because their batch holds no passage that is wrong for them. Such queries teach nothing; here"
-            f" and later, nsp_loss and nsp_accuracy leave them out. What gives them negatives: {remedies}."
-        )
+        is_local = self.args.gather == "local" and self.args.world_size > 1
+        logger.warning(lone_queries(self.state.global_step + 1, num_queries - num_compared, num_queries, is_local))
 
     def _fill_up(self, batch: dict[str, Any], count: int) -> None:
         """
@@ -214,7 +216,7 @@ class TrainingStepMixin(DistillationStepMixin):
         query_embeds = concatenated([output.query_embeds for output in outputs])  # (N, h)
         passage_embeds = concatenated([output.passage_embeds for output in outputs])  # (M_r, h)
         losses = self.compute_losses(inputs, outputs, num_items_in_batch, query_embeds, passage_embeds)
-        loss = total_loss(losses, self.loss_weights)
+        loss = self._total_loss(losses)
         if self.model.training:
             self._running.add_batch(inputs["facts"])
         scaled_loss = loss * self._loss_scale
@@ -242,8 +244,8 @@ class TrainingStepMixin(DistillationStepMixin):
             outputs (`list[CoSupOutput]`, *optional*): of micro-batches, for the token losses.
             num_items_in_batch (`int`, *optional*, defaults to 1): trained tokens of all ranks, by which token losses
                 are divided.
-            query_embeds (`torch.FloatTensor` of shape `(N, h)`, *optional*), passage_embeds (`torch.FloatTensor` of
-                shape `(M_r, h)`, *optional*): of all micro-batches, for the embedding losses.
+            query_embeds, passage_embeds (`torch.FloatTensor` of shapes `(N, h)` and `(M_r, h)`, *optional*): of all
+                micro-batches, for the embedding losses.
             first (`int`, *optional*, defaults to 0): number of the first micro-batch of `outputs`.
 
         Returns:
@@ -274,7 +276,7 @@ class TrainingStepMixin(DistillationStepMixin):
         for i, output in enumerate(outputs, first):
             # a micro-batch that was added to match other ranks has no instances
             instance_ids = facts.instance_ids[i] if i < len(facts.instance_ids) else []
-            for name, loss in token_losses(output, self.cosup_config, self.args).items():
+            for name, loss in self.token_losses(output).items():
                 micro_batch_losses[name].append(loss)
                 micro_batch_ids[name].append(instance_ids)
         losses = {}
@@ -298,23 +300,28 @@ class TrainingStepMixin(DistillationStepMixin):
         """
         labels = inputs["passage_labels"]
         global_facts: GlobalBatch = inputs["global"]
-        batch = embedding_batch(query_embeds, passage_embeds, labels, global_facts, self.args.gather)
-        query_losses, scores = embedding_losses(batch, self.cosup_config, self.args)
+        batch = embedding_batch(query_embeds, passage_embeds, labels, global_facts, self.args)
+        query_losses, scores = self.embedding_losses(batch)
         losses = {}
+        num_compared_of = {}  # by loss: the queries of all ranks that have a negative
         for name, values in query_losses.items():
+            has_negatives = global_facts.has_negatives
+            num_compared_of[name] = inputs["num_compared"]
+            if name == "reverse_nsp_loss":
+                has_negatives = global_facts.have_wrong_queries[global_facts.rank]
+                num_compared_of[name] = inputs["num_reverse_compared"]
             compared_values = values
-            if not global_facts.has_negatives.all():
-                has_negatives = torch.from_numpy(global_facts.has_negatives).to(values.device)
-                compared_values = values.where(has_negatives, 0.0)
+            if not has_negatives.all():
+                compared_values = values.where(torch.from_numpy(has_negatives).to(values.device), 0.0)
             # 0 without queries, but with a graph
-            losses[name] = compared_values.sum() / max(1, inputs["num_compared"])
+            losses[name] = compared_values.sum() / max(1, num_compared_of[name])
             if self.model.training:
                 instance_ids = [[id] for id in inputs["facts"].query_instance_ids]
                 self._finite.add(self.state.global_step, name, finite_queries(values, batch), instance_ids)
         if self.model.training:
             self._running.add_scores(scores, batch.passage_labels)
-            if inputs["num_compared"]:
-                self._running.add_losses(losses)
+            measured = {name: loss for name, loss in losses.items() if num_compared_of[name]}
+            self._running.add_losses(measured)
         return losses
 
     def _distillation_losses(
@@ -335,12 +342,29 @@ class TrainingStepMixin(DistillationStepMixin):
     def _forward(self, model: nn.Module, micro_batch: dict[str, Any], **options: Any) -> CoSupOutput:
         """Run the model on a micro-batch; return its NTP loss, summed over tokens, and its embeddings."""
         arguments = forward_arguments(micro_batch) | forward_options(micro_batch, self.args, model.training) | options
-        return model(**arguments, num_items_in_batch=1, use_cache=False)
+        arguments |= {"num_items_in_batch": 1, "use_cache": False}
+        if self.args.isolate_queries and model.training and "nsp_positions" in arguments:
+            return isolated_forward(model, without_peft(self.model), arguments)
+        return model(**arguments)
+
+    # ------------------------------------------------------------------ what is trained: a subclass may add to it
 
     @property
     def loss_weights(self) -> dict[str, float]:
-        """The weight of each loss that is trained, by name."""
+        """The weight of each loss that is trained, by name; see [`~trainer.losses.loss_weights`]."""
         return loss_weights(self.cosup_config, self.args)
+
+    def token_losses(self, output: CoSupOutput) -> dict[str, torch.Tensor]:
+        """Return the sum of each token loss over a micro-batch; see [`~trainer.losses.token_losses`]."""
+        return token_losses(output, self.cosup_config, self.args)
+
+    def embedding_losses(self, batch: EmbeddingBatch) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Return each embedding loss `(N,)`, and scores `(N, M)`; see [`~trainer.losses.embedding_losses`]."""
+        return embedding_losses(batch, self.cosup_config, self.args)
+
+    def _total_loss(self, losses: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Return the weighted sum of losses that is minimised, or whose gradient is measured."""
+        return total_loss(losses, self._measured_weights or self.loss_weights)
 
     @property
     def _loss_scale(self) -> int:
@@ -376,7 +400,7 @@ class TrainingStepMixin(DistillationStepMixin):
                 with self.compute_loss_context_manager():
                     output, inner_product = next(passes)  # runs the forward, under autocast
                     shares = self.compute_losses(inputs, [output], num_items_in_batch, first=i)
-                loss = total_loss(shares, self.loss_weights) + inner_product
+                loss = self._total_loss(shares) + inner_product
                 if loss.requires_grad:
                     self.accelerator.backward(loss * self._loss_scale)
             for name, share in shares.items():
@@ -384,7 +408,7 @@ class TrainingStepMixin(DistillationStepMixin):
         next(passes, None)  # restores the random state
 
         self._running.add_batch(inputs["facts"])
-        return total_loss(losses, self.loss_weights) * self._loss_scale
+        return self._total_loss(losses) * self._loss_scale
 
     def _embedding_gradients(
         self, model: nn.Module, inputs: dict[str, Any]
@@ -404,7 +428,7 @@ class TrainingStepMixin(DistillationStepMixin):
             assert query_embeds is not None and passage_embeds is not None
             embeds = [query_embeds.requires_grad_(), passage_embeds.requires_grad_()]
             losses = self.compute_losses(inputs, query_embeds=query_embeds, passage_embeds=passage_embeds)
-            total = total_loss(losses, self.loss_weights)
+            total = self._total_loss(losses)
             query_gradient, passage_gradient = torch.autograd.grad(total, embeds)
         query_gradients = like_pieces(query_gradient, query_pieces)
         passage_gradients = like_pieces(passage_gradient, passage_pieces)

@@ -220,3 +220,23 @@ def _is_complete(folder: Path) -> bool:
         if not os.path.getsize(path) or not zipfile.is_zipfile(path):
             return False
     return True
+
+
+def lone_queries(step: int, num_lone: int, num_queries: int, is_local: bool) -> str:
+    """
+    Return the warning of a step in which queries have no negative.
+
+    Args:
+        step (`int`): its number, from 1.
+        num_lone (`int`): queries without a negative.
+        num_queries (`int`): all queries.
+        is_local (`bool`): whether the passages of other ranks are no negatives.
+    """
+    remedies = "a larger per_device_train_batch_size, or nsp_batch_size (GradCache: the same memory)"
+    if is_local:
+        remedies += ", or gather='global'"
+    return (
+        f"Step {step}: {num_lone} of {num_queries} queries have no negative, because their batch holds no passage that"
+        " is wrong for them. Such queries teach nothing; here and later, nsp_loss and nsp_accuracy leave them out."
+        f" What gives them negatives: {remedies}."
+    )

@@ -6,6 +6,7 @@ from typing import Literal
 
 from shared.indexes import INDEX_HELP, INDEX_URI_HELP
 
+ENGINES = ("embedded", "vllm")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -20,14 +21,17 @@ class ServeArguments:
         default=5.0,
         metadata={"help": "seconds that a search in Milvus may take; it is sent twice, and then its request fails"},
     )
-    engine: Literal["embedded", "vllm"] = field(
+    engine: str = field(
         default="embedded",
-        metadata={"help": "embedded: this machine generates; vllm: servers of vLLM, see --gen_url and --query_url"},
+        metadata={
+            "help": "embedded: this machine generates; vllm: servers of vLLM, see --gen_url and --query_url; or "
+            "module:function of your own, which takes these options and returns an engine"
+        },
     )
     decode_in: Literal["process", "thread"] = field(
         default="process",
         metadata={
-            "help": "where the embedded engine decodes: a process of its own, beside HTTP, or a thread of this one, "
+            "help": "where the embedded engine decodes: a process of its own, next to HTTP, or a thread of this one, "
             "which saves the memory of a second Python"
         },
     )
@@ -92,6 +96,8 @@ class ServeArguments:
                 raise ValueError(f"--{name} {seconds}: expected more than 0.")
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port}: expected 0 to 65535.")
+        if self.engine not in ENGINES and not self.has_own_engine:
+            raise ValueError(f"--engine {self.engine}: expected {', '.join(ENGINES)}, or module:function.")
         is_vllm = self.engine == "vllm"
         of_embedded = {"dtype": "auto", "load_emb_seq": False, "max_batch_tokens": None, "decode_in": "process"}
         for name, default in of_embedded.items():
@@ -99,10 +105,16 @@ class ServeArguments:
                 raise ValueError(f"--{name} is of --engine embedded.")
         for name in ("gen_url", "query_url", "encoder_url"):
             is_given = getattr(self, name) is not None
-            if is_given and not is_vllm:
+            if is_given and self.engine == "embedded":
                 raise ValueError(f"--{name} is of --engine vllm.")
             if is_vllm and not is_given and name != "encoder_url":
                 raise ValueError(f"--engine vllm needs --{name}.")
+
+    @property
+    def has_own_engine(self) -> bool:
+        """Whether `--engine` names a function of the user's, `module:function`."""
+        module, _, function = self.engine.partition(":")
+        return bool(module and function)
 
     @property
     def keys(self) -> list[str]:

@@ -1,8 +1,9 @@
 """
 The interface between the API and an engine: a request goes in, its events come out.
 
-To add an engine, write a class with the members of [`Engine`] in a new file of this folder, and open it in
-`recipes/serve.py`.
+To add an engine, write a class with the members of [`Engine`] and a function that opens it in a new file, here or
+anywhere, and name the function: `recipes/serve.py --engine module:function`. See docs/extending.md.
+[`~serving.base_engine.BaseEngine`] has what the present ones have in common.
 """
 
 from collections.abc import AsyncIterator, Sequence

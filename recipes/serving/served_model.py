@@ -50,9 +50,10 @@ class ServedModel:
         memory ([`Memory`], *optional*), memory_config ([`MemoryConfig`], *optional*): mixed in for all requests.
         max_running (`int`): the most requests that are decoded at a time.
         max_batch_tokens (`int`, *optional*): limit the requests that are decoded at a time so that their KV caches
-            have no more columns than this together. A request may need its prompt, `max_new_tokens`, and
-            `max_retrievals` (one, if there is no limit, and then it may take more) passages of full length; all take
-            as much as the longest. If it is less than Gen's context, it is the context of this engine.
+            have no more columns than this together. A request starts with room for its prompt, `max_new_tokens`, and
+            `max_retrievals` (one, if there is no limit) passages of full length; all take as much as the longest. If
+            requests retrieve more often, the latest ones wait, and go on unchanged. If it is less than Gen's context,
+            it is the context of this engine.
     """
 
     def __init__(

@@ -35,174 +35,174 @@ class ScriptArguments:
     """Models, data and measurements of a training; `CoSupTrainingArguments` holds everything else."""
 
     gen: str | None = field(
-        default=None, metadata={"local_or_hub": True, "help": "Name or path of Gen (AutoModelForCausalLM)."}
+        default=None, metadata={"local_or_hub": True, "help": "Gen: name or path of a causal language model."}
     )
     emb_seq: str | None = field(
         default=None,
         metadata={
             "local_or_hub": True,
-            "help": "Name or path of Emb_seq (AutoModel); without it Gen also reads the passages, see --tie_emb_seq.",
+            "help": "Emb_seq: name or path of a text encoder. Default: Gen reads the passages too.",
         },
     )
     model_name_or_path: str | None = field(
-        default=None, metadata={"local_or_hub": True, "help": "A CoSup checkpoint to train further, instead of --gen."}
+        default=None, metadata={"local_or_hub": True, "help": "A CoSup checkpoint to train further, in place of gen."}
     )
-    dtype: str = field(default="float32", metadata={"help": "Dtype of the weights."})
-    attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
+    dtype: str = field(
+        default="float32", metadata={"help": "Dtype in which weights are loaded. Trained weights become float32."}
+    )
+    attn_implementation: str | None = field(
+        default=None,
+        metadata={"help": "eager, sdpa, flash_attention_2, flex_attention, ... Default: transformers chooses."},
+    )
     similarity: str | None = field(
         default=None,
-        metadata={
-            "help": "cosine or dot (the paper); defaults to what a sentence-transformers --emb_seq says, or cosine."
-        },
+        metadata={"help": "cosine or dot (the paper). Default: what a sentence-transformers emb_seq says, or cosine."},
     )
     temperature: float | None = field(
-        default=None, metadata={"help": "Temperature of the NSP loss; 0.05 for cosine, 1.0 for dot."}
+        default=None, metadata={"help": "Temperature of the NSP loss. Default: 0.05 for cosine, 1.0 for dot."}
     )
     nsp_loss_weight: float | None = field(
-        default=None, metadata={"help": "λ, the weight of the NSP loss; 1.0 for cosine, 0.01 for dot."}
+        default=None, metadata={"help": "λ, the weight of the NSP loss. Default: 1.0 for cosine, 0.01 for dot."}
     )
     query_from: str | None = field(
         default=None,
         metadata={
-            "help": "What embeds queries: gen (the method), emb_seq or query_encoder (the paper's baseline); "
-            "defaults to emb_seq with --supervision separate."
+            "help": "What embeds queries: gen (the method), emb_seq or query_encoder. Default: gen, or emb_seq "
+            "with supervision separate."
         },
     )
     tie_emb_seq: bool | None = field(
         default=None,
         metadata={
-            "help": "true: one tied model, whose Gen also reads the passages; false: two towers (the paper). By "
-            "default tied, unless an option asks for two, such as --emb_seq, --query_from, --freeze_gen or --index."
+            "help": "true: one tied model. false: two towers (the paper). Default: tied, unless an option needs "
+            "two, such as emb_seq."
         },
     )
     emb_head_size: int | None = field(
         default=None,
-        metadata={"help": "Width of the embeddings after a linear map; Gen's if it makes the queries of two towers."},
+        metadata={
+            "help": "Width of a linear map after the embeddings. Default: none, or Gen's width if Emb_seq has another."
+        },
     )
     truncate_dim: int | None = field(
         default=None,
-        metadata={"help": "Keep only so many dimensions of the embeddings: a smaller index, see --matryoshka_dims."},
+        metadata={"help": "Keep only the first dimensions of the embeddings: a smaller index, see matryoshka_dims."},
     )
     query_encoder: str | None = field(
         default=None,
         metadata={
             "local_or_hub": True,
-            "help": "With --query_from query_encoder: its name or path; defaults to the path of Emb_seq.",
+            "help": "With query_from query_encoder: its name or path. Default: a copy of Emb_seq.",
         },
     )
     emb_seq_pooling: str | None = field(
         default=None,
         metadata={
-            "help": "eos (the paper), lasttoken, mean or cls; defaults to what a sentence-transformers --emb_seq "
+            "help": "eos (the paper), lasttoken, mean or cls. Default: what a sentence-transformers emb_seq "
             "says, or eos."
         },
     )
     passage_template: str | None = field(
-        default=None, metadata={"help": "How Emb_seq reads a passage; defaults to '{title} :: {text}'."}
+        default=None, metadata={"help": "How Gen and Emb_seq read a passage. Default: '{title} :: {text}'."}
     )
     passage_prompt: str | None = field(
         default=None,
         metadata={
-            "help": "Text that Emb_seq reads before every passage, e.g. 'passage: ' for E5; defaults to the prompt "
-            "of a sentence-transformers --emb_seq."
+            "help": "Text that Emb_seq reads before each passage, such as 'passage: ' for E5. Default: that of "
+            "a sentence-transformers emb_seq."
         },
     )
     query_prompt: str | None = field(
-        default=None, metadata={"help": "Text before every query that Gen does not make; same default."}
+        default=None,
+        metadata={
+            "help": "Text that an encoder reads before each query. Default: that of a sentence-transformers emb_seq."
+        },
     )
     max_passage_length: int | None = field(
         default=None,
         metadata={
-            "help": "Maximum number of tokens of a passage; defaults to the limit of a sentence-transformers "
-            "--emb_seq, or 256."
+            "help": "Longest passage in tokens. The rest is cut. Default: the limit of a sentence-transformers "
+            "emb_seq, or 256."
         },
     )
-    nsp_token: str = field(default="[NSP]", metadata={"help": "String of the token that retrieves."})
-    cs_token: str = field(default="[Cs]", metadata={"help": "String of the token that opens grounded text."})
-    ce_token: str = field(default="[CE]", metadata={"help": "String of the token that closes grounded text."})
+    nsp_token: str = field(default="[NSP]", metadata={"help": "The token that retrieves."})
+    cs_token: str = field(default="[Cs]", metadata={"help": "The token that opens grounded text."})
+    ce_token: str = field(default="[CE]", metadata={"help": "The token that closes grounded text."})
     nsp_init: str = field(
         default="mean",
-        metadata={
-            "help": "Where the embedding of [NSP] starts: mean of all tokens, or eos, the token after which Emb_seq "
-            "embeds a passage."
-        },
+        metadata={"help": "Where the embedding of [NSP] starts: the mean of all rows, or the row of eos."},
     )
     use_peft: bool = field(
         default=False,
-        metadata={"help": "Train only LoRA adapters of all parts, and the embeddings of the control tokens."},
+        metadata={"help": "Train only LoRA adapters of all parts, the rows of the control tokens, and emb_head."},
     )
     lora_r: int = field(default=16, metadata={"help": "Rank of the adapters."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of the adapters."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout of the adapters."})
     lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "Modules that get adapters; defaults to every linear layer."}
+        default=None, metadata={"help": "Modules that get adapters. Default: every linear layer."}
     )
     train_file: str | None = field(
         default=None,
         metadata={
             "local_or_hub": True,
-            "help": "Training instances, with their passages, or with answers alone and --candidates_from: JSON Lines "
-            "(.gz) or a dataset name.",
+            "help": "Training instances: JSON Lines (.gz) or a dataset name.",
         },
     )
     validation_file: str | None = field(
         default=None,
         metadata={
             "local_or_hub": True,
-            "help": "Held-out instances in the same format, for eval_loss and eval_query_recall@k.",
+            "help": "Held-out instances in the same format, for the eval_ figures of the log.",
         },
     )
     corpus_file: str | None = field(
         default=None,
         metadata={
             "local_or_hub": True,
-            "help": "Passages to index, and with --candidates_from to retrieve from: JSON Lines (.gz) or a dataset "
-            "name.",
+            "help": "Passages to index, and to take candidates from: JSON Lines (.gz), Parquet or a dataset name.",
         },
     )
     index: str | None = field(
         default=None,
-        metadata={
-            "help": "With a frozen Emb_seq, in place of --corpus_file, also for --candidates_from: " + INDEX_HELP + "."
-        },
+        metadata={"help": "With a frozen Emb_seq, in place of corpus_file: " + INDEX_HELP + "."},
     )
-    index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
+    index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP + "."})
     eval_file: str | None = field(
         default=None,
         metadata={
             "local_or_hub": True,
-            "help": "Questions with answers and, if known, provenance: JSON Lines (.gz) or a dataset name. With "
-            "--candidates_from they are answered from --num_candidates passages.",
+            "help": "Questions to answer after training: JSON Lines (.gz) or a dataset name.",
         },
     )
     eval_before_training: bool = field(
-        default=False, metadata={"help": "Also measure held-out NTP loss and recall before training."}
+        default=False, metadata={"help": "Measure the NTP loss and the recall of the questions before training too."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Use only the first training instances."})
-    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first evaluation instances."})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Use only the first questions."})
     max_new_tokens: int = field(default=64, metadata={"help": "Decoded tokens per answer."})
     num_examples: int = field(default=4, metadata={"help": "Answers to print with their passages."})
     license: str | None = field(
         default=None,
-        metadata={"help": "Identifier of the checkpoint's licence, for its card; otherwise the card says unknown."},
+        metadata={"help": "Licence of the checkpoint, for its card. Default: unknown."},
     )
     corpus_license: str | None = field(
-        default=None, metadata={"help": "Identifier of the corpus licence, for the card of the index."}
+        default=None, metadata={"help": "Licence of the passages, for the card of the index. Default: unknown."}
     )
     push_index: bool = field(
         default=False,
         metadata={
-            "help": "With --push_to_hub, also publish the index with its passages, "
-            "as the dataset repository hub_model_id + '-index'."
+            "help": "With push_to_hub: push the index and its passages to the dataset repository hub_model_id + "
+            "'-index'."
         },
     )
     num_threads: int | None = field(
-        default=None, metadata={"help": "Threads of a single process on a CPU; defaults to all cores."}
+        default=None, metadata={"help": "CPU threads of a single process. Default: all cores."}
     )
     prepare: Literal["quickstart"] | None = field(
         default=None, metadata={"help": "Make data and models first, as recipes/prepare_quickstart.py does."}
     )
-    prepare_options: str = field(default="{}", metadata={"help": "JSON object with the options of --prepare."})
+    prepare_options: str = field(default="{}", metadata={"help": "Options of prepare, as a JSON object."})
 
 
 @dataclass

@@ -15,8 +15,8 @@ if TYPE_CHECKING:  # a recipe that only prints its options does not wait for tor
 
 INDEX_HELP = "name or path of an index; with --index_uri the name of a Milvus collection"
 INDEX_URI_HELP = (
-    "Milvus server (http://host:19530) or local file (.db) that holds the index; "
-    "a token is read from the variable MILVUS_TOKEN"
+    "Milvus server (http://host:19530) or local file (.db) that holds the index, with its token in the variable "
+    "MILVUS_TOKEN"
 )
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from modeling_cosup import CoSupForCausalLM
+from modeling_cosup import CoSupConfig, CoSupForCausalLM
 from trainer import CoSupTrainingArguments
 from trainer.model_setup import check_tied_arguments
 
@@ -59,7 +59,7 @@ def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupFo
     Load a CoSup checkpoint, or combine Gen and Emb_seq.
 
     Raises:
-        `ValueError`: if an option would change what the checkpoint was built with, or contradicts the files of a
+        `ValueError`: if an option differs from what the checkpoint was built with, or contradicts the files of a
             sentence-transformers Emb_seq.
     """
     model_kwargs: dict[str, Any] = {"dtype": script.dtype}
@@ -75,10 +75,7 @@ def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupFo
         for name in ("tie_emb_seq", "truncate_dim"):  # from_pretrained knows whether they fit the checkpoint
             if name in options:
                 model_kwargs[name] = options.pop(name)
-        if options:
-            raise ValueError(
-                f"--{next(iter(options))} cannot be changed: {script.model_name_or_path} was built with its own."
-            )
+        check_unchanged(script.model_name_or_path, options)
         return CoSupForCausalLM.from_pretrained(script.model_name_or_path, **model_kwargs)
     if args.freeze_gen or args.freeze_emb_seq or script.index:
         options.setdefault("tie_emb_seq", False)  # one part is kept as it is
@@ -88,6 +85,22 @@ def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupFo
     if options["query_from"] == "query_encoder":
         options["query_encoder"] = script.query_encoder or script.emb_seq or script.gen
     return CoSupForCausalLM.from_gen_and_emb_seq(script.gen, script.emb_seq, model_kwargs=model_kwargs, **options)
+
+
+def check_unchanged(checkpoint: str, options: dict[str, Any]) -> None:
+    """
+    Check options, which a config file may hold, against what a checkpoint was built with.
+
+    Raises:
+        `ValueError`: naming an option that differs.
+    """
+    if not options:
+        return
+    config = CoSupConfig.from_pretrained(checkpoint)
+    for name, value in options.items():
+        built_with = getattr(config, name, "its own")  # the config holds no strings of tokens
+        if value != built_with:
+            raise ValueError(f"--{name} {value} cannot be changed: {checkpoint} was built with {built_with}.")
 
 
 def lora(script: ScriptArguments) -> "LoraConfig | None":

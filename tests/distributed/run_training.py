@@ -132,9 +132,10 @@ def run(
             entry |= {f"predicted_query_{i}": query[0], f"predicted_positive_{i}": positive[0]}
     if trainer.is_world_process_zero():
         names = [name for name in entry if name.endswith("loss")]
-        figures = ["nsp_accuracy", "num_negatives", "grad_norm"]
+        figures = ["nsp_accuracy", "num_negatives", "grad_norm", "gradient_cosine", "gradient_ratio"]
         figures += ["target_entropy", "student_entropy", "target_max", "hit_rate@3", "num_left_out"]
         figures += ["eval_target_entropy", "eval_hit_rate@3", "eval_num_left_out"]
+        figures += ["eval_first_query_recall@1", "eval_later_query_recall@1"]
         figures += ["eval_query_recall@1", "eval_query_recall@5", "eval_num_queries", "eval_nsp_predicted"]
         names += [name for name in figures if name in entry]
         names += [name for name in entry if name.startswith(("predicted", "num_input_tokens"))]

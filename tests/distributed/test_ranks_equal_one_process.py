@@ -33,6 +33,7 @@ DISTILLED = {
     "num_candidates": 3,
     "max_length": 512,
 }
+SYMMETRIC = {"symmetric_nsp": True, "gradient_cosine_steps": 1, "isolate_queries": True}
 CASES = {
     "ragged": {},
     "zero": {"pattern": "zero"},
@@ -62,6 +63,9 @@ CASES = {
     "tied": TIED,
     "tied, zero": TIED | {"pattern": "zero", "accumulation": 2},
     "tied, cached, packed": TIED | CACHED | CHECKPOINTING | {"padding_free": True},
+    "symmetric": SYMMETRIC,
+    "cached, symmetric": CACHED | SYMMETRIC,
+    "gradient to Emb_seq": {"nsp_gradient": "emb_seq"},
     "distilled": DISTILLED,
     "cached, distilled": DISTILLED | {"nsp_batch_size": 6, "per_device_train_batch_size": 2},
 }
@@ -81,6 +85,7 @@ REFERENCES = {
     "lone, local": "lone",  # each rank's six instances are one of two accumulated batches
     "cached, packed, smoothed": "smoothed",
     "tied, cached, packed": "tied",
+    "cached, symmetric": "symmetric",
     "cached, distilled": "distilled",
 }
 THREE_RANKS = ["ragged", "zero", "accumulated", "cached", "separate"]
@@ -95,6 +100,7 @@ SHARDED = [
     "separate",
     "packed",
     "cached, packed",
+    "symmetric",
     "tied",
     "tied, cached, packed",
 ]

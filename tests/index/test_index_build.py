@@ -152,6 +152,9 @@ def test_bad_files(model, tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"PAR0" * 9)
     with pytest.raises(ValueError, match="a.parquet is not a Parquet file"):
         build(model, tmp_path / "a.parquet")
+    for text in ("A text.", 99 * "A long text. "):
+        with pytest.raises(FileNotFoundError, match="^A.* is not a file. A passage is an object with id, title and"):
+            PassageIndex.build([text], model)
     with pytest.raises(FileNotFoundError, match="nothing.jsonl"):
         build(model, tmp_path / "nothing.jsonl")
     pyarrow.parquet.write_table(pa.table({"id": ["a", None], "text": ["b", "c"]}), tmp_path / "b.parquet")

@@ -4,6 +4,7 @@ import pytest
 
 from support.evaluation_world import FREE, QUESTIONS, UNKNOWN
 from trainer.judging.figures import FIGURES, figure, figures_needing
+from trainer.judging.missing_figures import missing_if
 from trainer.judging.retrieval import Ranking
 from trainer.judging.scoring import cor_names, measure, score, score_rankings
 
@@ -173,6 +174,7 @@ ASKED = [
     {**QUESTIONS[2], "dataset": "fever", "answers": ["SUPPORTS"], "input": "a claim"},
     {**QUESTIONS[3], "meta": {"claims": ["one"]}},
 ]
+PLAIN = [ASKED[0], {**ASKED[2], "meta": {}}]  # neither a claim of FEVER nor one with claims of ALCE
 WITHOUT_PASSAGE = {**FREE, "answers": ["hello"]}
 OF_UNKNOWN_PROVENANCE = {**UNKNOWN, "answers": ["x"]}
 
@@ -198,6 +200,30 @@ def test_a_figure_whose_need_is_missing_is_absent(missing, questions, entail):
     elsewhere = {"cor_success", "cor_failure", "mrr", "query_recall@k", "ndcg@k", "kilt_recall@k"}  # modules, rankings
     assert dependent - elsewhere <= complete | {"kilt_rouge_l"}
     assert {"kilt_recall@1", "kilt_recall@5"} <= complete
+
+
+def missing_under(*conditions):
+    """The figures that are missing under one of these conditions, with the k of a score."""
+    names = [name for name, entry in FIGURES.items() if set(conditions) & set(missing_if(entry))]
+    return {name.replace("@k", f"@{k}") for name in names for k in (1, 5)}
+
+
+@pytest.mark.parametrize(
+    ("conditions", "mode", "retrieved", "asked"),
+    [
+        (["the model does not search"], "gold", ["p0"], ASKED),
+        (["no answer holds grounded text", "nothing was retrieved"], "retrieval", [], ASKED),
+        (["no question has meta.claims", "no question is of FEVER"], "retrieval", ["p0"], PLAIN),
+    ],
+)
+def test_figures_are_missing_when_the_vocabulary_says_so(conditions, mode, retrieved, asked):
+    """The conditions of `missing_if` hold for each figure that names them, and for no other one."""
+    complete = measured_names([*ASKED, WITHOUT_PASSAGE], says_yes)
+    questions = [*asked, WITHOUT_PASSAGE]
+    predictions = [prediction(question, "Night hello", retrieved, "text of p0") for question in questions]
+    measured = set(measure(score(predictions, questions, mode, entail=says_yes)))
+    assert complete - measured == complete & missing_under(*conditions)
+    assert complete & missing_under(*conditions)
 
 
 def test_names_of_scores_are_in_the_vocabulary():

@@ -118,6 +118,12 @@ def test_decode_with_citations(model):
     assert without == tokenizer.decode(sequences[0, len(prompt) :], skip_special_tokens=True).strip()
 
 
+def test_citations_need_the_trace(model, inputs, index):
+    ids = generate(model, inputs, index, max_new_tokens=1, return_dict_in_generate=False)
+    with pytest.raises(TypeError, match="got a Tensor, expected what generate.*return_dict_in_generate=True"):
+        model.decode_with_citations(ids)
+
+
 def test_citations_of_a_prompt_that_ends_in_nsp(model, index):
     input_ids = torch.tensor([question_that_retrieves(model)])
     letter = encode_texts(model.tokenizer, ["a"])[0]

@@ -170,6 +170,10 @@ def test_candidates_and_passages_must_fit(model, inputs, index):
             generate(model, inputs, index, retrieval_config=RetrievalConfig(**settings))
     with pytest.raises(ValueError, match="retrieval_config needs a retriever"):
         generate(model, inputs, None, retrieval_config=RetrievalConfig(top_k=2))
+    with pytest.raises(TypeError, match=r"pass retrieval_config=RetrievalConfig\(min_score=...\)"):
+        generate(model, inputs, index, min_score=0.5)
+    with pytest.raises(TypeError, match="forbid_nsp is a field of RetrievalConfig"):
+        model.generate_many([[5]], retriever=index, forbid_nsp=True)
     with pytest.raises(ValueError, match="candidates need a retriever"):
         generate(model, inputs, None, retrieval_config=RetrievalConfig(candidates=[["p0"]] * 5, forbid_nsp=True))
     for passage, message in ((3, "holds 3, expected a passage or its id"), ({"title": "x"}, "text is None")):

@@ -2,7 +2,6 @@
 
 import ast
 import gzip
-import importlib.util
 import json
 import re
 import sys
@@ -17,7 +16,7 @@ import yaml
 
 from support.memories import mlp_memory
 from support.models import PASSAGES, make_gen, make_model
-from support.pages import DEMO, Space, ask, chromium, upload, visitors
+from support.pages import DEMO, PARTS, Space, ask, chromium, upload, visitors
 
 RECIPES = DEMO.parent
 KEY = "secret"  # of the server
@@ -178,11 +177,16 @@ def test_errors_are_shown_and_the_demo_keeps_running(visit, server, tmp_path):
 
 @pytest.fixture(scope="module")
 def module():
+    """What the tests use of the demo and its parts."""
     pytest.importorskip("gradio", reason="the demo is a Gradio app")
-    spec = importlib.util.spec_from_file_location("cosup_demo", DEMO)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    import demo
+
+    from demo_parts.answers import Card
+    from demo_parts.options import parse
+    from demo_parts.page import Demo, gr
+    from demo_parts.uploads import read_upload
+
+    return SimpleNamespace(main=demo.main, parse=parse, Demo=Demo, Card=Card, read_upload=read_upload, gr=gr)
 
 
 @pytest.fixture(scope="module")
@@ -208,7 +212,7 @@ def visitor(name="a session"):
     return SimpleNamespace(session_hash=name)
 
 
-def test_the_file_needs_nothing_of_the_project():
+def test_the_files_need_nothing_of_the_project():
     def packages(nodes):
         names = set()
         for node in nodes:
@@ -218,11 +222,13 @@ def test_the_file_needs_nothing_of_the_project():
                 names.add(node.module.split(".")[0])
         return names - sys.stdlib_module_names
 
-    tree = ast.parse(DEMO.read_text())
-    assert packages(ast.walk(tree)) == {"gradio", "openai", "torch", "transformers"}
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
-    needs_no_torch = [node for node in tree.body if node is not classes["LocalModel"]]
-    assert "torch" not in packages(child for node in needs_no_torch for child in ast.walk(node))
+    used = {}
+    for path in (DEMO, *PARTS.glob("*.py")):
+        used[path.stem] = packages(ast.walk(ast.parse(path.read_text()))) - {"demo_parts"}
+        assert len(path.read_text().splitlines()) <= 300
+    assert set().union(*used.values()) == {"gradio", "openai", "torch", "transformers"}
+    assert [name for name, packages in used.items() if "torch" in packages] == ["local_model"]
+    assert used["demo"] == set()
 
 
 def test_the_files_of_a_space():
@@ -234,6 +240,10 @@ def test_the_files_of_a_space():
     for line in (RECIPES / "space" / "requirements.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             requirements.add(line.split(">")[0])
+    commands = (RECIPES / "space" / "README.md").read_text()
+    for path in (DEMO, PARTS):  # what is uploaded, and as what
+        target = "app.py" if path == DEMO else path.name
+        assert f"hf upload me/cosup-demo recipes/{path.name} {target} --type space" in commands
     assert requirements == {"torch", "transformers", "faiss-cpu", "pyarrow"}  # gradio comes with the SDK
 
 
@@ -241,7 +251,9 @@ def test_the_files_of_a_space():
 def slow(module, monkeypatch):
     """A Gen that waits after a few tokens until it is stopped, or for a minute."""
 
-    class Slow(module.Stop):
+    from demo_parts import local_model
+
+    class Slow(local_model.Stop):
         calls = 0
 
         def __call__(self, *args, **kwargs):
@@ -250,7 +262,7 @@ def slow(module, monkeypatch):
                 self.event.wait(60)
             return super().__call__(*args, **kwargs)
 
-    monkeypatch.setattr(module, "Stop", Slow)
+    monkeypatch.setattr(local_model, "Stop", Slow)
 
 
 def test_stop_ends_the_answer(demo, slow):

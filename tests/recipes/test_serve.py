@@ -122,6 +122,8 @@ def test_a_server_that_is_open_to_the_network_warns(tmp_path, monkeypatch, capsy
         ({"engine": "vllm", "query_url": "http://q/v1"}, "--engine vllm needs --gen_url."),
         ({"gen_url": "http://g/v1"}, "--gen_url is of --engine vllm."),
         ({"engine": "vllm", "dtype": "bfloat16"}, "--dtype is of --engine embedded."),
+        ({"engine": "tgi"}, "--engine tgi: expected embedded, vllm, or module:function."),
+        ({"engine": "tgi:"}, "--engine tgi:: expected embedded, vllm, or module:function."),
     ],
 )
 def test_options_are_checked(options, message):
@@ -140,3 +142,17 @@ def test_a_memory_is_mixed_in(checkpoint, tmp_path):
     assert served.memory_config.weight == 0.4
     assert (engine.max_running, engine.max_waiting, served.max_batch_tokens) == (3, 0, 500)
     assert not engine.has_index and served.model.emb_seq is None
+
+
+def test_an_engine_of_ones_own(tmp_path, monkeypatch):
+    (tmp_path / "engine_of_a_test.py").write_text("def open_engine(args):\n    return args.model, args.gen_url\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    options = {"engine": "engine_of_a_test:open_engine", "gen_url": "http://host/v1"}
+    args = ServeArguments(model="out", **options)
+    assert serve.open_engine(args, MemoryOptions()) == ("out", "http://host/v1")
+    with pytest.raises(ValueError, match="--memory: engine_of_a_test:open_engine mixes no token memory in"):
+        serve.open_engine(args, MemoryOptions(memory="mem"))
+    for name, message in [("no_such_module:f", "No module named 'no_such_module'"), ("engine_of_a_test:f", "no attr")]:
+        with pytest.raises(ValueError, match=f"--engine {name}: .*{message}"):
+            serve.open_engine(ServeArguments(model="out", engine=name), MemoryOptions())

@@ -66,14 +66,14 @@ def test_a_killed_index_server_fails_searches_alone_and_is_found_again(milvus_se
         return model.generate_many(prompts, retriever=retriever, show_progress_bar=False, **options)
 
     expected = answers(in_folder)
-    free = {"retrieval_config": RetrievalConfig(forbid_nsp=True), "max_new_tokens": 400}
+    free = {"retrieval_config": RetrievalConfig(forbid_nsp=True), "max_new_tokens": 200}
     long_text = answers(in_folder, **free)[1].text.split()
     of_many = model.load_index("wiki", uri=milvus_server.uri, max_retries=0)
     args = {"index": "wiki", "index_uri": milvus_server.uri, "index_timeout": 2.0}
     engine = serve.open_engine(ServeArguments(model=str(tmp_path / "tiny"), **args), MemoryOptions())
     with running_server(engine, ApiSettings("tiny")) as url, ThreadPoolExecutor() as pool:
         assert text_of(ask(url, QUESTIONS[0], **SEARCHES)) == expected[0].text.split()
-        long_answer = pool.submit(ask, url, QUESTIONS[1], 400, forbid_nsp=True)
+        long_answer = pool.submit(ask, url, QUESTIONS[1], 200, forbid_nsp=True)
         with pytest.raises(RetrievalError, match="The search failed after 2 finished rows: .*no answer") as error:
             answers(Killing(of_many, milvus_server), output_file=tmp_path / "answers.jsonl")
         assert len(error.value.finished) == 2

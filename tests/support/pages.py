@@ -17,6 +17,7 @@ from urllib.parse import urlparse
 import pytest
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo.py"
+PARTS = DEMO.with_name("demo_parts")
 CHROMIUM = shutil.which("chromium")
 FLAGS = [
     "--no-sandbox",
@@ -31,7 +32,7 @@ FLAGS = [
 
 class Space:
     """
-    The demo as the `app.py` of a Space: alone in a folder in which an import of the project fails.
+    The demo as the `app.py` of a Space, with its parts, in a folder in which an import of the project fails.
 
     Args:
         folder (`Path`): an empty folder.
@@ -45,6 +46,7 @@ class Space:
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / "log"
         shutil.copy(DEMO, folder / "app.py")
+        shutil.copytree(PARTS, folder / "demo_parts", ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("modeling_cosup", "trainer", "cli"):
             (folder / f"{name}.py").write_text("raise SystemExit('the project was imported')")
         variables = variables | {

@@ -136,6 +136,7 @@ def test_arguments_that_several_ranks_refuse(tmp_path, options, message, monkeyp
         ({"compute_loss_func": print}, ValueError, "compute_loss_func has no meaning here: it would get"),
         ({"preprocess_logits_for_metrics": print}, ValueError, "an evaluation keeps no logits"),
         ({"compute_metric": print}, TypeError, "no argument 'compute_metric': did you mean 'compute_metrics'?"),
+        ({"tokenizer": print}, TypeError, "no argument 'tokenizer': as in Trainer, it is named processing_class"),
         ({"args": TrainingArguments("out", use_cpu=True)}, ValueError, "args is a TrainingArguments"),
         ({"model_init": make_model}, ValueError, "either a model, or model_init"),
     ],

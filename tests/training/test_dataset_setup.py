@@ -67,6 +67,11 @@ def test_an_empty_dataset_is_refused(tiny_model, tmp_path, kind):
         prepared(tiny_model, tmp_path, KINDS[kind]([]))
 
 
+def test_the_name_of_a_file_is_no_dataset(tiny_model, tmp_path):
+    with pytest.raises(TypeError, match=r"training set is the name 'a.jsonl'.*load_instances\('a.jsonl'\)"):
+        prepared(tiny_model, tmp_path, "a.jsonl")
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_passage_id_with_two_contents_names_both_rows(tiny_model, tmp_path, kind):
     """Otherwise all passages of a set could count as one: no loss, and a recall of 100 %."""

@@ -1,4 +1,4 @@
-"""A new loss of either kind is trained, logged, evaluated and shown: there is no list of names to extend."""
+"""A loss of either kind that a subclass adds is trained, logged, evaluated and shown; no list of names is extended."""
 
 import copy
 
@@ -7,48 +7,43 @@ import torch
 
 from support.models import make_model
 from support.training import NAMES, arguments, world
-from trainer import CoSupTrainer, held_out, training_step
-from trainer.losses import embedding_losses, loss_weights, token_losses, total_loss
+from trainer import CoSupTrainer
+from trainer.losses import total_loss
 from trainer.running import RunningFigures
 
 WEIGHTS = {"double_loss": 0.5, "square_loss": 0.25}
 
 
-@pytest.fixture
-def further_losses(monkeypatch):
-    """Add two losses: twice the NTP loss of a micro-batch, and the square of each query's NSP loss."""
+class FurtherLosses(CoSupTrainer):
+    """Adds two losses: twice the NTP loss of a micro-batch, and the square of each query's NSP loss."""
 
-    def more_weights(config, args):
-        return loss_weights(config, args) | WEIGHTS
+    @property
+    def loss_weights(self):
+        return super().loss_weights | WEIGHTS
 
-    def more_of_tokens(output, config, args):
-        losses = token_losses(output, config, args)
+    def token_losses(self, output):
+        losses = super().token_losses(output)
         if "ntp_loss" in losses:
             losses["double_loss"] = 2 * losses["ntp_loss"]
         return losses
 
-    def more_of_embeddings(batch, config, args):
-        losses, scores = embedding_losses(batch, config, args)
+    def embedding_losses(self, batch):
+        losses, scores = super().embedding_losses(batch)
         return losses | {"square_loss": losses["nsp_loss"] ** 2}, scores
 
-    monkeypatch.setattr(training_step, "loss_weights", more_weights)
-    monkeypatch.setattr(training_step, "token_losses", more_of_tokens)
-    for module in (training_step, held_out):
-        monkeypatch.setattr(module, "embedding_losses", more_of_embeddings)
 
-
-def train(model, folder, **options):
+def train(model, folder, trainer_class=CoSupTrainer, **options):
     options = {"max_steps": 1, "optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant"} | options
     options |= {"train_sampling_strategy": "sequential", "learning_rate": 0.1}
-    trainer = CoSupTrainer(copy.deepcopy(model), arguments(folder, **options), train_dataset=world(NAMES[:8]))
+    trainer = trainer_class(copy.deepcopy(model), arguments(folder, **options), train_dataset=world(NAMES[:8]))
     trainer.train()
     (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
     return trainer, entry
 
 
-def test_further_losses_are_trained_logged_evaluated_and_shown(tmp_path, further_losses):
+def test_further_losses_are_trained_logged_evaluated_and_shown(tmp_path):
     model = make_model()
-    trainer, entry = train(model, tmp_path / "a")
+    trainer, entry = train(model, tmp_path / "a", FurtherLosses)
     weights = trainer.loss_weights
     assert entry["double_loss"] == pytest.approx(2 * entry["ntp_loss"], rel=1e-6)
     assert entry["square_loss"] > entry["nsp_loss"] ** 2  # the mean of squares, and queries differ
@@ -65,10 +60,11 @@ def test_further_losses_are_trained_logged_evaluated_and_shown(tmp_path, further
     assert "| step | loss | ntp_loss | nsp_loss | double_loss | square_loss | nsp_accuracy |" in card
 
 
-def test_grad_cache_takes_further_losses_of_both_kinds(tmp_path, further_losses):
+def test_grad_cache_takes_further_losses_of_both_kinds(tmp_path):
     model = make_model()
-    whole, entry = train(model, tmp_path / "a")
-    cached, cached_entry = train(model, tmp_path / "b", nsp_batch_size=8, per_device_train_batch_size=3)
+    whole, entry = train(model, tmp_path / "a", FurtherLosses)
+    options = {"nsp_batch_size": 8, "per_device_train_batch_size": 3}
+    cached, cached_entry = train(model, tmp_path / "b", FurtherLosses, **options)
     for name in ("loss", "ntp_loss", "nsp_loss", "double_loss", "square_loss"):
         assert cached_entry[name] == pytest.approx(entry[name], rel=1e-5)
     before = dict(model.named_parameters())
@@ -78,11 +74,10 @@ def test_grad_cache_takes_further_losses_of_both_kinds(tmp_path, further_losses)
         assert (after_cached_step[name] - parameter).norm() <= 1e-5 * update + 1e-6, name
 
 
-def test_further_losses_change_the_gradient(tmp_path, monkeypatch, request):
+def test_further_losses_change_the_gradient(tmp_path):
     model = make_model()
     plain, _ = train(model, tmp_path / "a")
-    request.getfixturevalue("further_losses")
-    more, _ = train(model, tmp_path / "b")
+    more, _ = train(model, tmp_path / "b", FurtherLosses)
     for part in ("gen", "emb_seq"):
         pairs = zip(getattr(plain.model, part).parameters(), getattr(more.model, part).parameters(), strict=True)
         assert any((first - second).norm() > 1e-3 for first, second in pairs)

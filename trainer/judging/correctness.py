@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
+from .figures import Figure, add_figure
+
 # The metric that is Cor on each dataset, as in the paper's published scoring: an answer that contains the short one is
 # right. For KILT's own figures see `kilt_scores`.
 DATASET_METRICS = {
@@ -165,6 +167,24 @@ TEXT_METRICS: dict[str, TextMetric] = {
     "fever_label": fever_label,
 }
 KILT_METRICS = ("accuracy", "em", "f1", "rouge_l")  # KILT also reports these gated by retrieval
+
+
+def add_metric(figure: Figure, function: TextMetric) -> None:
+    """
+    Let all evaluations of this process score answers by a further metric, which is not part of this package.
+
+    It is computed for each question with answers that needs a passage, and may be the `metric` of a task. Results
+    files hold the figure, so that reports and comparisons know it too.
+
+    Args:
+        figure ([`Figure`]): name, label and meaning.
+        function (`Callable`): `(prediction, answers)` -> score from 0 to 1, of an output and its reference answers.
+
+    Raises:
+        `ValueError`: if another figure has this name.
+    """
+    add_figure(figure)
+    ANSWER_METRICS[figure.name] = TEXT_METRICS[figure.name] = function
 
 
 def cor_metric(dataset: str, nli: bool = True, claims: bool = False) -> str | None:

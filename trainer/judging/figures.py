@@ -6,9 +6,9 @@ below hold such a name once, with a literal k, and [`figure`] fills in the numbe
 because that could mean three different ones.
 """
 
-from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal, TypedDict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, TypedDict
 
 Scale = Literal["share", "count", "nats"]
 Need = Literal["gold", "judge", "no_passage"]
@@ -54,38 +54,66 @@ _NO_PASSAGE: tuple[Need, ...] = ("no_passage",)
 
 _TRAINING = (
     Figure("loss", "loss", "weighted sum of the losses that are trained", "nats"),
-    Figure("ntp_loss", "NTP loss", "next token prediction, mean over the trained tokens", "nats"),
-    Figure("nsp_loss", "NSP loss", "next sequence prediction, mean over the queries that have a negative", "nats"),
+    Figure("ntp_loss", "NTP loss", "loss of next token prediction, mean over the trained tokens", "nats"),
+    Figure(
+        "nsp_loss",
+        "NSP loss",
+        "loss of next sequence prediction, mean over the queries that have a negative",
+        "nats",
+    ),
+    Figure(
+        "reverse_nsp_loss",
+        "reverse NSP loss",
+        "each passage looks for its query among all queries, mean over those whose passage is wrong for another query",
+        "nats",
+    ),
+    Figure(
+        "gradient_cosine",
+        "gradient cosine",
+        "cosine between the gradients of the NTP loss and of the NSP loss with respect to Gen's weights",
+        "count",
+    ),
+    Figure(
+        "gradient_ratio",
+        "gradient ratio",
+        "norm of the gradient of λ times the NSP loss over that of the NTP loss, with respect to Gen's weights",
+        "count",
+    ),
     Figure(
         "matryoshka_loss",
         "Matryoshka loss",
-        "NSP loss of embeddings that are cut to matryoshka_dims, mean over these widths",
+        "NSP loss of embeddings that are cut to the widths of matryoshka_dims, mean over the widths",
         "nats",
     ),
     Figure(
         "distillation_loss",
         "distillation loss",
-        "KL(target ‖ student) over the candidates of a query, mean over the queries that are distilled",
+        "KL(target ‖ retriever) over the candidates of a query, mean over the queries that are distilled",
         "nats",
     ),
-    Figure("target_entropy", "entropy of the target", "entropy of a distillation's target, mean over queries", "nats"),
+    Figure(
+        "target_entropy",
+        "entropy of the target",
+        "entropy of a distillation's target over the candidates, mean over queries",
+        "nats",
+    ),
     Figure(
         "student_entropy",
         "entropy of the student",
-        "entropy of the retriever over the candidates, mean over queries",
+        "entropy of the retriever's scores over the candidates, mean over queries",
         "nats",
     ),
-    Figure("target_max", "largest target", "largest share of a distillation's target, mean over queries"),
+    Figure("target_max", "largest target", "largest share in a distillation's target, mean over queries"),
     Figure(
         "num_left_out",
         "left out",
-        "number of instances left out of steps, because prompt, candidates and answer exceed max_length",
+        "number of instances left out, because prompt, candidates and answer together exceed max_length",
         "count",
     ),
     Figure(
         "nsp_accuracy",
         "NSP accuracy",
-        "the passage of a query scores above all negatives of its batch; without any, a query does not count",
+        "the passage of a query scores above all negatives of its batch",
         binary=True,
     ),
     Figure(
@@ -93,12 +121,29 @@ _TRAINING = (
         "[NSP], predicted",
         "[NSP] is the most likely token where the reference has one, as a share of these places",
     ),
-    Figure("knn_kl", "KL to kNN", "KL(p_kNN ‖ p_mem), mean over the keys of a token datastore", "nats"),
-    Figure("num_negatives", "negatives", "number of negatives of a query, mean", "count"),
-    Figure("tokens_per_second", "tokens/s", "tokens per second, padding not counted", "count"),
+    Figure(
+        "first_query_recall@k",
+        "R@k, first [NSP]",
+        "R@k of the queries at the first [NSP] of their instance",
+        binary=True,
+    ),
+    Figure(
+        "later_query_recall@k",
+        "R@k, later [NSP]",
+        "R@k of the queries after the first [NSP] of their instance, which have read its passages",
+        binary=True,
+    ),
+    Figure(
+        "knn_kl",
+        "KL to kNN",
+        "KL(p_kNN ‖ p_mem) of an MLP memory, mean over the keys of its datastore",
+        "nats",
+    ),
+    Figure("num_negatives", "negatives", "mean number of negatives of a query", "count"),
+    Figure("tokens_per_second", "tokens/s", "tokens per second, without padding", "count"),
     Figure("padding", "padding", "share of the positions of a batch that are padding"),
 )
-_RETRIEVAL_WHILE_GENERATING = (
+RETRIEVAL_WHILE_GENERATING = (
     Figure("ret", "Ret", "a gold passage is among those retrieved while generating", needs=_GOLD, binary=True),
     Figure("ret_precision", "Ret-P", "share of the distinct retrieved passages that are gold", needs=_GOLD),
     Figure(
@@ -157,18 +202,18 @@ _READER = (
     Figure(
         "indicator_1",
         "Indicator 1",
-        "share of the reader's attention to its passages that goes to a token, mean over the 5 % of their tokens that "
-        "are nearest to the answer",
+        "mean attention to one of the 5 % of passage tokens that are nearest to the answer, as a share of the "
+        "attention to all passage tokens",
     ),
 )
 _ANSWERS = (
     Figure("cor", "Cor", "the answer is right, by the metric of its dataset"),
-    Figure("cor_minus", "Cor⁻", "Cor, with wrong retrieval counted as wrong", needs=_GOLD),
+    Figure("cor_minus", "Cor⁻", "Cor, where an answer after a wrong retrieval counts as wrong", needs=_GOLD),
     Figure("cor_success", "Cor, Ret = 1", "Cor where a gold passage was retrieved", needs=_GOLD),
     Figure("cor_failure", "Cor, Ret = 0", "Cor where no gold passage was retrieved", needs=_GOLD),
     Figure("cor_not_needed", "Cor, not needed", "Cor of the questions that need no passage", needs=_NO_PASSAGE),
     Figure("short_answer", "short answer", "a normalised answer is part of the normalised output", binary=True),
-    Figure("accuracy", "accuracy", "KILT's: the output is one of the answers, neither normalised", binary=True),
+    Figure("accuracy", "accuracy", "KILT's: the output is one of the answers, without normalisation", binary=True),
     Figure(
         "em", "EM", "exact match: the normalised output is one of the normalised answers, as in SQuAD", binary=True
     ),
@@ -249,13 +294,16 @@ _COUNTS = (
         "count",
     ),
     Figure(
-        "num_without_provenance", "without provenance", "number of questions whose retrieval cannot be right", "count"
+        "num_without_provenance",
+        "without provenance",
+        "number of questions without gold passages, whose retrieval counts as wrong",
+        "count",
     ),
 )
 
 _TABLE = (
     *_TRAINING,
-    *_RETRIEVAL_WHILE_GENERATING,
+    *RETRIEVAL_WHILE_GENERATING,
     *_QUERY_EMBEDDING,
     *_READER,
     *_ANSWERS,
@@ -308,6 +356,30 @@ def figure(name: str) -> Figure:
     label = entry.label.replace("@k", f"@{k}")
     meaning = entry.meaning.replace(" k ", f" {k} ")
     return replace(entry, name=base, label=label, meaning=meaning)
+
+
+def add_figure(entry: Figure) -> None:
+    """
+    Add a figure to the vocabulary of this process, for a metric that is not part of this package.
+
+    Raises:
+        `ValueError`: if another figure has this name, or the name holds `@`.
+    """
+    if "@" in entry.name:
+        raise ValueError(f"A figure's name is {entry.name!r}, expected one without @, which stands before a k.")
+    if FIGURES.setdefault(entry.name, entry) != entry:
+        raise ValueError(f"{entry.name!r} is already the name of a figure: {FIGURES[entry.name].meaning}.")
+
+
+def added_figures() -> list[dict[str, Any]]:
+    """Return the figures that [`add_figure`] added, as JSON values: results files hold what their names mean."""
+    return [asdict(entry) for entry in FIGURES.values() if entry not in _TABLE]
+
+
+def add_figures_of(results: Mapping[str, Any]) -> None:
+    """Add the figures that the content of a results file describes, see [`added_figures`]."""
+    for values in results.get("figures", []):
+        add_figure(Figure(**{**values, "needs": tuple(values["needs"])}))
 
 
 def is_binary(name: str, cor: Collection[str] = ()) -> bool:

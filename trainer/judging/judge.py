@@ -29,7 +29,7 @@ from modeling_cosup.token_keys_cosup import gen_of
 
 from ..distributed import barrier, gather_objects, host_group, rank, world_size
 from .correctness import worded
-from .figures import MODES, QUERY, figure, figures_needing, in_order
+from .figures import MODES, QUERY, added_figures, figure, figures_needing, in_order
 from .grounding import HYPOTHESIS, Judge, check_hypothesis
 from .matching import answers_to_find, gold_ids, provenance_unknown
 from .nli import SharedJudge
@@ -90,6 +90,8 @@ def evaluate_tasks(
         - `tasks`: name of each task -> its fields, `modes` (mode -> `metrics` and more), `query` (scope -> figures)
           and `left_out` (notes).
         - `averages`: split -> mode -> figures; under `"query"`, scope -> figures of the rankings.
+        - `figures`: what the figures mean that are not part of this package, see
+          [`~trainer.judging.correctness.add_metric`].
         - `seconds`: duration of the call.
 
     Raises:
@@ -147,6 +149,7 @@ def evaluate_tasks(
             "settings": settings,
             "tasks": task_results,
             "averages": averaged,
+            "figures": added_figures(),
             "seconds": seconds,
         }
         write_json(output_dir / "metrics.json", results)

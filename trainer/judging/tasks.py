@@ -16,7 +16,7 @@ from .correctness import TEXT_METRICS
 from .figures import SPLITS
 from .matching import gold_ids, provenance_unknown
 
-COR_METRICS = (*TEXT_METRICS, "fever_nli", "str_em", "claim_recall")
+OTHER_COR_METRICS = ("fever_nli", "str_em", "claim_recall")  # next to TEXT_METRICS
 _RESERVED_NAMES = (".", "..", "plots", "indexes")  # "plots" and "indexes" are other folders of a results folder
 
 
@@ -76,8 +76,9 @@ class Task:
             self.pool = int(self.pool)
         if self.pool != "full" and not _is_count(self.pool, minimum=1):
             raise ValueError(f"Task {self.name}: pool is {self.pool!r}, expected 'full' or a number of candidates.")
-        if self.metric not in (None, *COR_METRICS):
-            raise ValueError(f"Task {self.name}: metric is {self.metric!r}, expected one of {', '.join(COR_METRICS)}.")
+        cor_metrics = (*TEXT_METRICS, *OTHER_COR_METRICS)
+        if self.metric not in (None, *cor_metrics):
+            raise ValueError(f"Task {self.name}: metric is {self.metric!r}, expected one of {', '.join(cor_metrics)}.")
         if self.max_eval_samples is not None:
             self._check_count("max_eval_samples", minimum=1)
         self._check_count("max_new_tokens", minimum=1)

@@ -9,6 +9,7 @@ from modeling_cosup.lines_cosup import read_lines
 from ..judging.figures import (
     FIGURES,
     MAIN,
+    MISSING,
     MODES,
     QUERY,
     SCOPES,
@@ -20,6 +21,7 @@ from ..judging.figures import (
     shown,
 )
 from ..judging.grounding import cited_passages
+from ..judging.missing_figures import missing_if
 from ..judging.results import read_results
 from .cells import average_cell, figure_cell
 from .document import Block, Bullets, Cell, Code, Example, Heading, Table, Text, write_document
@@ -219,8 +221,9 @@ def _all_figures(results: dict) -> list[Block]:
             cells = [figure_cell(figures.get(name), name, with_n=True) for figures in sections.values()]
             table.rows.append([figure(name).label, *cells])
         blocks.append(table)
-    meanings: list[list[Cell]] = [[entry.label, entry.meaning] for entry in FIGURES.values()]
-    glossary = Table(["figure", "what it is"], meanings, folded="what the figures are", text_columns=frozenset([1]))
+    rows: list[list[Cell]] = [[entry.label, entry.meaning, "; ".join(missing_if(entry))] for entry in FIGURES.values()]
+    header = ["figure", "what it is", f"{MISSING} if"]
+    glossary = Table(header, rows, folded="what the figures are", text_columns=frozenset([1, 2]))
     return [*blocks, glossary]
 
 

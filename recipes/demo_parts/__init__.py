@@ -1,0 +1,1 @@
+"""The parts of `recipes/demo.py`; a Space needs this folder next to its `app.py`."""
