@@ -31,7 +31,7 @@ class ServeArguments:
     decode_in: Literal["process", "thread"] = field(
         default="process",
         metadata={
-            "help": "where the embedded engine decodes: a process of its own, beside HTTP, or a thread of this one, "
+            "help": "where the embedded engine decodes: a process of its own, next to HTTP, or a thread of this one, "
             "which saves the memory of a second Python"
         },
     )

@@ -57,7 +57,7 @@ def served() -> Iterator[str]:
     from serving.embedded_engine import EmbeddedEngine
 
     model = CoSupForCausalLM.from_pretrained(MODEL)
-    engine = EmbeddedEngine(model, model.load_index(f"{MODEL}/index"))
+    engine = EmbeddedEngine.in_thread(model, model.load_index(f"{MODEL}/index"))
     with running_server(engine, ApiSettings(MODEL)) as url:
         yield url.removeprefix("http://")
 
