@@ -1,7 +1,7 @@
 """
 Make a corpus from documents: convert them to text, split it into passages, and say where each passage comes from.
 
-    python recipes/prepare_documents.py docs --output_file corpus.jsonl --model out
+    python recipes/prepare_documents.py my_documents --output_file corpus.jsonl --model out
     python recipes/prepare_documents.py "manuals/**/*.pdf" notes.md faq.jsonl --output_file corpus.jsonl.gz --model out
     python recipes/prepare_documents.py wikimedia/wikipedia --output_file corpus.jsonl --model out
     python recipes/build_index.py --model out --corpus_file corpus.jsonl --output_dir out/index
