@@ -1,7 +1,8 @@
 """
 Write a folder of documents about the quickstart's world, to try the way from documents to a served answer.
 
-    python recipes/prepare_quickstart_documents.py --corpus_file cosup-quickstart/world/corpus.jsonl --output_dir my_documents
+    python recipes/prepare_quickstart_documents.py --corpus_file cosup-quickstart/world/corpus.jsonl \
+        --output_dir my_documents
 
 The first 150 passages of the corpus, which no training question asks about, become 20 Markdown files of three passages
 and 10 PDF files of three pages with three passages each. Their headings are the titles of the passages. Needs fpdf2,
