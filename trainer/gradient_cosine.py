@@ -1,6 +1,7 @@
 """Compare what the two losses ask of Gen: the cosine between their gradients, while training."""
 
 import contextlib
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,7 +36,8 @@ class GradientCosineMixin(TrainingStepMixin):
         """
         Return the cosine between the gradients of Gen, and the ratio of their norms, each as a list of one value.
 
-        There are no values if a loss has no gradient, such as an NSP loss without a negative.
+        There are no values if a loss has no gradient, such as an NSP loss without a negative, or an infinite one, as
+        in the first steps of fp16, which are skipped until the loss has found its scale.
         """
         random_state = RandomState(self.args.device)
         gradients = []
@@ -48,7 +50,7 @@ class GradientCosineMixin(TrainingStepMixin):
         random_state.restore()
         of_ntp, of_nsp = gradients
         norms = [_dot(gradient, gradient) ** 0.5 for gradient in gradients]
-        if not all(norms):
+        if not all(0 < norm < math.inf for norm in norms):
             return {}
         return {COSINE: [_dot(of_ntp, of_nsp) / (norms[0] * norms[1])], RATIO: [norms[1] / norms[0]]}
 

@@ -100,6 +100,11 @@ class DecodingProcess:
         """Wait until the process has ended."""
         self._reading.join()
 
+    def give_up(self) -> None:
+        """End the process at once."""
+        self._process.kill()
+        self.join()
+
     def _call(self, method: str, *args: Any) -> None:
         try:
             self._pipe.send_bytes(pickle.dumps((method, args)))

@@ -168,6 +168,9 @@ class DecodingThread:
         """Wait until the thread has ended."""
         self._thread.join()
 
+    def give_up(self) -> None:
+        """Wait no longer; the thread ends with this process."""
+
     # ------------------------------------------------------------------ this thread
 
     def _run(self) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import itertools
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -27,11 +28,13 @@ from serving.engine import (
 )
 from serving.served_model import ServedModel
 
+logger = logging.getLogger("cosup.serving")
 T = TypeVar("T")
 
 _EMBEDDING_BATCH = 32  # texts that are embedded between two passes
 _MOST_CRASHES = 3  # passes that break off in a row: then the engine counts as ill
 _LONGEST_RETRY = 60  # seconds
+_LAST_SECONDS = 10  # in which the decoding must end once nothing is left to decode
 
 
 @dataclass
@@ -76,6 +79,7 @@ class EmbeddedEngine(BaseEngine):
         self._report = Report()  # the last one, without its deliveries
         self._mean_seconds = 1.0  # that a request takes; the last ones count most
         self._started = False
+        self._ended = asyncio.Event()  # the decoding has ended
 
     @classmethod
     def in_thread(cls, *parts: Any, max_waiting: int = 256, **options: Any) -> "EmbeddedEngine":
@@ -113,7 +117,17 @@ class EmbeddedEngine(BaseEngine):
                 self._cancel(stream, ShuttingDown("The server is shutting down."))
         await self._end_embeddings(drain)  # while their batches are still taken
         self.decoding.stop()
-        await asyncio.to_thread(self.decoding.join)
+        await self._wait_for_end(None if drain else _LAST_SECONDS)
+
+    async def _wait_for_end(self, seconds: float | None) -> None:
+        """Wait until the decoding has ended; after so many seconds, in a pass or a search that hangs, give it up."""
+        try:
+            await asyncio.wait_for(self._ended.wait(), seconds)
+        except asyncio.TimeoutError:
+            logger.warning(f"The decoding did not end in {seconds:g} seconds: it is given up.")
+            self.decoding.give_up()
+        else:
+            self.decoding.join()
 
     async def is_healthy(self) -> bool:
         """Return whether requests can be answered now: the decoding goes on, and its passes do not break off."""
@@ -192,6 +206,7 @@ class EmbeddedEngine(BaseEngine):
                 stream.news.set()
         self._report = Report([], report.num_running, report.num_crashes)
         if report.end:
+            self._ended.set()
             self._fail(report.end)
 
     def _fail(self, message: str) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import gc
 import math
 import pickle
+import threading
 import time
 import weakref
 from contextlib import aclosing
@@ -18,6 +19,7 @@ from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt
 from support.models import PASSAGES, make_model
 
+from serving import embedded_engine
 from serving.embedded_engine import EmbeddedEngine, _Stream
 from serving.engine import (
     BackendFailed,
@@ -447,6 +449,36 @@ def test_stopping_finishes_or_cancels_what_was_accepted(model, index, drain):
                 await embedding
 
     asyncio.run(serve())
+
+
+def test_stopping_does_not_wait_for_a_pass_that_hangs(model, index, monkeypatch, caplog):
+    hangs, goes_on = threading.Event(), threading.Event()
+    forward = model.gen.base_model.forward
+
+    def hanging(*args, **kwargs):
+        hangs.set()
+        goes_on.wait(60)
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.gen.base_model, "forward", hanging)
+    monkeypatch.setattr(embedded_engine, "_LAST_SECONDS", 0.05)
+
+    async def serve():
+        engine = EmbeddedEngine.in_thread(model, index)
+        await engine.start()
+        answer = asyncio.create_task(events_of(engine, request(model)))
+        await asyncio.to_thread(hangs.wait, 60)
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(engine.stop(), 0.05)
+        await asyncio.wait_for(engine.stop(drain=False), 10)
+        with pytest.raises(ShuttingDown):
+            await answer
+        return engine
+
+    engine = asyncio.run(serve())
+    assert "The decoding did not end in 0.05 seconds" in caplog.text
+    goes_on.set()
+    engine.decoding.join()
 
 
 # ---------------------------------------------------------------------- embeddings

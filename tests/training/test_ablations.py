@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from support.models import PASSAGES, make_model
 from support.training import NAMES, arguments, world
-from trainer import CoSupTrainer
+from trainer import CoSupTrainer, gradient_cosine
 
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "learning_rate": 1.0}
 SEVERAL = [  # two instances with two queries each, of three passages
@@ -142,6 +142,14 @@ def test_the_cosine_is_measured_every_so_many_steps_and_only_if_there_are_two_gr
     assert ["gradient_cosine" in entry for entry in logs] == [True, False, False, True]
     _, entry, _ = step(make_model(), tmp_path / "lone", instances=SEVERAL[2:], gradient_cosine_steps=1, max_steps=1)
     assert "gradient_cosine" not in entry and "nsp_loss" not in entry
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan")])
+def test_a_gradient_that_overflows_is_not_compared(tmp_path, monkeypatch, value):
+    overflown = {"weight": torch.tensor([1.0, value])}
+    monkeypatch.setattr(gradient_cosine, "_taken_gradients", lambda gen: overflown)
+    _, entry, _ = step(make_model(), tmp_path, gradient_cosine_steps=1)
+    assert "nsp_loss" in entry and "gradient_cosine" not in entry
 
 
 # ---------------------------------------------------------------------- queries after the first
