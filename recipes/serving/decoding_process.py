@@ -126,6 +126,11 @@ def _decode(pipe: Connection, load: Callable[..., ServedModel], *args: Any) -> N
     """Run a [`DecodingThread`] until it is stopped, or the process of the server has gone."""
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal, or systemd, sends them to all: the server decides
         signal.signal(number, signal.SIG_IGN)
+    server = multiprocessing.parent_process()
+    if (
+        server is not None
+    ):  # a model is not loaded for minutes, into the memory of a GPU, for a server that was stopped
+        threading.Thread(target=_end_with, args=(server,), daemon=True).start()
     try:
         thread = DecodingThread(load(*args))
         thread.start(lambda report: pipe.send_bytes(packed(report)))
@@ -135,6 +140,12 @@ def _decode(pipe: Connection, load: Callable[..., ServedModel], *args: Any) -> N
     pipe.send(thread.facts)
     threading.Thread(target=_obey, args=(pipe, thread), daemon=True).start()
     thread.join()
+
+
+def _end_with(server: Any) -> None:
+    """End this process once that of the server has ended."""
+    server.join()
+    os._exit(1)
 
 
 # A pass of a tiny model takes a few milliseconds, and to pickle an object for each of its tokens would take 4 % of it:

@@ -1,11 +1,14 @@
 """The process that decodes for a server: its answers are those of generate(), and it does not outlive the server."""
 
 import asyncio
+import multiprocessing
 import os
 import pickle
 import signal
+import threading
 from dataclasses import replace
 from multiprocessing import Pipe
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -94,6 +97,21 @@ def test_answers_and_a_killed_process(tmp_path):
         asyncio.run(asyncio.wait_for(test(), 60))
     with pytest.raises(ProcessLookupError):  # no zombie is left
         os.kill(engine.decoding.pid, 0)
+
+
+def test_a_process_whose_server_ends_does_not_load_its_model(monkeypatch):
+    ended = threading.Event()
+    monkeypatch.setattr(signal, "signal", lambda *args: None)
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: SimpleNamespace(join=lambda: None))  # has ended
+    monkeypatch.setattr(os, "_exit", lambda status: ended.set())
+
+    def load():
+        assert ended.wait(10)
+        raise ValueError("too late")
+
+    ours, theirs = Pipe()
+    _decode(theirs, load)
+    assert isinstance(ours.recv(), ValueError)
 
 
 class Unpicklable(Exception):
