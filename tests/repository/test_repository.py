@@ -1,4 +1,4 @@
-"""The files that GitHub and PyPI read: forms, workflows, what a release changes, and the docs site."""
+"""The files that GitHub and PyPI read: forms, workflows, and what a release changes; and the list of the API."""
 
 import importlib.util
 import re
@@ -21,9 +21,9 @@ def load(path):
 
 
 @pytest.fixture(scope="module")
-def pages():
-    """The module `.ci/pages.py`."""
-    spec = importlib.util.spec_from_file_location("pages_of_ci", ROOT / ".ci" / "pages.py")
+def release():
+    """The module `.ci/release.py`."""
+    spec = importlib.util.spec_from_file_location("release_of_ci", ROOT / ".ci" / "release.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -64,7 +64,7 @@ def test_workflows_name_files_that_exist():
     named = []
     for path in WORKFLOWS:
         named += re.findall(r"(?<![\w/.])\.ci/[\w.]+", path.read_text(encoding="utf-8"))
-    assert set(named) == {".ci/lint", ".ci/run", ".ci/pages.py", ".ci/smoke_test.py"}
+    assert set(named) == {".ci/lint", ".ci/run", ".ci/release.py", ".ci/smoke_test.py"}
     assert all((ROOT / name).is_file() for name in named)
 
 
@@ -89,36 +89,37 @@ def test_the_smoke_test_of_a_release(tmp_path):
     assert "is not an installed package" in refused.stderr
 
 
-# ------------------------------------------------------------------ .ci/pages.py
+# ------------------------------------------------------------------ .ci/release.py
 
 
-def test_links_that_leave_the_pages_become_urls(pages):
+def test_relative_links_become_urls(release):
     text = """# Page
 
-A [page](other.md#part), a [file](../trainer/losses.py), ![a picture](../recipes/demo.png), [here](#page),
-[the web](https://example.org/a.md), [![a badge](../b.png)](../LICENSE) and `[code](../c.py)`.
+A [page](docs/other.md#part), a [file](./trainer/losses.py), ![a picture](recipes/demo.png), [here](#page),
+[the web](https://example.org/a.md), [![a badge](b.png)](LICENSE) and `[code](c.py)`.
 
 ```python
-row[(0)](../no_link)
+row[(0)](no_link)
 ```
 """
-    found = pages.with_urls(text, "docs/page.md", URL, "v1", lambda path: path == "docs/other.md")
-    expected = text.replace("(../trainer/losses.py)", f"({URL}/blob/v1/trainer/losses.py)")
-    expected = expected.replace("(../recipes/demo.png)", f"({URL}/raw/v1/recipes/demo.png)")
+    found = release.with_urls(text, URL, "v1")
+    expected = text.replace("(docs/other.md#part)", f"({URL}/blob/v1/docs/other.md#part)")
+    expected = expected.replace("(./trainer/losses.py)", f"({URL}/blob/v1/trainer/losses.py)")
+    expected = expected.replace("(recipes/demo.png)", f"({URL}/raw/v1/recipes/demo.png)")
     expected = expected.replace(
-        "[![a badge](../b.png)](../LICENSE)", f"[![a badge]({URL}/raw/v1/b.png)]({URL}/blob/v1/LICENSE)"
+        "[![a badge](b.png)](LICENSE)", f"[![a badge]({URL}/raw/v1/b.png)]({URL}/blob/v1/LICENSE)"
     )
     assert found == expected
 
 
-def test_a_release_has_urls(pages, tmp_path):
+def test_a_release_has_urls(release, tmp_path):
     for name in ("README.md", "pyproject.toml"):
         shutil.copy(ROOT / name, tmp_path)
     before = (tmp_path / "pyproject.toml").read_text(encoding="utf-8")
     version = re.search(r'^version = "(.+)"$', before, re.MULTILINE)[1]
     with pytest.raises(SystemExit, match=f"the tag is v9, but pyproject.toml has version {version}"):
-        pages.release(URL, "v9", tmp_path)
-    pages.release(URL, f"v{version}", tmp_path)
+        release.release(URL, "v9", tmp_path)
+    release.release(URL, f"v{version}", tmp_path)
     settings = (tmp_path / "pyproject.toml").read_text(encoding="utf-8")
     assert settings.startswith(before)
     assert f'Source = "{URL}"' in settings
@@ -128,44 +129,10 @@ def test_a_release_has_urls(pages, tmp_path):
     assert relative == []
 
 
-def test_the_site_has_all_pages_and_what_the_api_page_names_exists(pages, tmp_path):
-    pages.site(URL, "main", tmp_path)
-    written = {path.name for path in (tmp_path / "pages").glob("*.md")}
-    menu = (
-        (ROOT / "mkdocs.yml")
-        .read_text(encoding="utf-8")
-        .partition("\nnav:\n")[2]
-        .partition("\nmarkdown_extensions:")[0]
-    )
-    in_menu = [page for entry in yaml.safe_load(menu) for page in entry.values()]
-    assert set(in_menu) == written == {path.name for path in (ROOT / "docs").glob("*.md")}
-    api = (tmp_path / "pages" / "api.md").read_text(encoding="utf-8")
-    names = re.findall(r"^::: ([\w.]+)$", api, re.MULTILINE)
-    assert len(names) > 20
-    for name in names:
-        module, _, member = name.rpartition(".")
-        folder = tmp_path / "sources" / ("recipes" if module.startswith("serving") else "")
-        code = (folder / f"{module.replace('.', '/')}.py").read_text(encoding="utf-8")
-        assert re.search(rf"^(class|def) {member}\b", code, re.MULTILINE), name
-
-
-def test_types_in_docstrings_lose_their_markdown(pages):
-    code = """
-        Args:
-            embeds (`torch.FloatTensor` of shape `(N, h)`, *optional*): see [`~trainer.losses.info_nce`].
-            **kwargs (`Any`): as in [`generate`].
-
-        Returns:
-            `dict[str, int]`: with `names`.
-"""
-    assert (
-        pages.plain_docstrings(code)
-        == """
-        Args:
-            embeds (torch.FloatTensor of shape (N, h), optional): see `trainer.losses.info_nce`.
-            **kwargs (Any): as in `generate`.
-
-        Returns:
-            dict[str, int]: with `names`.
-"""
-    )
+def test_the_list_of_the_api_names_what_exists():
+    page = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    entries = re.findall(r"^- \[`(\w+)`\]\(\.\./([\w./]+)\)", page, re.MULTILINE)
+    assert len(entries) > 20
+    for name, path in entries:
+        code = (ROOT / path).read_text(encoding="utf-8")
+        assert re.search(rf"^(class|def) {name}\b", code, re.MULTILINE), name
