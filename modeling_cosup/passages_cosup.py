@@ -44,11 +44,6 @@ def read_corpus(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, objec
 
 
 def _read_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, object]]:
-    for path in paths:
-        if not os.path.isfile(path):  # a text that is too long for a name of a file, too
-            raise FileNotFoundError(
-                f"{_SHORT.repr(str(path))[1:-1]} is not a file. A passage is an object with id, title and text."
-            )
     try:
         from modeling_cosup.corpus_cosup import read_files
     except ImportError:
@@ -56,6 +51,11 @@ def _read_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, object]]:
             "To read a corpus from files, install the package: pip install cosup. A list of passages needs only the"
             " checkpoint."
         ) from None
+    for path in paths:
+        if not os.path.isfile(path):  # a text that is too long for a name of a file, too
+            raise FileNotFoundError(
+                f"{_SHORT.repr(str(path))[1:-1]} is not a file. A passage is an object with id, title and text."
+            )
     return read_files(paths)
 
 

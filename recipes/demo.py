@@ -25,7 +25,7 @@ from demo_parts.uploads import MAX_BYTES
 
 def main() -> None:
     """Start the demo."""
-    args = parse()  # --help and a wrong option do not wait for gradio
+    args = parse(description=__doc__)  # --help and a wrong option do not wait for gradio
     from demo_parts.page import Demo, gr
 
     if not args.base_url and not Path(args.model).exists():

@@ -211,7 +211,7 @@ class Service:
         """Return the CPU seconds that the server, and the decoding process if there is one, have taken."""
         seconds = []
         for process in self.processes:
-            numbers = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+            numbers = Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
             ticks = int(numbers[11]) + int(numbers[12])  # of user and system
             seconds.append(ticks / os.sysconf("SC_CLK_TCK"))
         return seconds

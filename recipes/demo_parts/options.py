@@ -4,7 +4,7 @@ import argparse
 import os
 
 
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
+def parse(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
     """Return the options of the command line; their defaults come from environment variables."""
     variable = os.environ.get
     examples = [question.strip() for question in variable("COSUP_EXAMPLES", "").split("|") if question.strip()]
@@ -21,7 +21,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     base_url_help = "API of a server that runs the model, such as http://127.0.0.1:8000/v1"
     instruction_help = "the task's instruction, as in training"
     upload_help = "let users upload corpora; --no-upload does not load Emb_seq"
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default=variable("COSUP_MODEL"), help=model_help)
     add("--base_url", default=variable("COSUP_BASE_URL"), help=base_url_help)

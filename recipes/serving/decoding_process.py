@@ -8,7 +8,6 @@ import atexit
 import logging
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 from collections.abc import Callable
@@ -107,7 +106,7 @@ class DecodingProcess:
 
     def _call(self, method: str, *args: Any) -> None:
         try:
-            self._pipe.send_bytes(pickle.dumps((method, args)))
+            self._pipe.send((method, args))
         except OSError:  # the process has ended, which is reported
             pass
 
@@ -115,7 +114,7 @@ class DecodingProcess:
         """Hand on the reports of the process until it ends."""
         try:
             while True:
-                report = unpacked(self._pipe.recv_bytes())
+                report = unpacked(self._pipe.recv())
                 if not report.end:
                     self._deliver(report)
         except (EOFError, OSError):
@@ -127,15 +126,13 @@ def _decode(pipe: Connection, load: Callable[..., ServedModel], *args: Any) -> N
     for number in (signal.SIGINT, signal.SIGTERM):  # a terminal, or systemd, sends them to all: the server decides
         signal.signal(number, signal.SIG_IGN)
     server = multiprocessing.parent_process()
-    if (
-        server is not None
-    ):  # a model is not loaded for minutes, into the memory of a GPU, for a server that was stopped
+    if server is not None:  # otherwise a model would be loaded for minutes for a server that was stopped
         threading.Thread(target=_end_with, args=(server,), daemon=True).start()
     try:
         thread = DecodingThread(load(*args))
-        thread.start(lambda report: pipe.send_bytes(packed(report)))
+        thread.start(lambda report: pipe.send(packed(report)))
     except Exception as error:
-        pipe.send(_picklable(error))
+        pipe.send(_sendable(error))
         return
     pipe.send(thread.facts)
     threading.Thread(target=_obey, args=(pipe, thread), daemon=True).start()
@@ -152,8 +149,8 @@ def _end_with(server: Any) -> None:
 # a token without log-probabilities travels as its id.
 
 
-def packed(report: Report) -> bytes:
-    """Return the bytes of a report."""
+def packed(report: Report) -> tuple[Any, ...]:
+    """Return a report as it travels."""
     deliveries = []
     for delivery in report.deliveries:
         events: list[Event | int] = []
@@ -161,12 +158,12 @@ def packed(report: Report) -> bytes:
             is_plain = isinstance(event, TokenEvent) and event.logprobs is None
             events.append(event.token_id if is_plain else event)
         deliveries.append((delivery.number, events, delivery.ended, delivery.error, delivery.embeds))
-    return pickle.dumps((deliveries, report.num_running, report.num_crashes, report.end))
+    return deliveries, report.num_running, report.num_crashes, report.end
 
 
-def unpacked(content: bytes) -> Report:
-    """Return the report of these bytes."""
-    packed_deliveries, num_running, num_crashes, end = pickle.loads(content)
+def unpacked(content: tuple[Any, ...]) -> Report:
+    """Return the report that [`packed`] has packed."""
+    packed_deliveries, num_running, num_crashes, end = content
     deliveries = []
     for number, events, *rest in packed_deliveries:
         events = [TokenEvent(event) if isinstance(event, int) else event for event in events]
@@ -174,18 +171,18 @@ def unpacked(content: bytes) -> Report:
     return Report(deliveries, num_running, num_crashes, end)
 
 
-def _picklable(error: Exception) -> Exception:
-    try:
-        return pickle.loads(pickle.dumps(error))
-    except Exception:
-        return ChildProcessError(f"{type(error).__name__}: {error}")
+def _sendable(error: Exception) -> Exception:
+    """Return an error of one of Python's own classes, whose message is all that it holds, with the same message."""
+    if type(error) in (ValueError, TypeError, RuntimeError, ImportError, OSError, FileNotFoundError):
+        return type(error)(str(error))
+    return ChildProcessError(f"{type(error).__name__}: {error}")
 
 
 def _obey(pipe: Connection, thread: DecodingThread) -> None:
     """Call the methods of the thread as the server wants."""
     while True:
         try:
-            method, args = pickle.loads(pipe.recv_bytes())
+            method, args = pipe.recv()
         except (EOFError, OSError):  # the server has gone: nobody wants the answers
             os._exit(1)
         try:

@@ -187,8 +187,10 @@ def option_names(option_class: Any) -> list[str]:
     tree = ast.parse(source.read_text(encoding="utf-8"))
     origins = {}  # name of a class that the module imports -> its module
     for node in tree.body:
-        if isinstance(node, ast.ImportFrom) and node.level == 0:
-            origins.update({alias.name: node.module for alias in node.names})
+        if isinstance(node, ast.ImportFrom):
+            place = [package, *modules[: len(modules) - node.level]] if node.level else []  # of a relative import
+            origin = ".".join([*place, node.module or ""])
+            origins.update({alias.name: origin for alias in node.names})
     names = []
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and node.name == class_name:

@@ -96,7 +96,10 @@ def check_unchanged(checkpoint: str, options: dict[str, Any]) -> None:
     """
     if not options:
         return
-    config = CoSupConfig.from_pretrained(checkpoint)
+    try:
+        config = CoSupConfig.from_pretrained(checkpoint)
+    except OSError as error:  # without a network, transformers does not say what it looked for
+        raise OSError(f"{checkpoint} cannot be read: {error}") from error
     for name, value in options.items():
         built_with = getattr(config, name, "its own")  # the config holds no strings of tokens
         if value != built_with:

@@ -177,7 +177,7 @@ def test_the_trace_and_the_citation_say_where_a_passage_comes_from(the_model, tm
     assert first == "[1] With (guides/ä.pdf, page 3): radium in Warsaw"
     assert second == "[2] the city"
     bad = RetrievalConfig(passages=[[{**WITHOUT, "metadata": {"a": float("inf")}}]])
-    with pytest.raises(ValueError, match="RetrievalConfig.passages: metadata.*not finite"):
+    with pytest.raises(ValueError, match="RetrievalConfig.passages, passage 0 of a prompt: metadata.*not finite"):
         the_model.generate(torch.tensor([prompt]), retriever=index, retrieval_config=bad)
 
 

@@ -116,8 +116,22 @@ def losses_of(batch):
 def test_retrieval_metrics_by_hand():
     """The two batches share a passage, one passage is right for another query too, and one query is NaN."""
     facts = [
-        BatchFacts(passage_keys=[(1,), (2,)], positive_keys=[(), (1,)], query_keys=[10, 11], passage_labels=[0, 1]),
-        BatchFacts(passage_keys=[(2,), (3,)], positive_keys=[(), ()], query_keys=[12, 13], passage_labels=[0, 1]),
+        BatchFacts(
+            query_instance_ids=["a", "b"],
+            query_numbers=[0, 1],
+            passage_keys=[(1,), (2,)],
+            positive_keys=[(), (1,)],
+            query_keys=[10, 11],
+            passage_labels=[0, 1],
+        ),
+        BatchFacts(
+            query_instance_ids=["c", "d"],
+            query_numbers=[0, 1],
+            passage_keys=[(2,), (3,)],
+            positive_keys=[(), ()],
+            query_keys=[12, 13],
+            passage_labels=[0, 1],
+        ),
     ]
     passages = np.eye(3, dtype=np.float32)[[0, 1, 1, 2]]
     queries = np.array([[1, 0, 0], [5, 1, 0], [2, 1, 0], [np.nan, 0, 1]], dtype=np.float32)

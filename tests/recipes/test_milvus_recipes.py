@@ -297,13 +297,14 @@ def test_an_experiment_may_name_a_collection(world, inputs, tmp_path, monkeypatc
 
 def test_the_demo_answers_from_a_collection(world):
     pytest.importorskip("gradio", reason="the demo is a Gradio app")
-    import demo
+    from demo_parts.options import parse
+    from demo_parts.page import Demo
 
     model, folder, uri = world
     request = SimpleNamespace(session_hash="a visitor")
     answers = []
     for options in (["--index", str(folder)], ["--index", "wiki", "--index_uri", uri]):
-        page = demo.Demo(demo.parse(["--model", str(model), *options]))
+        page = Demo(parse(["--model", str(model), *options]))
         *_, (answer, _) = page.ask("who is it?", "Forced", 1, 6, "", None, request)
         answers.append(answer)
     assert answers[0] == answers[1]

@@ -3,7 +3,6 @@
 import asyncio
 import multiprocessing
 import os
-import pickle
 import signal
 import threading
 from dataclasses import replace
@@ -146,7 +145,7 @@ def test_a_request_that_cannot_be_prepared_fails_alone():
 
     ours, theirs = Pipe()
     for call in (("submit", (7, None)), ("stop", ())):
-        ours.send_bytes(pickle.dumps(call))
+        ours.send(call)
     with pytest.raises(SystemExit):
         _obey(theirs, Thread())
     assert Thread.refused == [(7, BackendFailed, "The request could not be prepared (RuntimeError).")]

@@ -113,7 +113,7 @@ def test_a_corpus_may_come_in_any_form_that_can_be_read_again(tmp_path, model):
         (iter(PASSAGES), "corpus is a list_iterator, which can be read only once"),
         ([], "corpus holds no passage"),
         ([PASSAGES[0], PASSAGES[0]], "Corpus row 1: id 'p0' is already in Corpus row 0"),
-        ([{"id": "x", "title": "t", "text": " "}], "Corpus row 0: text is ' '"),
+        ([{"id": "x", "title": "t", "text": " "}], "Corpus row 0: text is only white space"),
         ([PASSAGES[0], {**PASSAGES[1], "text": "Another."}], "Corpus row 1: the passage id 'p1' has another title or"),
         (["missing.jsonl"], "missing.jsonl is not a file"),
     ],
