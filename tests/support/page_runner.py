@@ -50,6 +50,7 @@ def run_page() -> None:
 @contextlib.contextmanager
 def served() -> Iterator[str]:
     """Serve the model of the stand-ins on a free port; yield the address."""
+    sys.path.append(str(Path(__file__).parents[2] / "recipes"))  # where `serving` is
     from modeling_cosup import CoSupForCausalLM
     from support.serving import running_server
 
