@@ -74,7 +74,7 @@ class GlobalBatch:
             pairs += [(query, number) for number in self._queries_of_group[group]]
         return np.array(pairs, dtype=np.int64).reshape(-1, 2).T
 
-    @property
+    @cached_property
     def have_wrong_queries(self) -> list[np.ndarray]:
         """By rank, `(N,)`: whether there is a query for which the positive of a query is wrong."""
         num_queries = sum(self.query_counts)

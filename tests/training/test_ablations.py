@@ -159,7 +159,7 @@ def test_recall_tells_first_queries_from_later_ones(tmp_path):
     trainer = CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=SEVERAL)
     (queries, passages), labels, metrics = trainer.predict(SEVERAL)
     hits = (queries @ passages.T).argmax(1) == labels
-    assert 0 < hits.sum() < 5 or metrics["test_query_recall@1"] in (0.0, 1.0)
+    assert hits[[0, 2, 4]].mean() != hits[[1, 3]].mean()  # otherwise the two figures could be mixed up
     assert metrics["test_first_query_recall@1"] == pytest.approx(hits[[0, 2, 4]].mean())
     assert metrics["test_later_query_recall@1"] == pytest.approx(hits[[1, 3]].mean())
     (_, _, of_single) = trainer.predict(world(NAMES[1:5]))
