@@ -54,6 +54,7 @@ from .hub import HubMixin
 from .model_init import ModelInitMixin
 from .model_setup import without_peft
 from .positions import check_positions
+from .running import peak_memory
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses, explained_full_disk, explained_memory_errors, last_complete_checkpoint
 
@@ -75,10 +76,11 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
 
     Next to `loss`, the log has each loss by name (`ntp_loss`, `nsp_loss`: see `losses.py`), `nsp_accuracy` (in-batch
     retrieval accuracy), `num_negatives` (mean per query), `tokens_per_second` (tokens of Gen and Emb_seq, without
-    padding) and `padding` (its share of all tokens). A figure for which nothing was measured is left out. With
-    `candidates_from` it also has `hit_rate@K` (of questions with answers), `query_recall@K` (of those with provenance)
-    and `num_left_out` (instances that were too long); with a distillation `target_entropy`, `student_entropy` and
-    `target_max`. `evaluate()` returns them too, over a fresh index.
+    padding), `padding` (its share of all tokens) and `training_seconds` (without evaluations, in whose log it is too);
+    the last log has `peak_memory`. A figure for which nothing was measured is left out. With `candidates_from` it also
+    has `hit_rate@K` (of questions with answers), `query_recall@K` (of those with provenance) and `num_left_out`
+    (instances that were too long); with a distillation `target_entropy`, `student_entropy` and `target_max`.
+    `evaluate()` returns them too, over a fresh index.
 
     `evaluate()` returns `eval_loss`, each loss by name (`eval_ntp_loss`, `eval_nsp_loss`), `eval_query_recall@1`,
     `eval_query_recall@5`, and `eval_nsp_predicted`: how often Gen would write the `[NSP]` of the reference. The NSP
@@ -348,7 +350,14 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
             self._running.restart()
         if not self._running.has_losses:
             logs.pop("train_loss", None)
-        super().log(logs, start_time)
+        further = {}  # for the log alone: evaluate() and train() return their logs
+        if self.is_in_train:
+            further["training_seconds"] = self._running.training_seconds
+        if "train_runtime" in logs:
+            peaks = gather_objects(peak_memory(self.args.device), self._host_group)
+            if None not in peaks:
+                further["peak_memory"] = max(peaks)
+        super().log({**logs, **further}, start_time)
 
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, "sum") if world_size() > 1 else tensor

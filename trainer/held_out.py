@@ -289,8 +289,8 @@ class HeldOutMixin(TrainingStepMixin):
         for batches_of_ranks in zip(*gather_objects(self._evaluated_batches, self._host_group), strict=True):
             batches += batches_of_ranks  # ranks take batches in turn, so this is the order of the set
         self._evaluated_batches = []
-        self._running.leave_out(time.time() - start)
         metrics, prediction = self._measure(batches)
+        self._running.leave_out(time.time() - start)
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         if prediction_loss_only is None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 
 import torch
 
@@ -25,6 +26,8 @@ class RunningFigures:
         counts (`dict[str, float]`): how many queries or instances each mean of the last averages was over.
         steps (`int`): optimiser steps since the last log.
         has_losses (`bool`): whether any loss was measured, since the last log or before.
+        seconds_before (`float`): seconds of training before this object was made, by the log of the checkpoint from
+            which a run resumes.
     """
 
     def __init__(
@@ -35,6 +38,8 @@ class RunningFigures:
         self._count_names = list(count_names)
         self.counts: dict[str, float] = {}
         self.has_losses = False
+        self.seconds_before = 0.0
+        self._trained_since = time.time()
         self.restart()
 
     def restart(self) -> None:
@@ -108,6 +113,12 @@ class RunningFigures:
     def leave_out(self, seconds: float) -> None:
         """Do not count these seconds as training time."""
         self._began += seconds
+        self._trained_since += seconds
+
+    @property
+    def training_seconds(self) -> float:
+        """Seconds spent training so far, without those that were left out."""
+        return self.seconds_before + time.time() - self._trained_since
 
     def averages(
         self, device: torch.device, sum_over_ranks: Callable[[torch.Tensor], torch.Tensor]
@@ -154,3 +165,27 @@ class RunningFigures:
         for name in self._count_names:
             figures[name] = totals[name]
         return figures
+
+
+def logged_seconds(log_history: Sequence[Mapping[str, float]]) -> float:
+    """Return the seconds of training that a log says last, or 0."""
+    seconds = [entry["training_seconds"] for entry in log_history if "training_seconds" in entry]
+    return seconds[-1] if seconds else 0.0
+
+
+def peak_memory(device: torch.device) -> float | None:
+    """
+    Return the largest memory of this process so far, in GB: allocated on the device, or resident if it is a CPU.
+
+    `None` if the system does not say.
+    """
+    if device.type != "cpu":
+        measure = getattr(torch.get_device_module(device), "max_memory_allocated", None)
+        return None if measure is None else measure() / 1e9
+    status = Path("/proc/self/status")  # getrusage would count the program that launched this one
+    if not status.exists():
+        return None
+    for line in status.read_text(encoding="utf-8").splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024 / 1e9
+    return None

@@ -47,7 +47,7 @@ from .losses import (
 )
 from .micro_batches import forward_arguments
 from .model_setup import trains_retriever, without_peft
-from .running import RunningFigures
+from .running import RunningFigures, logged_seconds
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses, lone_queries
 
@@ -74,6 +74,7 @@ class TrainingStepMixin(DistillationStepMixin):
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Run `Trainer`'s, and begin the log: a trial of a search has set its arguments by now."""
         self._running = running_figures(self.loss_weights, self.args)
+        self._running.seconds_before = logged_seconds(self.state.log_history)
         self._candidate_watch = CandidateWatch(self.args, trains_retriever(without_peft(self.model)))
         return super()._prepare_for_training(*args, **kwargs)
 

@@ -1,6 +1,7 @@
 """CoSupTrainer on tiny models: learning, scaling of the loss, logging, resuming, and the Trainer's own habits."""
 
 import copy
+import time
 
 import datasets
 import pytest
@@ -439,3 +440,38 @@ def test_causal_encoders_are_distinguished_from_others(emb_seq):
     kwargs = {"modernbert": {"intermediate_size": 64, "global_attn_every_n_layers": 1}}.get(emb_seq, {})
     model = make_model(emb_seq=emb_seq, emb_seq_kwargs=kwargs)
     assert model.find_causal_encoders() == (emb_seq in ("llama", "gpt2"))
+
+
+def test_the_clock_of_a_training_leaves_out_evaluations_and_goes_on_when_a_run_resumes(tmp_path, monkeypatch):
+    """An evaluation that seems to take 10^6 seconds is not training time, but a step of 1,000 seconds is."""
+    offset = 0.0
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + offset)
+
+    class Slow(CoSupTrainer):
+        def training_step(self, *args, **kwargs):
+            nonlocal offset
+            offset += 1000
+            return super().training_step(*args, **kwargs)
+
+        def prediction_step(self, *args, **kwargs):
+            nonlocal offset
+            offset += 1e6
+            return super().prediction_step(*args, **kwargs)
+
+    options = {"logging_steps": 1, "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps"}
+    args = arguments(tmp_path, max_steps=4, save_steps=2, **options)
+    instances = world(NAMES[:16])
+    trainer = Slow(make_model(), args, train_dataset=instances, eval_dataset=instances[:4])
+    trainer.train()
+    logs = {}
+    for entry in trainer.state.log_history:
+        if "training_seconds" in entry:
+            logs.setdefault(entry["step"], []).append(round(entry["training_seconds"], -3))
+    assert logs == {1: [1000], 2: [2000] * 2, 3: [3000], 4: [4000] * 3}
+    assert trainer.state.log_history[-1]["peak_memory"] > 0.1  # torch alone takes more
+    assert "training_seconds" not in trainer.evaluate()
+    resumed = Slow(make_model(), args, train_dataset=instances, eval_dataset=instances[:4])
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    seconds = [entry["training_seconds"] for entry in resumed.state.log_history if "training_seconds" in entry]
+    assert [round(value, -3) for value in seconds[-4:]] == [3000, 4000, 4000, 4000]

@@ -142,6 +142,10 @@ _TRAINING = (
     Figure("num_negatives", "negatives", "mean number of negatives of a query", "count"),
     Figure("tokens_per_second", "tokens/s", "tokens per second, without padding", "count"),
     Figure("padding", "padding", "share of the positions of a batch that are padding"),
+    Figure("training_seconds", "seconds", "seconds spent training so far, without evaluations and indexes", "count"),
+    Figure(
+        "peak_memory", "peak memory, GB", "largest memory of a process, of its device or, on a CPU, its own", "count"
+    ),
 )
 RETRIEVAL_WHILE_GENERATING = (
     Figure("ret", "Ret", "a gold passage is among those retrieved while generating", needs=_GOLD, binary=True),
@@ -175,7 +179,7 @@ RETRIEVAL_WHILE_GENERATING = (
     ),
     Figure("num_retrievals", "retrievals", "number of retrievals of a question", "count"),
 )
-_QUERY_EMBEDDING = (
+QUERY_FIGURES = (
     Figure(
         "query_recall@k",
         "R@k",
@@ -304,13 +308,14 @@ _COUNTS = (
 _TABLE = (
     *_TRAINING,
     *RETRIEVAL_WHILE_GENERATING,
-    *_QUERY_EMBEDDING,
+    *QUERY_FIGURES,
     *_READER,
     *_ANSWERS,
     *_GROUNDING,
     *_TEXT,
     *_COUNTS,
 )
+QUESTION_FIGURES = (*RETRIEVAL_WHILE_GENERATING, *QUERY_FIGURES, *_ANSWERS, *_GROUNDING)  # have a value for each
 FIGURES: dict[str, Figure] = {entry.name: entry for entry in _TABLE}
 
 COR_FIGURES = ("cor", "cor_minus", "cor_success", "cor_failure", "cor_not_needed")  # by the metric of the dataset

@@ -21,6 +21,8 @@ _MISSING_IF: dict[str, tuple[str, ...]] = {
     "no [NSP] is trained": ("nsp_predicted",),
     "no MLP memory is trained with kl_weight": ("knn_kl",),
     "there is no query": ("num_negatives",),
+    "training has not ended": ("peak_memory",),
+    "the system does not say": ("peak_memory",),
     "the model does not search": (
         *(entry.name for entry in RETRIEVAL_WHILE_GENERATING),
         "cor_minus",
