@@ -247,7 +247,7 @@ def show_plan(experiment: Experiment, cache: Path) -> None:
     else:
         entries, _ = expand_tasks(experiment, experiment.tasks)
         print(yaml.safe_dump({"tasks": entries}, sort_keys=False, allow_unicode=True), end="")
-    settings = {name: getattr(experiment, name) for name in ("pools", "corpus_sizes", "evaluation")}
+    settings = {name: getattr(experiment, name) for name in ("pools", "corpus_sizes", "evaluation", "comparisons")}
     print(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True), end="")
     print("trainings:")
     for seed in experiment.seeds:

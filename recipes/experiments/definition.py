@@ -21,6 +21,8 @@ The definition of an experiment: what its file holds, and which trainings and ev
     pools_only          embed only the passages in the pools of the questions, not whole corpora: for large corpora on
                         a slow machine
     evaluation          other options of recipes/run_evaluation.py
+    comparisons         the comparisons that count, planned before the first run: a list of arm, against and figure,
+                        and optionally name, mode, group and setting, see `PlannedComparison`
     axis                the option of train.py on the x axis of the plots; an arm without it is drawn as a level line
     data                a folder, for which `{data}` stands in paths. `{world}` and `{models}` stand for the folders of
                         the seed's world
@@ -42,6 +44,7 @@ from trainer import CoSupTrainingArguments
 from trainer.distillation_args import DISTILLATIONS
 from trainer.judging.results import FORMAT
 
+from experiments.comparisons import complete_comparisons
 from experiments.task_files import digest_of_content, expand_tasks
 from shared.arguments import EvaluationArguments, ScriptArguments
 from shared.model_options import MODEL_OPTIONS
@@ -121,6 +124,7 @@ class Experiment:
     corpus_sizes: list[int | str] | None = None
     pools_only: bool = False
     evaluation: dict[str, Any] = field(default_factory=dict)
+    comparisons: list[dict[str, Any]] = field(default_factory=list)  # `load_experiment` sets every field of each
     axis: str | None = None
     data: str | None = None
 
@@ -197,6 +201,8 @@ def load_experiment(path: str | Path, overrides: Sequence[str] = ()) -> Experime
     _check_options(experiment, where)
     _check_tasks_and_axis(experiment, where)
     _check_baseline(experiment, where)
+    if experiment.comparisons:
+        experiment.comparisons = complete_comparisons(experiment, where)
     return experiment
 
 

@@ -150,6 +150,67 @@ def test_errors_of_an_experiment_file_name_the_key(inputs, overrides, message):
         load_experiment(inputs / "experiment.yaml", overrides)
 
 
+PLAN = "{arm: co, against: separate, figure: cor, setting: Top-2}"
+
+
+def test_planned_comparisons_are_completed(inputs):
+    """The first mode, all tasks, and the only setting if there is one."""
+    experiment = load_experiment(inputs / "experiment.yaml", [f"comparisons=[{PLAN}]"])
+    expected = {"arm": "co", "against": "separate", "figure": "cor", "name": "co against separate"}
+    expected |= {"mode": "retrieval", "group": "all", "setting": "Top-2"}
+    assert experiment.comparisons == [expected]
+    plan = "{name: r, arm: separate, against: co, figure: query_recall@5, mode: query, group: known}"
+    overrides = ["pools=[full]", "evaluation.modes=[off, query]", f"comparisons=[{plan}]"]
+    (comparison,) = load_experiment(inputs / "experiment.yaml", overrides).comparisons
+    assert (comparison["name"], comparison["setting"]) == ("r", "full corpus")
+    assert (comparison["mode"], comparison["group"]) == ("query", "known")
+
+
+def test_planned_comparisons_of_a_world_name_its_tasks():
+    path = ROOT / "recipes" / "experiments" / "main_table.yaml"
+    plan = "arm: co, against: separate, figure: ret, setting: Top-20"
+    (comparison,) = load_experiment(path, [f"comparisons=[{{{plan}, group: people}}]"]).comparisons
+    assert comparison["group"] == "people"
+    with pytest.raises(ValueError, match="group is 'nq', expected one of all, in-domain, out-of-domain, people, "):
+        load_experiment(path, [f"comparisons=[{{{plan}, group: nq}}]"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ("arm: c", "comparison 2: arm is 'c', expected one of co, separate."),
+        ("against: c", "comparison 2: against is 'c', expected one of co, separate."),
+        ("against: co", "comparison 2: arm and against are both co."),
+        ("figure: core", "comparison 2: figure is 'core', expected one of ret, "),
+        ("figure: ntp_loss", "comparison 2: figure is 'ntp_loss', which has no value for each question"),
+        ("figure: eval_ret", "comparison 2: figure is 'eval_ret', which has no value for each question"),
+        ("figure: 'query_recall@k'", "figure is 'query_recall@k', expected one with a number in place of k"),
+        ("figure: null", "comparison 2: figure is missing."),
+        ("mode: forced", "comparison 2: mode is 'forced', expected one of retrieval, gold."),
+        ("mode: gold, figure: ret", "ret is not measured in mode gold, expected mode retrieval or forced."),
+        ("mode: gold, figure: mrr", "mrr is not measured in mode gold, expected mode retrieval or query."),
+        ("group: others", "group is 'others', expected one of all, in-domain, out-of-domain, known, other."),
+        ("setting: null", "comparison 2: setting is missing, expected one of Top-2, Top-4."),
+        ("setting: Top-3", "comparison 2: setting is 'Top-3', expected one of Top-2, Top-4."),
+        ("metric: cor", "comparison 2: unknown field 'metric', expected one of arm, against, figure, name"),
+        ("name: again", "comparison 2 is comparison 1: counting it twice makes all others look worse."),
+    ],
+)
+def test_errors_of_planned_comparisons_name_what_was_expected(inputs, changes, message):
+    changed = yaml.safe_dump(yaml.safe_load(PLAN) | yaml.safe_load(f"{{{changes}}}"), default_flow_style=True)
+    overrides = ["evaluation.modes=[retrieval, gold]", f"comparisons=[{PLAN}, {changed.strip()}]"]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        load_experiment(inputs / "experiment.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"), [("3", "comparisons is 3, expected a list"), ("[3]", "comparison 1 is 3")]
+)
+def test_planned_comparisons_are_a_list_of_mappings(inputs, value, message):
+    with pytest.raises(ValueError, match=message):
+        load_experiment(inputs / "experiment.yaml", [f"comparisons={value}"])
+
+
 def test_yaml_files_may_begin_with_a_byte_order_mark_and_errors_name_them(tmp_path):
     (tmp_path / "good.yaml").write_text("name: Zürich\n", encoding="utf-8-sig")
     assert definition.read_yaml(tmp_path / "good.yaml") == {"name": "Zürich"}
@@ -315,8 +376,11 @@ def test_corpora_that_are_all_too_large_are_an_error_before_anything_is_trained(
 
 def test_a_plan_and_seeds_are_readable(inputs, tmp_path, capsys):
     overrides = [f"data={inputs}", "evaluation.gr_hypothesis='{question} → {sentence}'", "gen=G", "train_file=T"]
+    overrides.append(f"comparisons=[{PLAN}]")
     run_experiments.show_plan(load_experiment(inputs / "experiment.yaml", overrides), tmp_path)
-    assert "{question} → {sentence}" in capsys.readouterr().out
+    plan = capsys.readouterr().out
+    assert "{question} → {sentence}" in plan
+    assert "comparisons:\n- arm: co\n  against: separate\n  figure: cor\n" in plan
     assert run_experiments.parse_seeds("0,2") == [0, 2]
     with pytest.raises(ValueError, match="--seeds 0,x: expected integers with commas"):
         run_experiments.parse_seeds("0,x")

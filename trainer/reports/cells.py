@@ -97,5 +97,12 @@ def percent(rate: float | None) -> str:
     return MISSING if rate is None else f"{rate:+.1f} %"
 
 
+def shown_p(p_value: float | None) -> str:
+    """Format a p-value for tables, or a dash if it is not known."""
+    if p_value is None:
+        return MISSING
+    return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
 def _task_count(tasks: int, of_tasks: int) -> str:
     return "" if tasks == of_tasks else f", {tasks} of {of_tasks} tasks"

@@ -14,10 +14,10 @@ import numpy as np
 from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.lines_cosup import read_lines
 
-from ..judging.figures import MAIN, MISSING, MODES, QUERY, SCOPES, SPLITS, figure, in_order, shown, shown_interval
+from ..judging.figures import MAIN, MODES, QUERY, SCOPES, SPLITS, figure, in_order, shown, shown_interval
 from ..judging.intervals import compare_differences, paired_bootstrap
 from ..judging.results import FORMAT, read_results
-from .cells import percent, verdict
+from .cells import percent, shown_p, verdict
 from .document import Block, Bullets, Cell, Heading, Table, Text, write_document
 
 RESAMPLES = 10_000
@@ -284,18 +284,13 @@ def comparison_row(name: str, comparison: dict[str, Any]) -> list[Cell]:
     questions that have a value in only one run.
     """
     difference = shown(comparison["difference"], name, signed=True)
-    p_value = comparison["p_value"]
-    if p_value is None:
-        shown_p_value = MISSING
-    else:
-        shown_p_value = "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
     left_out = f"({comparison['left_out']} left out)" if comparison.get("left_out") else ""
     return [
         figure(name).label,
         shown(comparison["first"], name),
         shown(comparison["second"], name),
         (difference, shown_interval(comparison["interval"], name, signed=True)),
-        shown_p_value,
+        shown_p(comparison["p_value"]),
         (str(comparison["n"]), left_out),
     ]
 

@@ -11,15 +11,12 @@ from ..judging.figures import figure, shown
 from ..judging.grounding import HYPOTHESIS
 from .cells import MISSING, seeds_cell, seeds_difference_cell
 from .document import Block, Bullets, Cell, Code, Heading, Table, Text, write_document
-from .experiment_figures import ALL, COLUMNS, Place, Results
+from .experiment_figures import COLUMNS, GROUP_TITLES, Place, Results
 from .experiment_plots import experiment_plots
+from .learning_curves import cost_table, learning_blocks, learning_curves
+from .planned import planned_blocks, planned_comparisons
 
 EMISSION = ("nsp_needed", "nsp_not_needed", "num_retrievals", "cor_not_needed", "em_not_needed")
-GROUP_TITLES = {
-    "in-domain": "in-domain average",
-    "out-of-domain": "out-of-domain average",
-    ALL: "average of all tasks",
-}
 # If Gen has fewer parameters, the results say nothing about models of the paper's size.
 SMALL = 1_000_000_000
 
@@ -35,19 +32,28 @@ def write_experiment_report(results: Results, output_dir: str | Path) -> None:
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "experiment.json", results.to_dict())
+    content = results.to_dict()
+    planned = planned_comparisons(results)
+    if planned:
+        content["planned_comparisons"] = planned
+    arms = learning_curves(results)
+    if arms:
+        content["learning_curves"] = arms
+    write_json(output_dir / "experiment.json", content)
     title = results.experiment["title"]
     blocks: list[Block] = [Heading(title, 1)]
     if results.experiment["about"]:
         blocks.append(Text(results.experiment["about"]))
     blocks += _failures(results)
     blocks += _caution(results)
+    blocks += planned_blocks(results, planned)
     if results.lines:
         blocks += _verdicts(results)
         blocks += experiment_plots(results, output_dir)
         blocks += _tables(results)
         blocks += _comparisons(results)
-    blocks += _trainings(results)
+    blocks += learning_blocks(arms, output_dir)
+    blocks += _trainings(results, cost_table(arms))
     blocks += _commands(results)
     write_document(blocks, output_dir, "report", title)
 
@@ -250,7 +256,7 @@ def _lines_without_baseline(results: Results) -> list[str]:
 # ---------------------------------------------------------------------- cost, and how to repeat it
 
 
-def _trainings(results: Results) -> list[Block]:
+def _trainings(results: Results, costs: list[Block]) -> list[Block]:
     rows: list[list[Cell]] = []
     for run in results.runs:
         if run["trained"]:
@@ -260,7 +266,7 @@ def _trainings(results: Results) -> list[Block]:
             rows.append([_run_name(run), state, *[MISSING] * 5])
     header = ["", "steps", "training", "evaluation", "parameters", "last losses", "hardware"]
     note = "Times are for the whole command, imports included."
-    return [Heading("What it took"), Table(header, rows), Text(note, note=True)]
+    return [Heading("What it took"), *costs, Table(header, rows), Text(note, note=True)]
 
 
 def _training_row(run: dict) -> list[Cell]:

@@ -27,6 +27,11 @@ from .experiment_scores import (
 
 COLUMNS = (*MAIN, "query_recall@1", "hit_rate@5")
 ALL = "all"
+GROUP_TITLES = {
+    "in-domain": "in-domain average",
+    "out-of-domain": "out-of-domain average",
+    ALL: "average of all tasks",
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +117,7 @@ class Results:
         self.command = command
         self.modes: list[str] = experiment["evaluation"]["modes"]
         self.evaluated = [run for run in runs if run["evaluated"] is not None]
-        self.arm_and_mode = {self._line(arm, mode): (arm, mode) for arm in experiment["arms"] for mode in self.modes}
+        self.arm_and_mode = {self.line(arm, mode): (arm, mode) for arm in experiment["arms"] for mode in self.modes}
         # This checks the format, so it comes before anything else is read.
         all_results = [read_results(results_folder(run)) for run in self.evaluated]
         self.scores = self._read_scores()
@@ -124,7 +129,7 @@ class Results:
         self._figures: dict[tuple, MeasuredOverSeeds | None] = {}
         self._comparisons: dict[tuple, DifferenceOverSeeds | None] = {}
 
-    def _line(self, arm: str, mode: str) -> str:
+    def line(self, arm: str, mode: str) -> str:
         """Return the name of a line: its arm, its mode or both, whichever tells the lines of this experiment apart."""
         if len(self.modes) == 1:
             return arm
@@ -138,7 +143,7 @@ class Results:
         for run in self.evaluated:
             for mode in self.modes:
                 by_task = {task: read_task_scores(run, task, mode) for task in self.meaning}
-                by_seed = scores.setdefault(self._line(run["arm"], mode), {})
+                by_seed = scores.setdefault(self.line(run["arm"], mode), {})
                 by_seed[run["seed"]] = {task: figures for task, figures in by_task.items() if figures}
         return scores
 
@@ -176,7 +181,7 @@ class Results:
 
     def label(self, line: str) -> str:
         """Return the name of a line for readers, with its mode in words."""
-        return self._line(self.arm(line), self.mode_label(line))
+        return self.line(self.arm(line), self.mode_label(line))
 
     def mode_label(self, line: str) -> str:
         """Return the mode of a line, in words."""

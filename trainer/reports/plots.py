@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Curve: TypeAlias = Mapping[float, Measured]
+Line: TypeAlias = Sequence[tuple[float, float, float, float]]  # x, value, and the bounds of a band around it
 
 COLORS = ("#2f6db3", "#e08a2e", "#4d9a5b", "#b5475b", "#7b62a8", "#6b7680")
 LINE_STYLES = ("-", "--", ":")
@@ -159,6 +160,39 @@ def draw_lines(
     panel_axes[0].set_ylabel(_safe(ylabel), fontsize=9)
     _add_legend(picture, panel_axes[0])
     _save(picture, path)
+
+
+def draw_line_grid(rows: Mapping[str, Sequence[Mapping[str, Line]]], xlabels: Sequence[str], path: Path) -> None:
+    """
+    Draw lines with bands: a row of panels for each quantity, a column for each x axis. A row shares its y axis.
+
+    Args:
+        rows (`Mapping`): name of a quantity -> for each column, label of a line -> its points. A label has the same
+            colour in all panels; a line without points is left out of its panel.
+        xlabels (`Sequence[str]`): what the numbers of each column are.
+        path (`Path`): the PNG file to write.
+    """
+    size = (4.2 * len(xlabels) + 2.2, 2.9 * len(rows) + 0.4)
+    picture = Figure(figsize=size, layout="constrained")
+    grid = picture.subplots(len(rows), len(xlabels), squeeze=False, sharey="row", sharex="col")
+    for row_axes, (title, panels) in zip(grid, rows.items(), strict=True):
+        for axes, lines in zip(row_axes, panels, strict=True):
+            for number, (label, points) in enumerate(lines.items()):
+                _draw_line(axes, label, points, number)
+            _trim(axes)
+        row_axes[0].set_ylabel(_safe(title), fontsize=9)
+    for axes, xlabel in zip(grid[-1], xlabels, strict=True):
+        axes.set_xlabel(_safe(xlabel), fontsize=9)
+    _add_legend(picture, grid[0][0])
+    _save(picture, path)
+
+
+def _draw_line(axes: "Axes", label: str, points: Line, number: int) -> None:
+    xs, values, low, high = np.array(points, float).reshape(-1, 4).T
+    color = COLORS[number % len(COLORS)]
+    style = LINE_STYLES[number // len(COLORS) % len(LINE_STYLES)]
+    axes.plot(xs, values, marker="o", markersize=3, label=_safe(label), color=color, linestyle=style)
+    axes.fill_between(xs, low, high, alpha=0.13, color=color, linewidth=0)
 
 
 def draw_histograms(scores: Mapping[str, tuple[Sequence[float], Sequence[float]]], path: Path) -> None:
