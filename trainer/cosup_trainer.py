@@ -355,8 +355,9 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
             further["training_seconds"] = self._running.training_seconds
         if "train_runtime" in logs:
             peaks = gather_objects(peak_memory(self.args.device), self._host_group)
-            if None not in peaks:
-                further["peak_memory"] = max(peaks)
+            known = [peak for peak in peaks if peak is not None]
+            if len(known) == len(peaks):
+                further["peak_memory"] = max(known)
         super().log({**logs, **further}, start_time)
 
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -179,6 +179,7 @@ def draw_line_grid(rows: Mapping[str, Sequence[Mapping[str, Line]]], xlabels: Se
         for axes, lines in zip(row_axes, panels, strict=True):
             for number, (label, points) in enumerate(lines.items()):
                 _draw_line(axes, label, points, number)
+            axes.locator_params(axis="x", integer=True)
             _trim(axes)
         row_axes[0].set_ylabel(_safe(title), fontsize=9)
     for axes, xlabel in zip(grid[-1], xlabels, strict=True):
