@@ -57,6 +57,7 @@ def test_all_planned_comparisons_are_corrected_together(tmp_path):
     )
     assert forward["adjusted_p"] == pytest.approx(3 * forward["p_value"])
     assert backward["adjusted_p"] == pytest.approx(3 * forward["p_value"])  # 2 x p, but not below the one before it
+    assert forward["adjusted_bootstrap_p"] == pytest.approx(3 * forward["bootstrap_p"])
     assert [forward["verdict"], backward["verdict"], same["verdict"]] == ["ahead", "behind", "not shown"]
     assert (same["p_value"], same["seeds"], same["n"]) == (1.0, [0, 3, 0], 100)
 

@@ -34,13 +34,16 @@ def planned_comparisons(results: Results) -> list[dict[str, Any]]:
     Returns:
         `list[dict]`: for each, the fields of its plan, `missing` (what it lacks, as text), and, if it lacks nothing,
         the `values` of both arms, what [`~trainer.judging.hierarchical.SeedComparison`] holds, `seeds` (the numbers of
-        seeds above, equal and below), `left_out` (number of scores that only one of the arms has), `adjusted_p` and
-        `verdict`. A comparison that lacks a run or a figure has no value at all, and counts in the correction.
+        seeds above, equal and below), `left_out` (number of scores that only one of the arms has), `adjusted_p`,
+        `adjusted_bootstrap_p` (of the bootstrap alone, which does not decide) and `verdict`. A comparison that lacks a
+        run or a figure has no value at all, and counts in the correction.
     """
     comparisons = [_compare(results, plan) for plan in results.experiment.get("comparisons") or []]
     adjusted = holm([comparison["p_value"] for comparison in comparisons])
-    for comparison, adjusted_p in zip(comparisons, adjusted, strict=True):
-        comparison["adjusted_p"] = adjusted_p
+    adjusted_bootstrap = holm([comparison["bootstrap_p"] for comparison in comparisons])
+    for number, comparison in enumerate(comparisons):
+        comparison["adjusted_p"] = adjusted[number]
+        comparison["adjusted_bootstrap_p"] = adjusted_bootstrap[number]
         comparison["verdict"] = _verdict(comparison)
     return comparisons
 
@@ -173,7 +176,7 @@ def _row(results: Results, comparison: dict[str, Any]) -> list[Cell]:
         *(shown(value, name) for value in comparison["values"]),
         (shown(comparison["difference"], name, signed=True), f"bootstrap {intervals[0]}, t {intervals[1]}"),
         (shown_p(comparison["p_value"]), f"bootstrap {p_values[0]}, t {p_values[1]}"),
-        shown_p(comparison["adjusted_p"]),
+        (shown_p(comparison["adjusted_p"]), f"bootstrap {shown_p(comparison['adjusted_bootstrap_p'])}"),
         (f"{comparison['n']:,}", left_out),
         " / ".join(map(str, comparison["seeds"])),
         comparison["verdict"],
