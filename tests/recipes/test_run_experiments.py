@@ -108,18 +108,30 @@ def test_two_arms_two_seeds_from_file_to_report(inputs, tmp_path, run_here, caps
     check_figures_against_evaluations(first_results)
     check_report(first_results, tmp_path / "out")
 
-    # Another experiment with the same arms trains and evaluates nothing.
+    # Another experiment with the same arms trains and evaluates nothing, whatever it compares.
     before = modification_times(cache, "*ed.json")
     assert len(before) == 8
-    code, launched = run_here(arguments(inputs, tmp_path / "again", more=with_cache))
+    plan = "comparisons=[{arm: co, against: separate, figure: query_recall@1, group: known, setting: Top-4}]"
+    code, launched = run_here(arguments(inputs, tmp_path / "again", plan, more=with_cache))
     assert (code, launched) == (0, [])
-    assert json.loads((tmp_path / "again" / "experiment.json").read_text())["figures"] == first_results["figures"]
+    results = json.loads((tmp_path / "again" / "experiment.json").read_text())
+    assert results["figures"] == first_results["figures"]
+    (planned,) = results["planned_comparisons"]
+    figures = [results["figures"]["Top-4"][arm]["known"]["query_recall@1"]["value"] for arm in ("co", "separate")]
+    assert planned["values"] == pytest.approx(figures)
+    assert "## Planned comparisons" in (tmp_path / "again" / "report.md").read_text()
     assert modification_times(cache, "*ed.json") == before
 
     # An arm with another option is trained, the other one is not.
-    changed = arguments(inputs, tmp_path / "out", "arms.co.temperature=0.1", more=(*with_cache, "--seeds", "1"))
-    _, launched = run_here(changed)
+    options = ["temperature=0.1", f"validation_file={inputs / 'train.jsonl'}", "eval_strategy=steps", "eval_steps=1"]
+    overrides = [f"arms.co.{option}" for option in options]
+    _, launched = run_here(arguments(inputs, tmp_path / "out", *overrides, more=(*with_cache, "--seeds", "1")))
     assert launched == [("train.py", "co, seed 1"), ("run_evaluation.py", "co, seed 1")]
+    co = json.loads((tmp_path / "out" / "experiment.json").read_text())["learning_curves"]["co"]
+    first, second = co["curves"]["eval_ntp_loss"]
+    assert (first["step"], second["step"], co["steps"]) == (1, 2, 2)
+    assert 0 < first["seconds"] < second["seconds"] <= co["seconds"] and not co["seconds_are_estimates"]
+    assert co["peak_memory"] > 0.1
     capsys.readouterr()
     experiment = load_experiment(inputs / "experiment.yaml", overrides_of(inputs, "seeds=[1, 2]"))
     run_experiments.show_plan(experiment, cache)
