@@ -73,10 +73,11 @@ class TrainingStepMixin(DistillationStepMixin):
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
         """Run `Trainer`'s, and begin the log: a trial of a search has set its arguments by now."""
-        self._running = running_figures(self.loss_weights, self.args)
-        self._running.seconds_before = logged_seconds(self.state.log_history)
         self._candidate_watch = CandidateWatch(self.args, trains_retriever(without_peft(self.model)))
-        return super()._prepare_for_training(*args, **kwargs)
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        self._running = running_figures(self.loss_weights, self.args)  # its clock starts
+        self._running.seconds_before = logged_seconds(self.state.log_history)
+        return prepared
 
     # ------------------------------------------------------------------ what all ranks know of a step
 
