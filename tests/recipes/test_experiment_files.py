@@ -65,7 +65,7 @@ def test_shipped_experiments_are_valid(path, tmp_path, monkeypatch):
     for place in (*world.values(), "W/pairs.jsonl", "W/start.jsonl"):
         Path(place).touch()
     Path("D").mkdir()
-    for kind in ("title", "sentence", "span", "all", "supervised"):  # of queries, in the arms of cloze.yaml
+    for kind in ("title", "sentence", "span", "all", "supervised", "train", "validation"):
         Path("D", f"{kind}.jsonl").write_text(kind)
     arms = []
     for arm in experiment.arms:
@@ -82,7 +82,7 @@ def test_shipped_experiments_are_valid(path, tmp_path, monkeypatch):
         gen = "W/gen" if experiment.world else options["gen"]
         assert (script.gen == gen) != bool(script.model_name_or_path)
         assert args.seed == 0
-        assert args.gradient_accumulation_steps * args.train_batch_size in (32, 64, 128)
+        assert args.gradient_accumulation_steps * args.train_batch_size in (16, 32, 64, 128)
 
 
 def test_shipped_experiments_share_trainings(tmp_path):
