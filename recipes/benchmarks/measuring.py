@@ -154,7 +154,9 @@ class Arm:
         return [work * other_seconds / seconds for seconds, other_seconds in pairs]
 
 
-def take_turns(arms: dict[str, Callable[[], Any]], repeats: int, meter: Meter) -> dict[str, Arm]:
+def take_turns(
+    arms: dict[str, Callable[[], Any]], repeats: int, meter: Meter, max_seconds: float | None = None
+) -> dict[str, Arm]:
     """
     Call each arm once to warm up, then once in each of `repeats` rounds.
 
@@ -164,9 +166,13 @@ def take_turns(arms: dict[str, Callable[[], Any]], repeats: int, meter: Meter) -
         arms (`dict[str, Callable]`): name -> function without arguments.
         repeats (`int`): number of timed rounds.
         meter ([`Meter`]): the meter of the device.
+        max_seconds (`float`, *optional*): no round begins later than this after the call, but at least one is timed.
     """
     measured = {name: Arm() for name in arms}
+    start = time.perf_counter()
     for turn in range(repeats + 1):
+        if max_seconds is not None and turn > 1 and time.perf_counter() - start > max_seconds:
+            break
         for name in rotated(list(arms), turn):
             result, seconds, peak = meter(arms[name])
             if turn == 0:
