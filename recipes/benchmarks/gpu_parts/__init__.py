@@ -1,0 +1,1 @@
+"""The parts of recipes/benchmarks/gpu.py: correctness, speed and training, and what runs and reports them."""

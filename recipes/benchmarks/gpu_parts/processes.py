@@ -1,0 +1,115 @@
+"""
+A part in a process of its own, so that a check that crashes, hangs or breaks the GPU ends only itself.
+
+After such an end the rest of the part goes on in another process, as long as the part's time lasts.
+"""
+
+import importlib
+import multiprocessing
+import multiprocessing.connection
+import os
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from gpu_parts.records import name_the_end
+from gpu_parts.report import write_report
+
+FRESH_PROCESS = 3  # exit code of a process whose GPU is in no state to go on
+
+
+@dataclass
+class Call:
+    """What a process needs to know about the call: the options of gpu.py, and its command line."""
+
+    output_dir: str
+    minutes: float
+    tiny: bool
+    device: str
+    gen: str | None
+    train_file: str | None
+    data: str | None
+    command: str
+
+
+def run_part(part: str, call: Call) -> bool:
+    """
+    Run a part in as many processes as it takes.
+
+    Returns:
+        `bool`: whether the checks of the part could be read and begun.
+    """
+    deadline = time.time() + 60 * call.minutes
+    while True:
+        exit_code = run_process(part, call, deadline)
+        if exit_code == 0:
+            return True
+        if exit_code == FRESH_PROCESS:
+            continue
+        out_of_time = time.time() >= deadline
+        reason = end_of(exit_code, out_of_time, call.minutes)
+        unfinished = name_the_end(call.output_dir, part, reason)
+        write_report(call.output_dir)
+        for name in unfinished:
+            print(f"[{part}] {name}: begun and not ended. {reason}", flush=True)
+        if out_of_time:
+            return True
+        if not unfinished:  # it ended before a check began, and would do so again
+            print(f"[{part}] did not begin. {reason}", flush=True)
+            return False
+
+
+def end_of(exit_code: int, out_of_time: bool, minutes: float) -> str:
+    """Return why a process ended, in a sentence."""
+    if out_of_time:
+        return f"Stopped at the end of the part's {minutes:g} minutes."
+    if exit_code < 0:
+        return f"Its process was killed by signal {-exit_code}."
+    return f"Its process ended with exit code {exit_code}."
+
+
+def run_process(part: str, call: Call, deadline: float) -> int:
+    """Run a part in one process until it ends or the time is over; return its exit code, below 0 for a signal."""
+    process = multiprocessing.get_context("spawn").Process(target=work, args=(part, call, deadline))
+    process.start()
+    try:
+        process.join(max(0.0, deadline - time.time()))
+    finally:  # also if this process is interrupted
+        if process.is_alive():
+            process.kill()
+        process.join()
+    return process.exitcode or 0
+
+
+def work(part: str, call: Call, deadline: float) -> None:
+    """Run the checks of a part in this process, and end it."""
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    import torch
+
+    from gpu_parts.runner import Context, run_checks
+
+    checks = importlib.import_module(f"gpu_parts.{part}").CHECKS
+    device = call.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    context = Context(
+        device=torch.device(device),
+        folder=Path(call.output_dir, part),
+        deadline=deadline,
+        tiny=call.tiny,
+        gen=call.gen,
+        train_file=call.train_file,
+        data=call.data,
+    )
+    needs_fresh_process = run_checks(part, checks, context, call.command)
+    sys.exit(FRESH_PROCESS if needs_fresh_process else 0)
+
+
+def end_with_parent() -> None:
+    """Wait until the process that started this one is gone, then end at once."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    multiprocessing.connection.wait([parent.sentinel])
+    os._exit(1)
