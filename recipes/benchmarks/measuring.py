@@ -129,6 +129,42 @@ class TimedIndex:
             return self.index.get_passages(rows)
 
 
+CPU_MATMUL_SIZES = (1024, 1536, 2048)  # large enough to reach the peak
+ACCELERATOR_MATMUL_SIZES = (4096, 8192, 16384)
+
+
+def matmul_peak(
+    device: torch.device, dtype: torch.dtype, sizes: Sequence[int] | None = None, repeats: int = 8
+) -> float:
+    """
+    Return the speed of the fastest matrix product that the device was seen to do.
+
+    It is measured, so it holds for the threads and the clock rate of this process. Unlike a data sheet's number, it
+    can be reached.
+
+    Args:
+        device (`torch.device`): on a CPU, with the threads that torch has now.
+        dtype (`torch.dtype`): of both factors.
+        sizes (`list[int]`, *optional*): n of the products of n x n matrices; by default three that suit the device.
+        repeats (`int`, *optional*, defaults to 8): timed products of each size, after one warm-up.
+
+    Returns:
+        `float`: FLOP/s, 2 n³ for each product; the best of all.
+    """
+    if sizes is None:
+        sizes = CPU_MATMUL_SIZES if device.type == "cpu" else ACCELERATOR_MATMUL_SIZES
+    clock = Clock(device)
+    peak = 0.0
+    for n in sizes:
+        factors = torch.randn(2, n, n, device=device).to(dtype)
+        torch.matmul(*factors)
+        for _ in range(repeats):
+            start = clock.now()
+            torch.matmul(*factors)
+            peak = max(peak, 2 * n**3 / (clock.now() - start))
+    return peak
+
+
 @dataclass
 class Arm:
     """

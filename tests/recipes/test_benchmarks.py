@@ -119,6 +119,17 @@ def test_bad_options_are_reported(benchmark, monkeypatch, options, message):
         run(benchmark, monkeypatch, "--device", "cpu", *options)
 
 
+def test_the_peak_is_the_fastest_product(monkeypatch):
+    """With a clock that says how long each product takes, the peak is known."""
+    monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
+    import measuring
+
+    ticks = iter([0, 4, 10, 12, 20, 28, 30, 33])  # products of 8 x 8 take 4 s and 2 s, of 16 x 16 8 s and 3 s
+    monkeypatch.setattr(measuring.Clock, "now", lambda self: next(ticks))
+    peak = measuring.matmul_peak(torch.device("cpu"), torch.float32, sizes=(8, 16), repeats=2)
+    assert peak == 2 * 16**3 / 3
+
+
 def test_the_costs_of_towers_belong_to_the_arm(monkeypatch, tmp_path):
     """The parts run here in this process, with a Gen of 2 layers: what is counted in bytes is known."""
     monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])

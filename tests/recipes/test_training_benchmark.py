@@ -1,0 +1,52 @@
+"""The benchmark of a training step, small: its arms compute the same, and its counts are right."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.recipes import write_inputs
+
+BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """Import `recipes/benchmarks/train.py` under another name, because `recipes/` has a train.py too."""
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    spec = importlib.util.spec_from_file_location("benchmark_of_training", BENCHMARKS / "train.py")
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    import measuring
+
+    monkeypatch.setattr(measuring, "CPU_MATMUL_SIZES", (16,))
+    return module
+
+
+def run(benchmark, monkeypatch, tmp_path, *argv):
+    """Run the benchmark on two tiny models, with these further command-line arguments; return its results."""
+    inputs = write_inputs(tmp_path)
+    options = ["--gen", inputs / "gen", "--train_file", inputs / "train.jsonl", "--output_file", tmp_path / "out.json"]
+    options += ["--batch_size", 2, "--repeats", 1, "--num_threads", 1]
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, [*options, *argv])])
+    benchmark.main()
+    return json.loads((tmp_path / "out.json").read_text())
+
+
+def test_the_arms_of_a_step_compute_the_same(benchmark, monkeypatch, tmp_path, capsys):
+    step = run(benchmark, monkeypatch, tmp_path, "--sections", "step")["step"]
+    arms = step["arms"]
+    assert list(arms)[0] == "padded baseline"
+    exact = [figures["float32_loss_and_gradient_error"] for figures in arms.values()]
+    assert sum(errors is not None for errors in exact) == 3
+    assert all(max(errors) < 1e-4 for errors in exact if errors is not None)
+    assert all(figures["gradient_error"] < 0.2 for figures in arms.values())
+    # a body has 2 layers of width 32: queries and outputs, keys and values (grouped), 3 products of the MLP, 5 norms
+    weights = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64) + 5 * 32
+    for figures in arms.values():
+        flops = 6 * weights * figures["useful_tokens_per_second"]
+        assert figures["share_of_matmul_peak"] == pytest.approx(flops / step["matmul_peak"])
+    assert "of the matrix-product peak" in capsys.readouterr().out
