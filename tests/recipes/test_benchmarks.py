@@ -75,14 +75,19 @@ def test_a_given_gen(benchmark, monkeypatch, tmp_path):
     assert columns(results["part_4"], "rows_equal") == [(10,), (10,)]
 
 
-def test_other_passages_give_other_tokens(benchmark):
+@pytest.mark.parametrize("package", ["faiss", "no faiss"])
+def test_other_passages_give_other_tokens(benchmark, monkeypatch, package):
+    import decoding_arms
+
+    if package == "no faiss":
+        monkeypatch.setattr(decoding_arms, "faiss", None)
     script = benchmark.BenchmarkArguments(shape="tiny", new_tokens=16, num_passages=60)
     world = benchmark.World(script, torch.device("cpu"))
     index, (prompt,), plan = world.index(60), world.prompts(1), world.plan(1).tolist()[0]
     last_tokens = []
     for id in ("p1", "p2"):
         pool = index.get_passages(index.rows_of([id]))
-        original = benchmark.original_generate(world, prompt, plan, pool, world.embed(pool))
+        original = decoding_arms.original_generate(world, prompt, plan, pool, world.embed(pool))
         assert world.retrieve(world.model, [prompt], index, [[id]]) == [original]
         positions = [position for position, token in enumerate(original) if token == world.config.nsp_token_id]
         assert len(positions) == script.retrievals
