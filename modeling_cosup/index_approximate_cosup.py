@@ -15,12 +15,6 @@ except ImportError:
 INNER_PRODUCT, L2 = 0, 1  # faiss.METRIC_INNER_PRODUCT and faiss.METRIC_L2
 
 
-def require_faiss() -> None:
-    """Raise an `ImportError` if faiss is missing."""
-    if faiss is None:
-        raise ImportError("Approximate search needs faiss: pip install faiss-cpu (on a GPU machine faiss-gpu).")
-
-
 def make_approximate(
     factory: str, exact: ExactSearch, train_rows: RowArray, metric: int = INNER_PRODUCT
 ) -> "faiss.Index":
@@ -62,9 +56,7 @@ def empty_approximate(
     Raises:
         `ValueError`: if FAISS does not know the factory string or an option, or the sample is too small for the lists
             of an IVF index.
-        `ImportError`: without FAISS.
     """
-    require_faiss()
     if train_size < 1:
         raise ValueError(f"train_size is {train_size}, expected at least 1.")
     try:
@@ -103,7 +95,6 @@ def write_approximate(index: "faiss.Index", path: Path) -> None:
 
 def read_approximate(path: Path, num_rows: int, size: int) -> "faiss.Index":
     """Map a FAISS index; `ValueError` if it is damaged or does not hold `num_rows` embeddings of `size` dimensions."""
-    require_faiss()
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:

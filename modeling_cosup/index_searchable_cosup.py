@@ -162,7 +162,6 @@ class SearchableStore(PassageStore):
         Raises:
             `ValueError`: if FAISS refuses the factory string, the size of the sample or an option, or all passages
                 were deleted.
-            `ImportError`: without FAISS.
         """
         with self._changing():
             self._check_not_empty()

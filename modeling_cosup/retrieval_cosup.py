@@ -26,6 +26,10 @@ from .shard_build_cosup import begin, collect, finish, unfinished_folder, write_
 from .tokenization_cosup import encode_passages_for_gen, special_ids
 
 try:
+    import faiss
+except ImportError:
+    faiss = None  # type: ignore[assignment]
+try:
     import pyarrow as pa
 except ImportError:
     pa = None
@@ -48,7 +52,7 @@ class PassageIndex(SearchableStore):
     corpus, and never changes.
 
     Raises:
-        `ImportError`: if pyarrow is missing.
+        `ImportError`: if faiss or pyarrow is missing.
     """
 
     def __init__(self, shards: list[Shard], config: Config, folder: Path | None = None) -> None:
@@ -372,6 +376,10 @@ def _card(config: Config, num_passages: int, repo_id: str, model: str | None, li
 
 
 def require_packages() -> None:
-    """Raise an `ImportError` without pyarrow, which a passage index needs. Exact search can do without faiss."""
-    if pa is None:
-        raise ImportError("A passage index needs pyarrow: pip install pyarrow.")
+    """Raise an `ImportError` if a package that a passage index needs is missing."""
+    missing = [name for module, name in ((faiss, "faiss-cpu"), (pa, "pyarrow")) if module is None]
+    if missing:
+        raise ImportError(
+            f"A passage index needs {' and '.join(missing)}: pip install {' '.join(missing)} (on a GPU machine"
+            " faiss-gpu)."
+        )

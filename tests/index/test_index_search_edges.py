@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_cosup import index_approximate_cosup, index_search_cosup
+from modeling_cosup import index_search_cosup
 from modeling_cosup.index_approximate_cosup import empty_approximate
 from modeling_cosup.index_search_cosup import ApproximateSearch, ExactSearch
 from modeling_cosup.milvus_upload_cosup import _digest
@@ -47,20 +47,6 @@ def test_results_that_faiss_leaves_empty_are_no_rows(monkeypatch):
     assert scores.dtype == np.float32
     assert (rows == -1).all()
     assert (scores == -np.inf).all()
-
-
-@pytest.mark.parametrize("n", [1, 5, 70])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exact_search_does_without_faiss(monkeypatch, n, dtype):
-    index = random_index(dtype=dtype)
-    expected_scores, expected_rows = index.search(queries(n), 4)
-    for module in (index_search_cosup, index_approximate_cosup):
-        monkeypatch.setattr(module, "faiss", None)
-    scores, rows = index.search(queries(n), 4)
-    assert rows.tolist() == expected_rows.tolist()
-    assert scores == pytest.approx(expected_scores, abs=1e-5)
-    with pytest.raises(ImportError, match="Approximate search needs faiss: pip install faiss-cpu"):
-        index.train_approximate("HNSW32")
 
 
 # ------------------------------------------------------------------ pools
