@@ -56,7 +56,9 @@ def empty_approximate(
     Raises:
         `ValueError`: if FAISS does not know the factory string or an option, or the sample is too small for the lists
             of an IVF index.
+        `ImportError`: without FAISS.
     """
+    require_faiss()
     if train_size < 1:
         raise ValueError(f"train_size is {train_size}, expected at least 1.")
     try:
@@ -68,6 +70,12 @@ def empty_approximate(
         raise _refused(factory, size, train_size, f"{ivf.nlist} lists need at least as many training embeddings")
     set_search_options(index, search_options)
     return index
+
+
+def require_faiss() -> None:
+    """Raise an `ImportError` without FAISS: only exact search works then."""
+    if faiss is None:
+        raise ImportError("Approximate search needs faiss: pip install faiss-cpu.")
 
 
 def _refused(factory: str, size: int, train_size: int, error: Exception | str) -> ValueError:
@@ -95,6 +103,7 @@ def write_approximate(index: "faiss.Index", path: Path) -> None:
 
 def read_approximate(path: Path, num_rows: int, size: int) -> "faiss.Index":
     """Map a FAISS index; `ValueError` if it is damaged or does not hold `num_rows` embeddings of `size` dimensions."""
+    require_faiss()
     try:
         index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:

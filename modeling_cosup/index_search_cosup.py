@@ -1,6 +1,6 @@
 """
-Searching an index by inner product: exactly over mapped files (FAISS) or on a device (torch), or approximately
-through any FAISS index.
+Searching an index by inner product: exactly over mapped files (FAISS; torch where that is missing) or on a device
+(torch), or approximately through any FAISS index.
 
 Every searcher has `search(queries, k) -> (scores, rows)`, both `numpy.ndarray` `(N, k)`, best first. Deleted rows are
 among the results; if fewer than k rows are found, the rest is -inf and -1.
@@ -64,7 +64,7 @@ class ExactSearch:
             embeddings = torch.from_numpy(block)
             if not self._is_finite:
                 check_finite(torch.stack(embeddings.aminmax()).numpy())
-            if allowed is None and len(queries) not in PRODUCT_QUERIES:
+            if faiss is not None and allowed is None and len(queries) not in PRODUCT_QUERIES:
                 scores, rows = faiss.knn(queries.numpy(), block, min(k, len(block)), faiss.METRIC_INNER_PRODUCT)
                 scores = np.where(rows < 0, -np.inf, scores).astype(np.float32)
             else:

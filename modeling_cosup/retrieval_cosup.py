@@ -52,7 +52,7 @@ class PassageIndex(SearchableStore):
     corpus, and never changes.
 
     Raises:
-        `ImportError`: if faiss or pyarrow is missing.
+        `ImportError`: if pyarrow is missing.
     """
 
     def __init__(self, shards: list[Shard], config: Config, folder: Path | None = None) -> None:
@@ -376,9 +376,13 @@ def _card(config: Config, num_passages: int, repo_id: str, model: str | None, li
 
 
 def require_packages() -> None:
-    """Raise an `ImportError` if a package that a passage index needs is missing."""
+    """
+    Raise an `ImportError` if a package that a passage index needs is missing.
+
+    It names FAISS too if that is missing: exact search works without, but takes longer for single queries.
+    """
     missing = [name for module, name in ((faiss, "faiss-cpu"), (pa, "pyarrow")) if module is None]
-    if missing:
+    if pa is None:
         raise ImportError(
             f"A passage index needs {' and '.join(missing)}: pip install {' '.join(missing)} (on a GPU machine"
             " faiss-gpu)."

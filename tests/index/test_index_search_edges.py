@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_cosup import index_search_cosup
+from modeling_cosup import index_approximate_cosup, index_search_cosup, retrieval_cosup
 from modeling_cosup.index_approximate_cosup import empty_approximate
 from modeling_cosup.index_search_cosup import ApproximateSearch, ExactSearch
 from modeling_cosup.milvus_upload_cosup import _digest
@@ -47,6 +47,22 @@ def test_results_that_faiss_leaves_empty_are_no_rows(monkeypatch):
     assert scores.dtype == np.float32
     assert (rows == -1).all()
     assert (scores == -np.inf).all()
+
+
+def test_exact_search_works_without_faiss(monkeypatch):
+    index = random_index(300)
+    for count in (1, 5, 70):
+        expected = index.search(queries(count), k=7)
+        monkeypatch.setattr(index_search_cosup, "faiss", None)
+        monkeypatch.setattr(index_approximate_cosup, "faiss", None)
+        monkeypatch.setattr(retrieval_cosup, "faiss", None)
+        scores, rows = random_index(300).search(queries(count), k=7)
+        monkeypatch.undo()
+        assert (rows == expected[1]).all()
+        np.testing.assert_allclose(scores, expected[0], rtol=1e-5, atol=1e-6)
+    monkeypatch.setattr(index_approximate_cosup, "faiss", None)
+    with pytest.raises(ImportError, match="Approximate search needs faiss: pip install faiss-cpu"):
+        index.train_approximate("HNSW8")
 
 
 # ------------------------------------------------------------------ pools
