@@ -21,7 +21,6 @@ import statistics
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +36,9 @@ from modeling_cosup.files_cosup import write_json
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_instances
 from trainer.judging.figures import figure, shown
 
-from measuring import GB, Meter, print_hardware, print_table
+from measuring import print_hardware, print_table
 from shared.quickstart import WorldArguments, prepare_world
-from train_arms import Ours, batches_of, useful_tokens
+from train_nsp_batch import section_nsp_batch
 from train_step import section_step
 
 HELD_OUT = ("ntp_loss", "query_recall@1", "query_recall@5")
@@ -105,42 +104,6 @@ def section_duplicates(instances: list[dict], seed: int) -> list[dict[str, Any]]
         shares = [f"{result['duplicates']:.1%}", f"{result['words_spared']:.1%}"]
         rows.append([str(result["batch"]), str(result["passages"]), *shares])
     print_table(["random batch", "passages", "repeated in the batch", "words saved"], rows)
-    return results
-
-
-def section_nsp_batch(
-    model: CoSupForCausalLM, instances: list[dict], script: Any, folder: str
-) -> list[dict[str, Any]]:
-    """Measure peak memory and time of one GradCache step for each NSP batch, with one token budget per micro-batch."""
-    meter = Meter(model.device)
-    results = []
-    for size in map(int, script.nsp_batch_sizes.split(",")):
-        options = {"nsp_batch_size": size, "max_tokens_per_micro_batch": script.micro_batch_tokens}
-        ours = Ours(model, folder, instances, script, **options)
-        (batch,) = batches_of(ours.trainer, size, 1, script.seed)
-        model.zero_grad()
-        ours.step(batch[:2])  # gradients exist before the measurement
-        _, took, peak = meter(partial(ours.step, batch))
-        result = {
-            "nsp_batch_size": size,
-            "seconds": took,
-            "peak_memory_gb": peak / GB,
-            "useful_tokens_per_second": useful_tokens(batch) / took,
-        }
-        results.append(result)
-        print(f"  NSP batch {size}: {result}", flush=True)
-    model.zero_grad()
-    rows = []
-    for result in results:
-        rows.append(
-            [
-                str(result["nsp_batch_size"]),
-                f"{result['seconds']:.1f}",
-                f"{result['peak_memory_gb']:.2f}",
-                f"{result['useful_tokens_per_second']:.0f}",
-            ]
-        )
-    print_table(["NSP batch", "s / step", "peak memory above weights and gradients, GB", "useful tokens/s"], rows)
     return results
 
 

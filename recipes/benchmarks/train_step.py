@@ -1,6 +1,7 @@
 """The `step` section of the benchmark of a training step: time, memory and error of every arm on the same batches."""
 
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -148,12 +149,23 @@ def errors_of(
 
 
 def time_arms(
-    model: CoSupForCausalLM, arms: dict[str, Step], batches: list[list[dict]], meter: Meter
+    model: torch.nn.Module,
+    arms: dict[str, Step],
+    batches: list[list[dict]],
+    meter: Meter,
+    max_seconds: float | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Return the seconds and the peak memory in bytes of every arm, batch by batch."""
+    """
+    Return the seconds and the peak memory in bytes of every arm, batch by batch.
+
+    No batch but the first begins later than `max_seconds` after the call.
+    """
+    start = time.perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     memory: dict[str, list[float]] = {name: [] for name in arms}
     for i, batch in enumerate(batches, 1):
+        if max_seconds is not None and i > 1 and time.perf_counter() - start > max_seconds:
+            break
         for name in rotated(list(arms), i):  # no arm is always the first to see a batch
             model.zero_grad()
             _, took, peak = meter(partial(arms[name], batch))
