@@ -74,7 +74,7 @@ class BenchmarkArguments:
         default=8, metadata={"help": "Rows of a batch in part 4, for generate_many and the fixed batches."}
     )
     max_seconds: float | None = field(
-        default=None, metadata={"help": "No round of a batch size begins later than this; one is always timed."}
+        default=None, metadata={"help": "No timed round but the first begins later than this after the warm-up."}
     )
     captured: bool = field(
         default=True, metadata={"help": "Add the arms with a static cache and a captured step to parts 2 and 3."}

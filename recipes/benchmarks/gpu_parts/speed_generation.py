@@ -8,6 +8,7 @@ from transformers import CompileConfig
 from decoding_arms import print_captures
 from decoding_parts import calls_of_part_2, part_1, results_of_part_2
 from gpu_parts.runner import Context
+from gpu_parts.speed_failures import first_calls, require
 from gpu_parts.speed_goals import goal
 from measuring import spread_text, take_turns
 from memory_arms import decoding_with_memories, step_costs
@@ -70,7 +71,9 @@ def against_plain(context: Context, shape: str, batch_size: int, names: tuple[st
     script = make_script(context, shape)
     world = make_world(context, script)
     all_calls = calls_of_part_2(world, script, world.index(script.num_passages), batch_size)
-    calls = {name: all_calls[name] for name in names}
+    errors = first_calls({name: all_calls[name] for name in names})
+    require("plain", errors)
+    calls = {name: all_calls[name] for name in names if name not in errors}
     arms = take_turns(calls, script.repeats, world.meter, script.max_seconds)
     results = results_of_part_2(arms, batch_size, script.new_tokens, print_captures())
     rows = []
@@ -90,17 +93,13 @@ def against_plain(context: Context, shape: str, batch_size: int, names: tuple[st
                 f"{result['rows_equal']} of {batch_size}",
             ]
         )
-    header = [
-        "arm",
-        "ms a token and row",
-        "tokens/s",
-        "x plain eager (min to max)",
-        "reading passages, s",
-        "search, s",
-    ]
+    rows += [[name, *[""] * 7, f"does not run: {error}"] for name, error in errors.items()]
+    header = ["arm", "ms a step", "tokens/s", "x plain eager (min to max)", "reading passages, s", "search, s"]
     header += ["x plain without reading and search", "peak memory GB", "rows as in the eager arm"]
     title = f"{batch_size} rows of {script.new_tokens} tokens; {world.description}"
     ours = [result for result in results if result["arm"] != "plain"]
+    if not ours:
+        raise RuntimeError(f"No arm of ours runs: {errors}")
     fastest = max(ours, key=lambda result: result["speed_to_plain"]["median"])
     speed = fastest["speed_to_plain"]
     goals = []
@@ -112,6 +111,7 @@ def against_plain(context: Context, shape: str, batch_size: int, names: tuple[st
         "batch_size": batch_size,
         "new_tokens": script.new_tokens,
         "arms": results,
+        "errors": errors,
         "summary": f"{batch_size} rows: {fastest['arm']} {spread_text(speed)} x plain eager",
         "goals": goals,
         "tables": [{"title": title, "header": header, "rows": rows}],

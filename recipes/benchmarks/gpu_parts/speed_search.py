@@ -52,13 +52,13 @@ def search_speed(context: Context) -> dict[str, Any]:
         config = new_config({"embedding_size": size, "dtype": "bfloat16", "fingerprint": {}}, shards)
         index = PassageIndex(shards, config).to(context.device, dtype)
         searches[f"PassageIndex, {dtype}"] = partial(search_index, index)
-        searches[f"torch, {dtype}"] = partial(search_plainly, index._device.embeddings)  # type: ignore[union-attr]
+        searches[f"torch, {dtype}"] = partial(search_plainly, index._device.embeddings)
     notes = add_faiss(searches, shards, size, context.device)
     results = []
     for batch_size in BATCH_SIZES:
         queries = all_queries[:batch_size]
         calls = {name: partial(repeated, search, queries) for name, search in searches.items()}
-        arms = take_turns(calls, 1 if context.tiny else 5, Meter(context.device), MAX_SECONDS)
+        arms = take_turns(calls, 1 if context.tiny else 5, Meter(context.device, collect=False), MAX_SECONDS)
         results += search_results(arms, batch_size)
     rows = []
     for result in results:

@@ -1,13 +1,12 @@
 """
 The speed of training: a step against the padded loop, and NSP batches with GradCache.
 
-Random weights and text (SmolLM2-135M's shape), or those of `--gen` and `--train_file`. Weights are float32, computation
-is bf16 autocast. The peak that the arms are compared with is measured here too.
+Random weights and text (SmolLM2-135M's shape), or those of `--gen` and `--train_file`. Weights are float32, under bf16
+autocast. The peak that the arms are compared with is measured here too.
 """
 
 import statistics
 import tempfile
-from collections.abc import Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -15,23 +14,20 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flex_attention import flex_attention_forward
-from transformers.masking_utils import flex_attention_mask
 
 from modeling_cosup import CoSupForCausalLM
 from trainer import load_instances
 
-from gpu_parts.runner import Context, is_installed
+from gpu_parts.runner import Context
+from gpu_parts.speed_failures import first_calls, require
 from gpu_parts.speed_goals import goal
+from gpu_parts.speed_training_arms import BASELINE, ROWS_OF_BASELINE, training_arms
 from measuring import GB, Meter, matmul_peak, spread, spread_text
 from random_instances import random_instances, random_two_towers
-from train_arms import CompiledOurs, Ours, batches_of, padded_baseline, useful_tokens
+from train_arms import Ours, batches_of, useful_tokens
 from train_nsp_batch import measure_nsp_batch
 from train_step import Step, peak_flops, ratios, time_arms
 
-ROWS_OF_BASELINE = 64  # of a forward of the padded loop: with its logits at every position, more do not fit
-FLEX = "flex_attention_one_dtype"  # begins with flex: the trainer then packs rows without a dense mask
 MAX_SECONDS = 45  # for the timed batches of a table
 
 
@@ -63,115 +59,6 @@ def describe(context: Context) -> dict[str, str]:
     }
 
 
-# ---------------------------------------------------------------------- arms
-
-
-class WithAttention:
-    """
-    An arm whose Gen and Emb_seq have another attention implementation during its steps.
-
-    Args:
-        model (`CoSupForCausalLM`): shared with other arms.
-        implementation (`str`): e.g. `"flash_attention_2"`.
-        step (`Callable`): the step of the arm.
-    """
-
-    def __init__(self, model: CoSupForCausalLM, implementation: str, step: Step) -> None:
-        self.parts = (model.gen, model.emb_seq)
-        self.implementation = implementation
-        self.arm_step = step
-
-    def step(self, rows: list[dict]) -> float:
-        """Run forward and backward of a batch, and return its loss."""
-        before = [part.config._attn_implementation for part in self.parts]
-        try:
-            for part in self.parts:
-                part.set_attn_implementation(self.implementation)
-            return self.arm_step(rows)
-        finally:
-            for part, implementation in zip(self.parts, before, strict=True):
-                part.set_attn_implementation(implementation)
-
-
-def register_flex() -> None:
-    """
-    Register flex attention that takes queries, keys and values of different dtypes under the name [`FLEX`].
-
-    Under autocast, rotary positions leave queries and keys in float32. Other kernels cast them; flex attention does so
-    only in new releases of torch.
-    """
-
-    def forward(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        return flex_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, *args, **kwargs)
-
-    AttentionInterface.register(FLEX, forward)
-    AttentionMaskInterface.register(FLEX, flex_attention_mask)
-
-
-def packed_attentions(device: torch.device) -> dict[str, str]:
-    """Return the attention implementations in which packed rows are tried, by the name that the table gives them."""
-    if device.type != "cuda":
-        return {"a dense mask": "sdpa"}  # flex attention has no backward on a CPU
-    register_flex()
-    implementations = {"flex": FLEX}
-    if is_installed("flash_attn"):
-        implementations["flash"] = "flash_attention_2"
-    return implementations
-
-
-def training_arms(
-    context: Context, model: CoSupForCausalLM, rows: Any, script: SimpleNamespace, folder: str
-) -> dict[str, Step]:
-    """Return the step of each arm by its name; the first is the baseline."""
-    autocast = partial(torch.autocast, model.device.type, torch.bfloat16)
-    backend = "eager" if context.tiny else "inductor"
-    compiled = partial(CompiledOurs, model, folder, rows, script, torch_compile_backend=backend)
-
-    def baseline(batch: list[dict]) -> float:
-        losses = []
-        for start in range(0, len(batch), ROWS_OF_BASELINE):
-            losses.append(padded_baseline(model, batch[start : start + ROWS_OF_BASELINE], autocast))
-        return statistics.mean(losses)
-
-    arms: dict[str, Step] = {
-        "padded, eager": baseline,
-        "ours, eager": Ours(model, folder, rows, script).step,
-        "ours, compiled layers": compiled().step,
-    }
-    for kind, implementation in packed_attentions(context.device).items():
-        packed = compiled(padding_free=True)
-        arms[f"ours, packed rows ({kind}), compiled layers"] = WithAttention(model, implementation, packed.step).step
-    return arms
-
-
-def working_arms(
-    arms: dict[str, Step], batches: Sequence[list[dict]], model: nn.Module
-) -> tuple[dict[str, Step], dict[str, str]]:
-    """
-    Warm every arm up on some batches.
-
-    Returns:
-        `(arms, errors)`: the arms that work, and of the others the first line of their error.
-    """
-    working = {}
-    errors = {}
-    for name, arm in arms.items():
-        try:
-            for batch in batches:
-                model.zero_grad()
-                arm(batch)
-            working[name] = arm
-        except Exception as error:  # whatever kernels, compilers and their versions raise: the others are measured
-            errors[name] = f"{type(error).__name__}: {error}".splitlines()[0][:300]
-            print(f"  {name}: {errors[name]}", flush=True)
-        model.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-    return working, errors
-
-
 # ---------------------------------------------------------------------- the table of a step
 
 
@@ -185,7 +72,7 @@ def training_table(context: Context, batch_size: int) -> dict[str, Any]:
     """
     torch._dynamo.config.recompile_limit = 64  # the arms share the code of the layers
     model = training_model(context)
-    repeats = 2 if context.tiny else 5
+    repeats = 1 if context.tiny else 5
     instances = training_instances(context, model, batch_size * (repeats + 2))
     script = SimpleNamespace(batch_size=batch_size, bf16=True, seed=0)
     peak = matmul_peak(context.device, torch.bfloat16, (64,) if context.tiny else None)
@@ -193,11 +80,12 @@ def training_table(context: Context, batch_size: int) -> dict[str, Any]:
         ours = Ours(model, folder, instances, script)
         rows = ours.trainer.train_dataset
         first, second, *batches = batches_of(ours.trainer, batch_size, repeats + 2, 0)
-        arms, errors = working_arms(training_arms(context, model, rows, script, folder), [first, second], model)
+        arms = training_arms(context, model, rows, script, folder)
+        errors = first_calls({name: partial(warm_up, arm, model, [first, second]) for name, arm in arms.items()})
+        require(BASELINE, errors)
+        arms = {name: arm for name, arm in arms.items() if name not in errors}
         seconds, memory = time_arms(model, arms, batches, Meter(context.device), MAX_SECONDS)
-    if "padded, eager" not in arms:
-        raise RuntimeError(f"The padded baseline does not run: {errors['padded, eager']}")
-    batches = batches[: len(seconds["padded, eager"])]
+    batches = batches[: len(seconds[BASELINE])]
     flops = [model_flops(model, batch) for batch in batches]
     tokens = [useful_tokens(batch) for batch in batches]
     sheet_peak = peak_flops(context.device)
@@ -207,7 +95,7 @@ def training_table(context: Context, batch_size: int) -> dict[str, Any]:
         result = {
             "arm": name,
             "seconds": spread(seconds[name]),
-            "speed_to_baseline": spread(ratios(seconds["padded, eager"], seconds[name])),
+            "speed_to_baseline": spread(ratios(seconds[BASELINE], seconds[name])),
             "useful_tokens_per_second": statistics.median(ratios(tokens, seconds[name])),
             "peak_memory_gb": max(memory[name]) / GB,
             "share_of_matmul_peak": statistics.median(speeds) / peak,
@@ -224,6 +112,16 @@ def training_table(context: Context, batch_size: int) -> dict[str, Any]:
         "errors": errors,
         **training_report(context, results, errors),
     }
+
+
+def warm_up(arm: Step, model: nn.Module, batches: list[list[dict]]) -> None:
+    """Let an arm take a step on each batch, and leave no gradients."""
+    try:
+        for batch in batches:
+            model.zero_grad()
+            arm(batch)
+    finally:
+        model.zero_grad()
 
 
 def training_report(context: Context, results: list[dict[str, Any]], errors: dict[str, str]) -> dict[str, Any]:
