@@ -5,8 +5,7 @@ All arms of a comparison take turns in rotated rounds; a ratio is the median of 
 and the largest. The goals are for a large GPU and full shapes: a missed one is reported, and is no failure.
 """
 
-import functools
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from gpu_parts.runner import Check, Context
@@ -17,17 +16,11 @@ EAGER = ("plain", "CoSup, never retrieves", "CoSup, retrieves")
 NEVER_RETRIEVES = ("plain", "CoSup, never retrieves", "CoSup, captured, never retrieves")
 
 
-def reports_goals(run: Callable[..., dict[str, Any]]) -> Callable[..., dict[str, Any]]:
-    """Let the summary of a check say what became of its goals."""
-
-    @functools.wraps(run)
-    def with_goals(*args: Any, **kwargs: Any) -> dict[str, Any]:
-        result = run(*args, **kwargs)
-        if result.get("goals"):
-            result["summary"] += "; " + goal_text(result["goals"])
+def with_goals(result: dict[str, Any]) -> dict[str, Any]:
+    """Return a result whose summary says what became of its goals."""
+    if not result["goals"]:
         return result
-
-    return with_goals
+    return {**result, "summary": f"{result['summary']}; {goal_text(result['goals'])}"}
 
 
 # Each check imports what it needs when it runs: what one of them lacks must not keep the others from running.
@@ -43,32 +36,28 @@ def peak(context: Context) -> dict[str, Any]:
     return {"flops": peaks, "summary": summary}
 
 
-@reports_goals
 def training(context: Context, batch_size: int) -> dict[str, Any]:
     from gpu_parts.speed_training import training_table
 
-    return training_table(context, 8 if context.tiny else batch_size)
+    return with_goals(training_table(context, 8 if context.tiny else batch_size))
 
 
-@reports_goals
 def nsp_batches(context: Context) -> dict[str, Any]:
     from gpu_parts.speed_training import nsp_batches
 
-    return nsp_batches(context)
+    return with_goals(nsp_batches(context))
 
 
-@reports_goals
 def generation(context: Context, shape: str, batch_size: int, names: tuple[str, ...]) -> dict[str, Any]:
     from gpu_parts.speed_generation import against_plain
 
-    return against_plain(context, shape, 2 if context.tiny else batch_size, names)
+    return with_goals(against_plain(context, shape, 2 if context.tiny else batch_size, names))
 
 
-@reports_goals
 def original(context: Context) -> dict[str, Any]:
     from gpu_parts.speed_generation import against_original
 
-    return against_original(context)
+    return with_goals(against_original(context))
 
 
 def search(context: Context) -> dict[str, Any]:
@@ -91,13 +80,13 @@ def memories(context: Context) -> dict[str, Any]:
 
 def generation_check(shape: str, batch_size: int, names: tuple[str, ...], minutes: float) -> Check:
     """Return the check of generate() at one shape and batch size."""
-    run = functools.partial(generation, shape=shape, batch_size=batch_size, names=names)
+    run = partial(generation, shape=shape, batch_size=batch_size, names=names)
     return Check(f"generate_{shape}_batch_{batch_size}", run, minutes, packages=["pyarrow"])
 
 
 def training_check(batch_size: int, minutes: float) -> Check:
     """Return the check of a training step at one batch size."""
-    run = functools.partial(training, batch_size=batch_size)
+    run = partial(training, batch_size=batch_size)
     return Check(f"training_batch_{batch_size}", run, minutes, packages=["datasets"])
 
 
