@@ -7,6 +7,7 @@ Speed, memory and error of a training step, side by side in one process.
 Sections:
 
 - `step`: forward and backward of a whole batch in each arm, interleaved, median of `--repeats` after one warm-up
+- `profile`: the kinds of work that the time of a step goes into, eager and with `--torch_compile`
 - `nsp_batch`: memory of GradCache as its batch grows
 - `duplicates`: the share of a batch's passages that repeat another one
 - `precision`: loss after 300 steps in float32 and bf16
@@ -29,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, for `shared`
 from shared.cli import parse
 
 import torch
+from train_profile import section_profile
 from transformers import set_seed
 
 from modeling_cosup import CoSupForCausalLM
@@ -59,10 +61,11 @@ class BenchmarkArguments:
     batch_size: int = field(default=8, metadata={"help": "Instances of a batch."})
     micro_batch_tokens: int = field(default=2048, metadata={"help": "Token budget of a micro-batch with GradCache."})
     repeats: int = field(default=9, metadata={"help": "Timed rounds of every arm; each round is another batch."})
+    profile_steps: int = field(default=3, metadata={"help": "Steps of the profile section, after one warm-up."})
     nsp_batch_sizes: str = field(default="8,16,32,64", metadata={"help": "NSP batches whose memory is measured."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "In every arm."})
-    torch_compile: bool = field(default=False, metadata={"help": "Add an arm with compiled layers."})
+    torch_compile: bool = field(default=False, metadata={"help": "Also measure compiled layers."})
     num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; defaults to all cores."})
     precision_steps: int = field(default=300, metadata={"help": "Steps of the precision section."})
     precision_layers: int = field(
@@ -241,7 +244,7 @@ def main() -> None:
     if sections - {"defaults"} and not (script.gen and script.train_file):
         sys.exit("error: every section but `defaults` needs --gen and --train_file.")
     with tempfile.TemporaryDirectory() as folder:
-        if sections & {"step", "nsp_batch"}:
+        if sections & {"step", "profile", "nsp_batch"}:
             model_kwargs = {"dtype": "float32"}
             if script.attn_implementation:
                 model_kwargs["attn_implementation"] = script.attn_implementation
@@ -252,6 +255,8 @@ def main() -> None:
             instances = load_instances(script.train_file)
             if "step" in sections:
                 results["step"] = section_step(model, instances, script, folder)
+            if "profile" in sections:
+                results["profile"] = section_profile(model, instances, script, folder)
             if "nsp_batch" in sections:
                 results["nsp_batch"] = section_nsp_batch(model, instances, script, folder)
         if "duplicates" in sections:

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,3 +51,35 @@ def test_the_arms_of_a_step_compute_the_same(benchmark, monkeypatch, tmp_path, c
         flops = 6 * weights * figures["useful_tokens_per_second"]
         assert figures["share_of_matmul_peak"] == pytest.approx(flops / step["matmul_peak"])
     assert "of the matrix-product peak" in capsys.readouterr().out
+
+
+def test_the_profile_of_a_step_is_whole(benchmark, monkeypatch, tmp_path, capsys):
+    results = run(benchmark, monkeypatch, tmp_path, "--sections", "profile", "--profile_steps", 1)["profile"]
+    shares = results["eager"]["shares"]
+    assert sum(shares.values()) == pytest.approx(1)
+    for kind in ("matrix products", "attention", "loss", "embeddings", "optimiser and clipping"):
+        assert shares[kind] > 0
+    assert results["eager"]["matmul_flops"] > 0
+    assert "| matrix products |" in capsys.readouterr().out
+
+
+def test_kinds_of_work_are_counted(benchmark):
+    """Of an event that the host and a kernel of the device both name, the device's time is counted once."""
+    import train_profile
+
+    def event(key, microseconds, flops=0, device_type=train_profile.DeviceType.CPU):
+        times = {"self_cpu_time_total": microseconds, "self_device_time_total": 10 * microseconds}
+        return SimpleNamespace(key=key, flops=flops, device_type=device_type, **times)
+
+    kernel = event("gemm", 1e6, device_type=train_profile.DeviceType.CUDA)
+    events = [event("aten::mm", 1e6, flops=6), event("aten::bmm", 2e6, flops=8), event("aten::copy_", 4e6), kernel]
+    result = train_profile.shares_of_kinds(events, seconds=8, cuda=False)
+    assert result["matmul_flops"] == 6
+    shares = {kind: share for kind, share in result["shares"].items() if share}
+    assert shares == {
+        "casts, copies and zeros": 4 / 8,
+        "attention": 2 / 8,
+        "matrix products": 1 / 8,
+        train_profile.OUTSIDE: 1 / 8,
+    }
+    assert train_profile.shares_of_kinds(events, seconds=70, cuda=True)["shares"]["attention"] == 20 / 70
