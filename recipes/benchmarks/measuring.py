@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -32,13 +32,16 @@ class Meter:
     A meter of the seconds and the peak memory of a call.
 
     The peak is what the call needs in addition to the memory that was in use before it: resident memory of the process
-    on a CPU, allocated memory on a GPU.
+    on a CPU, allocated memory on a GPU. Each call resets the peak that the system or torch keeps;
+    `Meter.highest` is the highest of all that any meter saw since it was set to 0, in bytes.
 
     Args:
         device (`torch.device`): where the calls compute.
         collect (`bool`, *optional*, defaults to `True`): collect garbage before each call. That takes a part of a
             second, which adds up with many short calls.
     """
+
+    highest: ClassVar[float] = 0.0
 
     def __init__(self, device: torch.device, collect: bool = True) -> None:
         self.cuda = device.type == "cuda"
@@ -48,6 +51,7 @@ class Meter:
         """Return the result of a call, its seconds, and its peak memory in bytes."""
         if self.collect:
             gc.collect()
+        Meter.highest = max(Meter.highest, self.peak())
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -61,8 +65,13 @@ class Meter:
         if self.cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if self.cuda else resident_bytes("VmHWM")
+        peak = self.peak()
+        Meter.highest = max(Meter.highest, peak)
         return result, seconds, peak - bytes_before
+
+    def peak(self) -> float:
+        """Return the highest memory in use since the peak was reset, in bytes."""
+        return torch.cuda.max_memory_allocated() if self.cuda else resident_bytes("VmHWM")
 
 
 class Clock:

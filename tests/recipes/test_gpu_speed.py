@@ -214,6 +214,21 @@ def test_memories(speed, context):
     assert list(by_arm(result)) == ["no memory", "MLPMemory", "KNNMemory of 200"]
 
 
+def test_the_peak_of_a_check_counts_what_its_meters_reset(speed):
+    from gpu_parts.runner import free_memory, peak_memory
+    from measuring import Meter
+
+    device = torch.device("cpu")
+    free_memory(device)
+    before = peak_memory(device)
+    _, _, peak = Meter(device)(lambda: torch.ones(50_000_000).sum())
+    Meter(device)(lambda: None)
+    assert peak > 150e6
+    assert peak_memory(device) > before + 100e6
+    free_memory(device)
+    assert peak_memory(device) < before + 100e6
+
+
 def test_a_missing_package_is_named(speed, context, monkeypatch):
     from gpu_parts import runner
 

@@ -75,7 +75,8 @@ def against_plain(context: Context, shape: str, batch_size: int, names: tuple[st
     require("plain", errors)
     calls = {name: all_calls[name] for name in names if name not in errors}
     arms = take_turns(calls, script.repeats, world.meter, script.max_seconds)
-    results = results_of_part_2(arms, batch_size, script.new_tokens, print_captures())
+    captures = print_captures()
+    results = results_of_part_2(arms, batch_size, script.new_tokens, captures)
     rows = []
     for result in results:
         parts = {name: f"{seconds:.3f}" for name, seconds in result["parts"].items()}
@@ -96,7 +97,7 @@ def against_plain(context: Context, shape: str, batch_size: int, names: tuple[st
     rows += [[name, *[""] * 7, f"does not run: {error}"] for name, error in errors.items()]
     header = ["arm", "ms a step", "tokens/s", "x plain eager (min to max)", "reading passages, s", "search, s"]
     header += ["x plain without reading and search", "peak memory GB", "rows as in the eager arm"]
-    title = f"{batch_size} rows of {script.new_tokens} tokens; {world.description}"
+    title = f"{batch_size} rows of {script.new_tokens} tokens; {world.description}; captured: {captures}"
     ours = [result for result in results if result["arm"] != "plain"]
     if not ours:
         raise RuntimeError(f"No arm of ours runs: {errors}")

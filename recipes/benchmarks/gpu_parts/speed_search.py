@@ -128,6 +128,7 @@ def add_faiss(searches: dict[str, Search], shards: list[Shard], size: int, devic
         return ["faiss: not installed"]
     if device.type == "cuda" and not hasattr(faiss, "StandardGpuResources"):
         return ["faiss: installed without GPU support"]
+    resources = None
     if device.type == "cuda":
         resources = faiss.StandardGpuResources()
         config = faiss.GpuIndexFlatConfig()
@@ -140,8 +141,13 @@ def add_faiss(searches: dict[str, Search], shards: list[Shard], size: int, devic
         name = "faiss, float32"
     for shard in shards:
         index.add(shard.embeddings.float().numpy())
-    searches[name] = lambda queries: index.search(queries.cpu().numpy(), K)[1]
+    searches[name] = partial(search_faiss, index, resources)
     return []
+
+
+def search_faiss(index: Any, resources: Any, queries: torch.Tensor) -> np.ndarray:
+    """Return the rows `(N, K)` that an index of faiss finds; on a GPU it needs its resources while it exists."""
+    return index.search(queries.cpu().numpy(), K)[1]
 
 
 def repeated(search: Search, queries: torch.Tensor) -> np.ndarray:
