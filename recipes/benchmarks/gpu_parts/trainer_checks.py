@@ -1,6 +1,5 @@
 """Checks of a step of `CoSupTrainer`, which needs datasets: every arm of the benchmark of a step, and a launch."""
 
-import json
 import os
 import subprocess
 import sys
@@ -65,9 +64,9 @@ def accelerate_fsdp2(context: Context) -> dict[str, Any]:
     steps = {}
     with tempfile.TemporaryDirectory() as folder:
         for name in ("alone", "sharded"):
-            job = {"folder": folder, "file": f"{folder}/{name}.safetensors", "sharded": name == "sharded"}
-            launch(job | {"tiny": context.tiny, "device": str(context.device)})
-            steps[name] = read_step(job["file"])
+            file = f"{folder}/{name}.safetensors"
+            launch(context, file, sharded=name == "sharded")
+            steps[name] = read_step(file)
     comparisons = Comparisons()
     alone, sharded = steps["alone"], steps["sharded"]
     what = "accelerate's FSDP2 of one rank, no FSDP2"
@@ -77,7 +76,7 @@ def accelerate_fsdp2(context: Context) -> dict[str, Any]:
     return comparisons.result()
 
 
-def launch(job: dict[str, Any]) -> None:
+def launch(context: Context, file: str, sharded: bool) -> None:
     """
     Run one_rank.py in a process of its own, under `accelerate launch` if its weights are to be shards.
 
@@ -85,14 +84,15 @@ def launch(job: dict[str, Any]) -> None:
         `RuntimeError`: with the end of the process's errors.
     """
     command = [sys.executable]
-    if job["sharded"]:
+    if sharded:
         options = ["--config_file", str(CONFIG), "--num_processes", "1", "--mixed_precision", "no"]
         command += ["-m", "accelerate.commands.launch", *options]
-    command += [str(Path(__file__).with_name("one_rank.py")), json.dumps(job)]
-    variables = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "recipes")])}
+    command += [str(Path(__file__).with_name("one_rank.py")), "--file", file, "--device", context.device.type]
+    command += ["--tiny", str(context.tiny), "--sharded", str(sharded)]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command[:-1])} failed:\n{done.stderr[-1500:]}")
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-1500:]}")
 
 
 def read_step(file: str) -> Step:
