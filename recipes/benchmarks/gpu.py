@@ -7,7 +7,8 @@ A GPU's hour in a box: correctness, speed and training on this machine, in three
 
 Each part takes at most `--minutes`. A check that does not fit into what is left of them is left for the next call.
 The same command again does what is missing. Each check has a file OUT/<part>/<check>.json. OUT/results.json holds
-them all, and OUT/report.md shows them. The exit status is 1 if a check failed.
+them all, and OUT/report.md shows them. A folder with results.json alone can be continued too, e.g. on another machine.
+The exit status is 1 if a check failed.
 
 It starts with torch, transformers, accelerate, peft, sentence-transformers and pyarrow alone, without a network. A
 check that needs another package says so and is skipped. To bring packages to a machine without a network:
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # the packages of this proje
 from shared.cli import clear_errors, parse
 
 from gpu_parts.processes import Call, run_part
-from gpu_parts.records import check_size, read_part, try_again
+from gpu_parts.records import check_size, read_part, restore_records, try_again
 from gpu_parts.report import PARTS, write_report
 
 
@@ -64,8 +65,9 @@ def main() -> None:
     """Run the parts and write the report; the exit status is 1 if a check failed."""
     with clear_errors():
         (script,) = parse([GpuArguments], __doc__)
-        check_size(script.output_dir, PARTS, script.tiny)
         Path(script.output_dir).mkdir(parents=True, exist_ok=True)
+        restore_records(script.output_dir)
+        check_size(script.output_dir, PARTS, script.tiny)
     call = Call(
         output_dir=script.output_dir,
         minutes=script.minutes,

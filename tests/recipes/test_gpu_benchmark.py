@@ -257,7 +257,7 @@ def statuses(folder):
 
 
 def test_statuses_resumption_and_report(parts, tmp_path, capsys):
-    from gpu_parts.records import check_size, read_record, try_again
+    from gpu_parts.records import check_size, read_record, restore_records, try_again
     from gpu_parts.runner import Context, run_checks
 
     def run(minutes):
@@ -301,6 +301,10 @@ def test_statuses_resumption_and_report(parts, tmp_path, capsys):
     assert read_record(tmp_path, "speed", "boom")["earlier"]["status"] == "failed"
     results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
     assert [entry["check"] for entry in results["speed"]] == list(expected)
+    before = read_record(tmp_path, "speed", "fine")
+    shutil.rmtree(tmp_path / "speed")
+    restore_records(tmp_path)  # of results.json
+    assert statuses(tmp_path) == {**expected, "long": "done"} and read_record(tmp_path, "speed", "fine") == before
     with pytest.raises(ValueError, match="was written with --tiny True, and this call has --tiny False"):
         check_size(tmp_path, ("speed",), tiny=False)
 

@@ -48,6 +48,17 @@ def read_part(output_dir: str | Path, part: str) -> list[Record]:
     return sorted(records, key=lambda record: record["order"])
 
 
+def restore_records(output_dir: str | Path) -> None:
+    """Write the records that `results.json` has and the folders of the parts lack: it may be all that was kept."""
+    path = Path(output_dir, "results.json")
+    if not path.exists():
+        return
+    for records in read_json(path).values():
+        for record in records:
+            if read_record(output_dir, record["part"], record["check"]) is None:
+                write_record(output_dir, record)
+
+
 def check_size(output_dir: str | Path, parts: tuple[str, ...], tiny: bool) -> None:
     """
     Check that a folder holds no results of the other size.
