@@ -3,7 +3,8 @@ Attention of short rows on a CPU.
 
 In bfloat16, the backward pass of PyTorch's fused attention takes several times as long on a CPU as the plain products
 that it replaces (recipes/benchmarks/README.md). The plain products keep all scores, so only short rows can afford
-them: those of up to `LONGEST` tokens. Longer rows, other precisions and other devices keep the fused kernel.
+them: those of up to `LONGEST` tokens. Longer rows, where the gain is small, other precisions and other devices keep
+the fused kernel.
 """
 
 import contextlib
@@ -18,7 +19,7 @@ from transformers.masking_utils import eager_mask, sdpa_mask
 
 from .recording import eager_attention
 
-LONGEST = 512
+LONGEST = 256
 NAME = "short_rows"
 
 

@@ -8,6 +8,7 @@ Sections:
 
 - `step`: forward and backward of a whole batch in each arm, interleaved, median of `--repeats` after one warm-up
 - `profile`: the kinds of work that the time of a step goes into, eager and with `--torch_compile`
+- `attention`: fused attention and plain products on a CPU, by length of rows; needs no model and no data
 - `nsp_batch`: memory of GradCache as its batch grows
 - `duplicates`: the share of a batch's passages that repeat another one
 - `precision`: loss after 300 steps in float32 and bf16
@@ -30,7 +31,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, for `shared`
 from shared.cli import parse
 
 import torch
-from train_profile import section_profile
 from transformers import set_seed
 
 from modeling_cosup import CoSupForCausalLM
@@ -40,7 +40,9 @@ from trainer.judging.figures import figure, shown
 
 from measuring import print_hardware, print_table
 from shared.quickstart import WorldArguments, prepare_world
+from train_attention import section_attention
 from train_nsp_batch import section_nsp_batch
+from train_profile import section_profile
 from train_step import section_step
 
 HELD_OUT = ("ntp_loss", "query_recall@1", "query_recall@5")
@@ -241,8 +243,8 @@ def main() -> None:
     script.bf16 = True
     results: dict[str, Any] = {**print_hardware(device), "arguments": vars(script)}
     sections = set(script.sections.split(","))
-    if sections - {"defaults"} and not (script.gen and script.train_file):
-        sys.exit("error: every section but `defaults` needs --gen and --train_file.")
+    if sections - {"attention", "defaults"} and not (script.gen and script.train_file):
+        sys.exit("error: every section but `attention` and `defaults` needs --gen and --train_file.")
     with tempfile.TemporaryDirectory() as folder:
         if sections & {"step", "profile", "nsp_batch"}:
             model_kwargs = {"dtype": "float32"}
@@ -259,6 +261,8 @@ def main() -> None:
                 results["profile"] = section_profile(model, instances, script, folder)
             if "nsp_batch" in sections:
                 results["nsp_batch"] = section_nsp_batch(model, instances, script, folder)
+        if "attention" in sections:
+            results["attention"] = section_attention(script)
         if "duplicates" in sections:
             results["duplicates"] = section_duplicates(load_instances(script.train_file), script.seed)
         if "precision" in sections:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from support.recipes import write_inputs
 
@@ -83,3 +84,15 @@ def test_kinds_of_work_are_counted(benchmark):
         train_profile.OUTSIDE: 1 / 8,
     }
     assert train_profile.shares_of_kinds(events, seconds=70, cuda=True)["shares"]["attention"] == 20 / 70
+
+
+def test_both_ways_of_attention_compute_the_same(benchmark, monkeypatch, tmp_path, capsys):
+    import train_attention
+
+    monkeypatch.setattr(train_attention, "SHAPES", ((2, 5),))
+    (result,) = run(benchmark, monkeypatch, tmp_path, "--sections", "attention")["attention"]
+    assert result["fused"] > 0 and result["plain"] > 0
+    assert "| 2 x 5 |" in capsys.readouterr().out
+    query, key, value = torch.randn(3, 2, 9, 5, 64)
+    expected = train_attention.fused(query, key, value)
+    torch.testing.assert_close(train_attention.plain(query, key, value), expected)
