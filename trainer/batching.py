@@ -3,7 +3,6 @@ Collate instances into a batch: micro-batches that waste little padding, one row
 facts of a batch that all ranks need.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -221,9 +220,11 @@ class CoSupDataCollator:
     def _cut(self, rows: BatchRows) -> list[Cut]:
         """Return the rows of each micro-batch; there is at least one micro-batch."""
         groups = self._groups(self._lengths(rows))
-        no_rows: list[int] = []
-        aligned = itertools.zip_longest(groups["gen"], groups["passages"], groups["queries"], fillvalue=no_rows)
-        cuts = [Cut(instances, passages, queries) for instances, passages, queries in aligned]
+        count = max(map(len, groups.values()))
+        no_rows: list[list[int]] = [[]]
+        # aligned at the end: the last micro-batch must reach every part of the model, see `complete`
+        aligned = [no_rows * (count - len(groups[kind])) + groups[kind] for kind in ("gen", "passages", "queries")]
+        cuts = [Cut(*cut) for cut in zip(*aligned, strict=True)]
         return cuts or [Cut([], [], [])]
 
     def _groups(self, lengths: dict[str, list[int]]) -> dict[str, list[list[int]]]:

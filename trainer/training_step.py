@@ -48,6 +48,7 @@ from .losses import (
 from .micro_batches import forward_arguments
 from .model_setup import trains_retriever, without_peft
 from .running import RunningFigures, logged_seconds
+from .short_rows import plain_short_rows
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses, lone_queries
 
@@ -180,10 +181,11 @@ class TrainingStepMixin(DistillationStepMixin):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Run `Trainer.training_step` or, with `nsp_batch_size`, the two passes of GradCache (see `grad_cache`)."""
-        if self.args.nsp_batch_size is None:
-            return super().training_step(model, inputs, num_items_in_batch)
-        assert num_items_in_batch is not None  # get_batch_samples counts them
-        loss = self._cached_training_step(model, inputs, num_items_in_batch)
+        with plain_short_rows(self.model, self.args):
+            if self.args.nsp_batch_size is None:
+                return super().training_step(model, inputs, num_items_in_batch)
+            assert num_items_in_batch is not None  # get_batch_samples counts them
+            loss = self._cached_training_step(model, inputs, num_items_in_batch)
         empty_cache_steps = self.args.torch_empty_cache_steps
         if empty_cache_steps is not None and self.state.global_step % empty_cache_steps == 0:
             clear_device_cache()

@@ -2,9 +2,9 @@
 
 import contextlib
 import copy
+from collections.abc import Callable
 from typing import Any
 
-import faiss
 import numpy as np
 import torch
 from torch._dynamo.utils import counters
@@ -15,6 +15,32 @@ from modeling_cosup import CoSupForCausalLM, PassageIndex
 from measuring import Clock, TimedIndex
 from random_world import World
 
+try:
+    import faiss
+except ImportError:
+    faiss = None
+
+# a question's own index: what a result says about it
+CANDIDATE_SEARCH = "faiss.IndexFlatIP" if faiss else "a product in torch on the CPU, because faiss is not installed"
+
+
+def candidate_search(embeds: np.ndarray) -> Callable[[np.ndarray], int]:
+    """
+    Make an index for a question, as the original does, and return its search.
+
+    Args:
+        embeds (`np.ndarray` of shape `(C, h)`): the embeddings of the candidates, float32.
+
+    Returns:
+        `Callable`: takes a query `(1, h)` in float32, returns the number of the nearest candidate by inner product.
+    """
+    if faiss is None:
+        candidates = torch.from_numpy(embeds)
+        return lambda query: int((candidates @ torch.from_numpy(query)[0]).argmax())
+    index = faiss.IndexFlatIP(embeds.shape[1])
+    index.add(embeds)
+    return lambda query: int(index.search(query, 1)[1][0, 0])
+
 
 @torch.no_grad()
 def original_generate(
@@ -23,7 +49,8 @@ def original_generate(
     """
     Write one row by the original's algorithm.
 
-    It has an ordinary KV cache, which it discards at every passage and every `[CE]`, and a FAISS index for this row.
+    It has an ordinary KV cache, which it discards at every passage and every `[CE]`, and an index of its own for this
+    row.
 
     Args:
         world (`World`): the model and its settings.
@@ -37,8 +64,7 @@ def original_generate(
     """
     gen = world.model.gen
     config = world.config
-    index = faiss.IndexFlatIP(embeds.shape[1])
-    index.add(embeds)
+    search = candidate_search(embeds)
 
     def read(tokens: list[int], cache: DynamicCache) -> torch.Tensor:
         input_ids = torch.tensor([tokens], device=world.device)
@@ -52,8 +78,8 @@ def original_generate(
         hidden = read(unread, cache)
         if ids[-1] == config.nsp_token_id:
             # The query embedding is not normalized: its length does not change the order of inner products.
-            _, rows = index.search(hidden.float().cpu().numpy(), 1)
-            ids += [*pool[rows[0, 0]]["input_ids"], config.cs_token_id]
+            passage = pool[search(hidden.float().cpu().numpy())]
+            ids += [*passage["input_ids"], config.cs_token_id]
             cache = DynamicCache()
             hidden = read(ids, cache)
         if token < 0:

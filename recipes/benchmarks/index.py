@@ -47,6 +47,8 @@ from modeling_cosup.index_files_cosup import Shard
 from modeling_cosup.index_store_cosup import new_config
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 
+from encoding_arms import SENTENCE_TRANSFORMERS, encoding_arms, synthetic_passages, tiny_model
+
 SHARD_SIZE = 32768
 
 
@@ -167,37 +169,19 @@ def encode(args: BenchmarkArguments, folder: Path) -> dict[str, Any] | None:
 
     `build` also checks the corpus, tokenizes for Gen and stores the texts.
     """
-    try:
-        from sentence_transformers import SentenceTransformer
-        from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
-    except ImportError:
+    if not SENTENCE_TRANSFORMERS:
         print("encode: skipped, it needs sentence-transformers (pip install sentence-transformers)\n")
         return None
     name = args.model or tiny_model(folder / "tiny")
     model = CoSupForCausalLM.from_gen_and_emb_seq(name, tie_emb_seq=False, model_kwargs={"dtype": args.dtype}).eval()
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.emb_seq.save_pretrained(folder / "emb_seq")  # the same weights
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    tokenizer.chat_template = None  # sentence-transformers would wrap every text in it
-    tokenizer.save_pretrained(folder / "emb_seq")
-    transformer = Transformer(str(folder / "emb_seq"), max_seq_length=2048, model_kwargs={"dtype": args.dtype})
-    reference = SentenceTransformer(modules=[transformer, Pooling(model.config.embedding_size, "lasttoken")])
     passages = synthetic_passages(args.num_passages)
     ids = encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config)
-    # with BOS and EOS as text, which sentence-transformers' tokenizer turns into these tokens
-    texts = model.emb_seq_tokenizer.batch_decode(ids)
-    embeddings = {}
-
-    def run_reference():
-        embeddings["reference"] = reference.encode(texts, batch_size=32, normalize_embeddings=True)
-
-    def run_build():
-        embeddings["build"] = model.build_index(passages, show_progress_bar=False).embeddings.numpy()
-
-    arms = {"sentence-transformers": run_reference, "PassageIndex.build": run_build}
+    arms = encoding_arms(model, AutoTokenizer.from_pretrained(name), passages, folder)
     timings = measure(arms, args.repeats)
     seconds = timings.medians()
-    difference = float(np.abs(embeddings["build"] - embeddings["reference"]).max())
+    embeddings = {arm: call() for arm, call in arms.items()}
+    difference = float((embeddings["PassageIndex.build"] - embeddings["sentence-transformers"]).abs().max())
     num_tokens = sum(map(len, ids))
     print(f"Encoding {len(passages)} passages, {num_tokens:,} tokens, {args.dtype}\n")
     titles = "arm, passages/s, tokens/s, speed to sentence-transformers, min – max, largest difference of embeddings"
@@ -218,35 +202,6 @@ def encode(args: BenchmarkArguments, folder: Path) -> dict[str, Any] | None:
         "tokens": num_tokens,
         "passages": len(passages),
     }
-
-
-def synthetic_passages(count: int) -> list[dict[str, str]]:
-    """Return passages of 10 to 200 English-looking words, most of them about 80."""
-    random = np.random.default_rng(0)
-    words = "the city painted river was in born discovered of and Amsterdam physicist 1898 long who a".split()
-    lengths = random.lognormal(4.4, 0.5, count).clip(10, 200).astype(int)
-    return [
-        {"id": str(i), "title": f"Title {i}", "text": " ".join(random.choice(words, length))}
-        for i, length in enumerate(lengths)
-    ]
-
-
-def tiny_model(folder: Path) -> str:
-    """Save a random causal language model of two layers with a word-level tokenizer; return its path."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
-
-    tokens = ["<unk>", "<s>", "</s>", *map(str, range(1000)), "the", "city", "was", "in", "of", "and", "a"]
-    vocabulary = {token: i for i, token in enumerate(tokens)}
-    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    special_tokens = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
-    PreTrainedTokenizerFast(tokenizer_object=backend, **special_tokens).save_pretrained(folder)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    config = AutoConfig.for_model("llama", max_position_embeddings=512, vocab_size=len(vocabulary), **sizes)
-    torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    return str(folder)
 
 
 # ---------------------------------------------------------------------- searching

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -32,15 +32,26 @@ class Meter:
     A meter of the seconds and the peak memory of a call.
 
     The peak is what the call needs in addition to the memory that was in use before it: resident memory of the process
-    on a CPU, allocated memory on a GPU.
+    on a CPU, allocated memory on a GPU. Each call resets the peak that the system or torch keeps;
+    `Meter.highest` is the highest of all that any meter saw since it was set to 0, in bytes.
+
+    Args:
+        device (`torch.device`): where the calls compute.
+        collect (`bool`, *optional*, defaults to `True`): collect garbage before each call. That takes a part of a
+            second, which adds up with many short calls.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    highest: ClassVar[float] = 0.0
+
+    def __init__(self, device: torch.device, collect: bool = True) -> None:
         self.cuda = device.type == "cuda"
+        self.collect = collect
 
     def __call__(self, call: Callable[[], Any]) -> tuple[Any, float, float]:
         """Return the result of a call, its seconds, and its peak memory in bytes."""
-        gc.collect()
+        if self.collect:
+            gc.collect()
+        Meter.highest = max(Meter.highest, self.peak())
         if self.cuda:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -54,8 +65,13 @@ class Meter:
         if self.cuda:
             torch.cuda.synchronize()
         seconds = time.perf_counter() - start
-        peak = torch.cuda.max_memory_allocated() if self.cuda else resident_bytes("VmHWM")
+        peak = self.peak()
+        Meter.highest = max(Meter.highest, peak)
         return result, seconds, peak - bytes_before
+
+    def peak(self) -> float:
+        """Return the highest memory in use since the peak was reset, in bytes."""
+        return torch.cuda.max_memory_allocated() if self.cuda else resident_bytes("VmHWM")
 
 
 class Clock:
@@ -129,6 +145,42 @@ class TimedIndex:
             return self.index.get_passages(rows)
 
 
+CPU_MATMUL_SIZES = (1024, 1536, 2048)  # large enough to reach the peak
+ACCELERATOR_MATMUL_SIZES = (4096, 8192, 16384)
+
+
+def matmul_peak(
+    device: torch.device, dtype: torch.dtype, sizes: Sequence[int] | None = None, repeats: int = 8
+) -> float:
+    """
+    Return the speed of the fastest matrix product that the device was seen to do.
+
+    It is measured, so it holds for the threads and the clock rate of this process. Unlike a data sheet's number, it
+    can be reached.
+
+    Args:
+        device (`torch.device`): on a CPU, with the threads that torch has now.
+        dtype (`torch.dtype`): of both factors.
+        sizes (`list[int]`, *optional*): n of the products of n x n matrices; by default three that suit the device.
+        repeats (`int`, *optional*, defaults to 8): timed products of each size, after one warm-up.
+
+    Returns:
+        `float`: FLOP/s, 2 n³ for each product; the best of all.
+    """
+    if sizes is None:
+        sizes = CPU_MATMUL_SIZES if device.type == "cpu" else ACCELERATOR_MATMUL_SIZES
+    clock = Clock(device)
+    peak = 0.0
+    for n in sizes:
+        factors = torch.randn(2, n, n, device=device).to(dtype)
+        torch.matmul(*factors)
+        for _ in range(repeats):
+            start = clock.now()
+            torch.matmul(*factors)
+            peak = max(peak, 2 * n**3 / (clock.now() - start))
+    return peak
+
+
 @dataclass
 class Arm:
     """
@@ -154,7 +206,9 @@ class Arm:
         return [work * other_seconds / seconds for seconds, other_seconds in pairs]
 
 
-def take_turns(arms: dict[str, Callable[[], Any]], repeats: int, meter: Meter) -> dict[str, Arm]:
+def take_turns(
+    arms: dict[str, Callable[[], Any]], repeats: int, meter: Meter, max_seconds: float | None = None
+) -> dict[str, Arm]:
     """
     Call each arm once to warm up, then once in each of `repeats` rounds.
 
@@ -164,9 +218,15 @@ def take_turns(arms: dict[str, Callable[[], Any]], repeats: int, meter: Meter) -
         arms (`dict[str, Callable]`): name -> function without arguments.
         repeats (`int`): number of timed rounds.
         meter ([`Meter`]): the meter of the device.
+        max_seconds (`float`, *optional*): no timed round but the first begins later than this after the warm-up.
     """
     measured = {name: Arm() for name in arms}
+    end = float("inf")
     for turn in range(repeats + 1):
+        if turn == 1 and max_seconds is not None:
+            end = time.perf_counter() + max_seconds
+        if turn > 1 and time.perf_counter() > end:
+            break
         for name in rotated(list(arms), turn):
             result, seconds, peak = meter(arms[name])
             if turn == 0:

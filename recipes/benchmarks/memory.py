@@ -37,13 +37,14 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from modeling_cosup import CoSupForCausalLM, KNNMemory, MemoryConfig, MLPMemory
+from modeling_cosup import CoSupForCausalLM, KNNMemory, MemoryConfig
 from modeling_cosup.files_cosup import write_json
 from modeling_cosup.memory_cosup import target_log_probs
 from modeling_cosup.token_keys_cosup import ffn_name
 from trainer.judging.perplexity import target_and_kept
 
 from measuring import Arm, Meter, print_hardware, print_table, resident_bytes, spread, spread_text, take_turns
+from memory_arms import decoding_with_memories, random_datastore, step_costs
 from random_world import SHAPES, World
 
 SECTIONS = ("search", "perplexity", "build", "decode", "memory")
@@ -115,16 +116,6 @@ def main() -> None:
             results[name] = sections[name](args, Meter(device))
             if args.output_file:
                 write_json(args.output_file, results)
-
-
-def random_datastore(count: int, key_size: int, vocab_size: int, fingerprint: Any = "random") -> KNNMemory:
-    """Return a datastore of random keys around 1,000 centres, in half precision."""
-    centres = torch.randn(1000, key_size)
-    keys = torch.empty(count, key_size, dtype=torch.float16)
-    for part in keys.split(65536):
-        part.copy_(centres[torch.randint(0, 1000, (len(part),))] + torch.randn(len(part), key_size))
-    values = torch.randint(0, vocab_size, (count,))
-    return KNNMemory.from_tensors(keys, values, fingerprint=fingerprint, vocab_size=vocab_size)
 
 
 def near_queries(datastore: KNNMemory, count: int) -> torch.Tensor:
@@ -321,24 +312,9 @@ def make_world(args: BenchmarkArguments) -> World:
 def decode(args: BenchmarkArguments, meter: Meter) -> list[dict[str, Any]]:
     """Measure a decode step of generate() with memories of several sizes."""
     world = make_world(args)
-    model = world.model
-    width, vocab_size = model.gen.config.hidden_size, model.get_output_embeddings().weight.shape[0]
-    prompts = world.prompts(args.batch_size)
-    memories: dict[str, Any] = {"no memory": None, "MLPMemory": MLPMemory.from_gen(model)}
-    for size in args.decode_sizes:
-        fingerprint = model.memory_fingerprint()
-        memories[f"KNNMemory of {size:,}"] = random_datastore(size, width, vocab_size, fingerprint)
-    config = MemoryConfig(k=args.k)
-    calls: dict[str, Callable] = {}
-    for name, token_memory in memories.items():
-        options = {} if token_memory is None else {"memory": token_memory, "memory_config": config}
-        calls[name] = partial(world.generate, model, prompts, **options)
+    calls = decoding_with_memories(world, args.batch_size, args.decode_sizes, args.k)
     arms = take_turns(calls, args.repeats, meter)
-    results = []
-    for name, arm in arms.items():
-        steps = spread([seconds / args.new_tokens for seconds in arm.seconds])
-        costs = spread([1 / ratio for ratio in arm.ratios(arms["no memory"])])
-        results.append({"arm": name, "seconds_per_step": steps, "cost": costs, "peak": arm.peak})
+    results = step_costs(arms, args.new_tokens)
     rows = []
     for result in results:
         step = spread_text(result["seconds_per_step"], ".4f")

@@ -56,6 +56,23 @@ PASSAGE_LENGTHS = (100, 150)
 FORCED = 1e9  # higher than any score of a model
 
 
+def random_words(seed: int) -> list[str]:
+    """Return 200 words of 3 to 8 random letters."""
+    rng = random.Random(seed)
+    return ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 8))) for _ in range(200)]
+
+
+def make_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
+    """Return a byte-level BPE tokenizer of 384 tokens, trained on some words."""
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=384, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator([" ".join(words)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
 class World:
     """
     A model, with random prompts and passages for it.
@@ -76,8 +93,7 @@ class World:
         self.device = device
         self.meter = Meter(device)
         self.description = ""
-        rng = random.Random(script.seed)
-        self.words = ["".join(rng.choices(string.ascii_lowercase, k=rng.randint(3, 8))) for _ in range(200)]
+        self.words = random_words(script.seed)
         self.model = self._make_model()
         self.config = self.model.config
         self.pad_id = self.model.generation_config.pad_token_id
@@ -106,7 +122,7 @@ class World:
                 tokenizer = AutoTokenizer.from_pretrained(self.script.gen)
                 gen = AutoModelForCausalLM.from_pretrained(self.script.gen, dtype=dtype)
             else:
-                tokenizer = self._make_tokenizer()
+                tokenizer = make_tokenizer(self.words)
                 # with a wide initializer_range, the generated tokens depend on the passages
                 shape = {"max_position_embeddings": 4096, "initializer_range": 0.1, **SHAPES[self.script.shape]}
                 gen = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", **shape), dtype=dtype)
@@ -121,16 +137,6 @@ class World:
                 max_passage_length=PASSAGE_LENGTHS[1],
             )
         return model.eval()
-
-    def _make_tokenizer(self) -> PreTrainedTokenizerFast:
-        backend = Tokenizer(models.BPE())
-        backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-        backend.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=384, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
-        )
-        backend.train_from_iterator([" ".join(self.words)], trainer)
-        return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
 
     def prompts(self, count: int) -> list[list[int]]:
         """

@@ -7,6 +7,8 @@ Speed, memory and error of a training step, side by side in one process.
 Sections:
 
 - `step`: forward and backward of a whole batch in each arm, interleaved, median of `--repeats` after one warm-up
+- `profile`: the kinds of work that the time of a step goes into, eager and with `--torch_compile`
+- `attention`: fused attention and plain products on a CPU, by length of rows; needs no model and no data
 - `nsp_batch`: memory of GradCache as its batch grows
 - `duplicates`: the share of a batch's passages that repeat another one
 - `precision`: loss after 300 steps in float32 and bf16
@@ -21,7 +23,6 @@ import statistics
 import sys
 import tempfile
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,9 +38,11 @@ from modeling_cosup.files_cosup import write_json
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_instances
 from trainer.judging.figures import figure, shown
 
-from measuring import GB, Meter, print_hardware, print_table
+from measuring import print_hardware, print_table
 from shared.quickstart import WorldArguments, prepare_world
-from train_arms import Ours, batches_of, useful_tokens
+from train_attention import section_attention
+from train_nsp_batch import section_nsp_batch
+from train_profile import section_profile
 from train_step import section_step
 
 HELD_OUT = ("ntp_loss", "query_recall@1", "query_recall@5")
@@ -60,10 +63,11 @@ class BenchmarkArguments:
     batch_size: int = field(default=8, metadata={"help": "Instances of a batch."})
     micro_batch_tokens: int = field(default=2048, metadata={"help": "Token budget of a micro-batch with GradCache."})
     repeats: int = field(default=9, metadata={"help": "Timed rounds of every arm; each round is another batch."})
+    profile_steps: int = field(default=3, metadata={"help": "Steps of the profile section, after one warm-up."})
     nsp_batch_sizes: str = field(default="8,16,32,64", metadata={"help": "NSP batches whose memory is measured."})
     attn_implementation: str | None = field(default=None, metadata={"help": "eager, sdpa, flash_attention_2, ..."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "In every arm."})
-    torch_compile: bool = field(default=False, metadata={"help": "Add an arm with compiled layers."})
+    torch_compile: bool = field(default=False, metadata={"help": "Also measure compiled layers."})
     num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU; defaults to all cores."})
     precision_steps: int = field(default=300, metadata={"help": "Steps of the precision section."})
     precision_layers: int = field(
@@ -105,42 +109,6 @@ def section_duplicates(instances: list[dict], seed: int) -> list[dict[str, Any]]
         shares = [f"{result['duplicates']:.1%}", f"{result['words_spared']:.1%}"]
         rows.append([str(result["batch"]), str(result["passages"]), *shares])
     print_table(["random batch", "passages", "repeated in the batch", "words saved"], rows)
-    return results
-
-
-def section_nsp_batch(
-    model: CoSupForCausalLM, instances: list[dict], script: Any, folder: str
-) -> list[dict[str, Any]]:
-    """Measure peak memory and time of one GradCache step for each NSP batch, with one token budget per micro-batch."""
-    meter = Meter(model.device)
-    results = []
-    for size in map(int, script.nsp_batch_sizes.split(",")):
-        options = {"nsp_batch_size": size, "max_tokens_per_micro_batch": script.micro_batch_tokens}
-        ours = Ours(model, folder, instances, script, **options)
-        (batch,) = batches_of(ours.trainer, size, 1, script.seed)
-        model.zero_grad()
-        ours.step(batch[:2])  # gradients exist before the measurement
-        _, took, peak = meter(partial(ours.step, batch))
-        result = {
-            "nsp_batch_size": size,
-            "seconds": took,
-            "peak_memory_gb": peak / GB,
-            "useful_tokens_per_second": useful_tokens(batch) / took,
-        }
-        results.append(result)
-        print(f"  NSP batch {size}: {result}", flush=True)
-    model.zero_grad()
-    rows = []
-    for result in results:
-        rows.append(
-            [
-                str(result["nsp_batch_size"]),
-                f"{result['seconds']:.1f}",
-                f"{result['peak_memory_gb']:.2f}",
-                f"{result['useful_tokens_per_second']:.0f}",
-            ]
-        )
-    print_table(["NSP batch", "s / step", "peak memory above weights and gradients, GB", "useful tokens/s"], rows)
     return results
 
 
@@ -275,10 +243,10 @@ def main() -> None:
     script.bf16 = True
     results: dict[str, Any] = {**print_hardware(device), "arguments": vars(script)}
     sections = set(script.sections.split(","))
-    if sections - {"defaults"} and not (script.gen and script.train_file):
-        sys.exit("error: every section but `defaults` needs --gen and --train_file.")
+    if sections - {"attention", "defaults"} and not (script.gen and script.train_file):
+        sys.exit("error: every section but `attention` and `defaults` needs --gen and --train_file.")
     with tempfile.TemporaryDirectory() as folder:
-        if sections & {"step", "nsp_batch"}:
+        if sections & {"step", "profile", "nsp_batch"}:
             model_kwargs = {"dtype": "float32"}
             if script.attn_implementation:
                 model_kwargs["attn_implementation"] = script.attn_implementation
@@ -289,8 +257,12 @@ def main() -> None:
             instances = load_instances(script.train_file)
             if "step" in sections:
                 results["step"] = section_step(model, instances, script, folder)
+            if "profile" in sections:
+                results["profile"] = section_profile(model, instances, script, folder)
             if "nsp_batch" in sections:
                 results["nsp_batch"] = section_nsp_batch(model, instances, script, folder)
+        if "attention" in sections:
+            results["attention"] = section_attention(script)
         if "duplicates" in sections:
             results["duplicates"] = section_duplicates(load_instances(script.train_file), script.seed)
         if "precision" in sections:

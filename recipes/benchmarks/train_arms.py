@@ -111,6 +111,7 @@ class Ours:
             "bf16": script.bf16,
             "seed": script.seed,
             "tf32": False,
+            "use_cpu": model.device.type == "cpu",
         }
         args = CoSupTrainingArguments(folder, **{**defaults, **options})
         self.trainer = CoSupTrainer(model, args, train_dataset=rows)
@@ -147,10 +148,11 @@ class CompiledOurs:
     [`Ours`] with compiled layers.
 
     Compiling changes the layers in place, so the compiled calls are switched on only during this arm's steps.
+    Arguments are as in [`Ours`].
     """
 
-    def __init__(self, model: CoSupForCausalLM, folder: str, rows: Any, script: Any) -> None:
-        self.ours = Ours(model, folder, rows, script, torch_compile=True)
+    def __init__(self, model: CoSupForCausalLM, folder: str, rows: Any, script: Any, **options: Any) -> None:
+        self.ours = Ours(model, folder, rows, script, torch_compile=True, **options)
         self.compiled_calls = {}
         for module in model.modules():
             if module._compiled_call_impl is not None:

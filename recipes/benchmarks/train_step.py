@@ -1,6 +1,7 @@
 """The `step` section of the benchmark of a training step: time, memory and error of every arm on the same batches."""
 
 import statistics
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,7 +11,7 @@ from transformers import TrainingArguments
 
 from modeling_cosup import CoSupForCausalLM
 
-from measuring import GB, Meter, print_table, rotated
+from measuring import GB, Meter, matmul_peak, print_table, rotated
 from train_arms import (
     CompiledOurs,
     Gradients,
@@ -57,8 +58,10 @@ def section_step(model: CoSupForCausalLM, instances: list[dict], script: Any, fo
 
     tokens = statistics.mean(useful_tokens(batch) for batch in batches)
     num_named, num_distinct = count_passages(batches)
+    measured_peak = matmul_peak(model.device, torch.bfloat16 if script.bf16 else torch.float32)
     result: dict[str, Any] = {
         "useful_tokens": tokens,
+        "matmul_peak": measured_peak,
         "duplicate_rate": 1 - num_distinct / num_named,
         "padding": {
             "one padded micro-batch": statistics.mean(uncut.padding(batch) for batch in batches),
@@ -69,6 +72,8 @@ def section_step(model: CoSupForCausalLM, instances: list[dict], script: Any, fo
     for name in arms:
         speeds = ratios(seconds["padded baseline"], seconds[name])
         tokens_per_second = tokens * len(batches) / sum(seconds[name])
+        model_flops = flops_per_token(model) * tokens_per_second
+        data_sheet_peak = peak_flops(model.device)
         result["arms"][name] = {
             "seconds": statistics.median(seconds[name]),
             "seconds_min_max": [min(seconds[name]), max(seconds[name])],
@@ -78,7 +83,8 @@ def section_step(model: CoSupForCausalLM, instances: list[dict], script: Any, fo
             "peak_memory_gb": max(memory[name]) / GB,
             "gradient_error": bf16_errors[name],
             "float32_loss_and_gradient_error": float32_errors.get(name),
-            "mfu": model_flops_utilization(model, tokens_per_second),
+            "mfu": None if data_sheet_peak is None else model_flops / data_sheet_peak,
+            "share_of_matmul_peak": model_flops / measured_peak,
         }
     print(
         f"\nForward and backward, batches of {script.batch_size} instances, {tokens:.0f} useful tokens,"
@@ -143,12 +149,23 @@ def errors_of(
 
 
 def time_arms(
-    model: CoSupForCausalLM, arms: dict[str, Step], batches: list[list[dict]], meter: Meter
+    model: torch.nn.Module,
+    arms: dict[str, Step],
+    batches: list[list[dict]],
+    meter: Meter,
+    max_seconds: float | None = None,
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Return the seconds and the peak memory in bytes of every arm, batch by batch."""
+    """
+    Return the seconds and the peak memory in bytes of every arm, batch by batch.
+
+    No batch but the first begins later than `max_seconds` after the call.
+    """
+    start = time.perf_counter()
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     memory: dict[str, list[float]] = {name: [] for name in arms}
     for i, batch in enumerate(batches, 1):
+        if max_seconds is not None and i > 1 and time.perf_counter() - start > max_seconds:
+            break
         for name in rotated(list(arms), i):  # no arm is always the first to see a batch
             model.zero_grad()
             _, took, peak = meter(partial(arms[name], batch))
@@ -160,14 +177,15 @@ def time_arms(
     return seconds, memory
 
 
-def model_flops_utilization(model: CoSupForCausalLM, tokens_per_second: float) -> float | None:
-    """Return the share of the GPU's peak that the step uses; `None` for a device whose peak is not known."""
-    peak = peak_flops(model.device)
-    if peak is None:
-        return None
-    # the mean of both models: each useful token is read by one of them
-    parameters = sum(part.num_parameters(exclude_embeddings=True) for part in (model.gen, model.emb_seq)) / 2
-    return 6 * parameters * tokens_per_second / peak
+def flops_per_token(model: CoSupForCausalLM) -> float:
+    """
+    Return the floating-point operations that a step needs for a useful token: 6 a weight outside the embeddings.
+
+    Useful tokens are those that [`useful_tokens`] counts; each is read by Gen or by Emb_seq, so their weights are
+    averaged. Padding, attention scores, logits, and the first pass of GradCache are work that is not counted.
+    """
+    bodies = (model.gen.base_model, model.emb_seq)
+    return 6 * sum(body.num_parameters(exclude_embeddings=True) for body in bodies) / len(bodies)
 
 
 def count_passages(batches: list[list[dict]]) -> tuple[int, int]:
@@ -187,7 +205,7 @@ def ratios(numerators: list[float], denominators: list[float]) -> list[float]:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the peak of a known GPU, in operations per second; `None` for other devices."""
+    """Return the data sheet's peak of a known GPU, in FLOP/s; `None` for other devices."""
     if device.type == "cuda":
         for prefix, peak in PEAK_FLOPS.items():
             if torch.cuda.get_device_name().startswith(prefix):
@@ -198,8 +216,9 @@ def peak_flops(device: torch.device) -> float | None:
 def print_step(result: dict[str, Any]) -> None:
     """Print the padding and a table of all arms."""
     print(f"padding: {result['padding']}")
-    header = ["arm", "s / batch", "x baseline", "min, max", "useful tokens/s", "MFU", "peak memory GB"]
-    header += ["gradient error of bf16", "in float32: loss, gradient"]
+    print(f"fastest matrix product: {result['matmul_peak'] / 1e9:.0f} GFLOP/s")
+    header = ["arm", "s / batch", "x baseline", "min, max", "useful tokens/s", "of the matrix-product peak", "MFU"]
+    header += ["peak memory GB", "gradient error of bf16", "in float32: loss, gradient"]
     rows = []
     for name, figures in result["arms"].items():
         mfu = figures["mfu"]
@@ -211,6 +230,7 @@ def print_step(result: dict[str, Any]) -> None:
                 f"{figures['speed_to_baseline']:.2f}",
                 "{:.2f}, {:.2f}".format(*figures["speed_to_baseline_min_max"]),
                 f"{figures['useful_tokens_per_second']:.0f}",
+                f"{figures['share_of_matmul_peak']:.1%}",
                 "" if mfu is None else f"{mfu:.1%}",
                 f"{figures['peak_memory_gb']:.2f}",
                 f"{figures['gradient_error']:.1e}",

@@ -75,14 +75,19 @@ def test_a_given_gen(benchmark, monkeypatch, tmp_path):
     assert columns(results["part_4"], "rows_equal") == [(10,), (10,)]
 
 
-def test_other_passages_give_other_tokens(benchmark):
+@pytest.mark.parametrize("package", ["faiss", "no faiss"])
+def test_other_passages_give_other_tokens(benchmark, monkeypatch, package):
+    import decoding_arms
+
+    if package == "no faiss":
+        monkeypatch.setattr(decoding_arms, "faiss", None)
     script = benchmark.BenchmarkArguments(shape="tiny", new_tokens=16, num_passages=60)
     world = benchmark.World(script, torch.device("cpu"))
     index, (prompt,), plan = world.index(60), world.prompts(1), world.plan(1).tolist()[0]
     last_tokens = []
     for id in ("p1", "p2"):
         pool = index.get_passages(index.rows_of([id]))
-        original = benchmark.original_generate(world, prompt, plan, pool, world.embed(pool))
+        original = decoding_arms.original_generate(world, prompt, plan, pool, world.embed(pool))
         assert world.retrieve(world.model, [prompt], index, [[id]]) == [original]
         positions = [position for position, token in enumerate(original) if token == world.config.nsp_token_id]
         assert len(positions) == script.retrievals
@@ -117,6 +122,17 @@ def test_other_passages_give_other_tokens(benchmark):
 def test_bad_options_are_reported(benchmark, monkeypatch, options, message):
     with pytest.raises(SystemExit, match=message):
         run(benchmark, monkeypatch, "--device", "cpu", *options)
+
+
+def test_the_peak_is_the_fastest_product(monkeypatch):
+    """With a clock that says how long each product takes, the peak is known."""
+    monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
+    import measuring
+
+    ticks = iter([0, 4, 10, 12, 20, 28, 30, 33])  # products of 8 x 8 take 4 s and 2 s, of 16 x 16 8 s and 3 s
+    monkeypatch.setattr(measuring.Clock, "now", lambda self: next(ticks))
+    peak = measuring.matmul_peak(torch.device("cpu"), torch.float32, sizes=(8, 16), repeats=2)
+    assert peak == 2 * 16**3 / 3
 
 
 def test_the_costs_of_towers_belong_to_the_arm(monkeypatch, tmp_path):

@@ -24,7 +24,7 @@ import transformers
 
 from gpu_parts.records import WAITING, Record, read_record, write_record
 from gpu_parts.report import write_report
-from measuring import GB, cpu_name, resident_bytes
+from measuring import GB, Meter, cpu_name
 
 MAX_ERROR_LENGTH = 2000  # characters of a traceback, from its end
 
@@ -224,6 +224,7 @@ def free_memory(device: torch.device) -> None:
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
     gc.collect()
+    Meter.highest = 0.0
     if device.type == "cuda" and is_usable(device):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
@@ -233,9 +234,9 @@ def free_memory(device: torch.device) -> None:
 
 def peak_memory(device: torch.device) -> float:
     """Return the peak since [`free_memory`] in bytes: allocated on a GPU, resident memory of the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resident_bytes("VmHWM") if Path("/proc/self/status").exists() else float("nan")
+    if device.type != "cuda" and not Path("/proc/self/status").exists():
+        return float("nan")
+    return max(Meter.highest, Meter(device).peak())  # a check's own meters reset the peak
 
 
 def is_usable(device: torch.device) -> bool:

@@ -12,7 +12,7 @@ from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.packing_cosup import pad_rows
 
 from gpu_parts.runner import Context
-from random_world import World
+from random_world import World, make_tokenizer
 
 # heads of 64 as in real models: flash and flex attention have kernels for them
 SHAPE = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4}
@@ -56,7 +56,7 @@ class SmallWorld(World):
                 parameter.add_(torch.randn_like(parameter), alpha=0.02)
         for parameter in [*gen.parameters(), *emb_seq.parameters()]:
             parameter.data = parameter.data.to(self.dtype)  # not the buffers: rotary frequencies stay in float32
-        tokenizer = self._make_tokenizer()
+        tokenizer = make_tokenizer(self.words)
         model = CoSupForCausalLM.from_gen_and_emb_seq(
             gen.eval(), emb_seq.eval(), tokenizer, emb_seq_tokenizer=tokenizer, max_passage_length=250
         )

@@ -1,0 +1,243 @@
+"""
+The speed of training: a step against the padded loop, and NSP batches with GradCache.
+
+Random weights and text (SmolLM2-135M's shape), or those of `--gen` and `--train_file`. Weights are float32, under bf16
+autocast. The peak that the arms are compared with is measured here too.
+"""
+
+import statistics
+import tempfile
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch._dynamo
+from torch import nn
+
+from modeling_cosup import CoSupForCausalLM
+from trainer import load_instances
+
+from gpu_parts.runner import Context
+from gpu_parts.speed_failures import first_calls, require
+from gpu_parts.speed_goals import goal
+from gpu_parts.speed_training_arms import BASELINE, ROWS_OF_BASELINE, training_arms
+from measuring import GB, Meter, matmul_peak, spread, spread_text
+from random_instances import random_instances, random_two_towers
+from train_arms import Ours, batches_of, useful_tokens
+from train_nsp_batch import measure_nsp_batch
+from train_step import Step, peak_flops, ratios, time_arms
+
+MAX_SECONDS = 45  # for the timed batches of a table
+
+
+# ---------------------------------------------------------------------- what is trained
+
+
+def training_model(context: Context) -> CoSupForCausalLM:
+    """Return a model with two towers in float32 on the device, in training mode."""
+    if context.gen is not None:
+        options = {"dtype": "float32"}
+        model = CoSupForCausalLM.from_gen_and_emb_seq(context.gen, tie_emb_seq=False, model_kwargs=options)
+        return model.to(context.device).train()
+    return random_two_towers("tiny" if context.tiny else "135m", 0, context.device).train()
+
+
+def training_instances(context: Context, model: CoSupForCausalLM, count: int) -> list[dict[str, Any]]:
+    """Return `count` training instances, or as many as `--train_file` has."""
+    if context.train_file is not None:
+        return load_instances(context.train_file)[:count]
+    return random_instances(model.tokenizer, count, 0)
+
+
+def describe(context: Context) -> dict[str, str]:
+    """Return where weights and text of a result come from."""
+    shape = "tiny" if context.tiny else "135m"
+    return {
+        "weights": context.gen or f"random, shape {shape}",
+        "text": context.train_file or "random",
+    }
+
+
+# ---------------------------------------------------------------------- the table of a step
+
+
+def training_table(context: Context, batch_size: int) -> dict[str, Any]:
+    """
+    Compare a step of ours, forward and backward, with the padded loop on the same batches.
+
+    Returns:
+        `dict`: for each arm seconds, speed, tokens/s, peak memory in addition to the weights, and model FLOP/s as a
+            share of the measured peak and of the data sheet's.
+    """
+    torch._dynamo.config.recompile_limit = 64  # the arms share the code of the layers
+    model = training_model(context)
+    repeats = 1 if context.tiny else 5
+    instances = training_instances(context, model, batch_size * (repeats + 2))
+    script = SimpleNamespace(batch_size=batch_size, bf16=True, seed=0)
+    peak = matmul_peak(context.device, torch.bfloat16, (64,) if context.tiny else None)
+    with tempfile.TemporaryDirectory() as folder:
+        ours = Ours(model, folder, instances, script)
+        rows = ours.trainer.train_dataset
+        first, second, *batches = batches_of(ours.trainer, batch_size, repeats + 2, 0)
+        arms = training_arms(context, model, rows, script, folder)
+        errors = first_calls({name: partial(warm_up, arm, model, [first, second]) for name, arm in arms.items()})
+        require(BASELINE, errors)
+        arms = {name: arm for name, arm in arms.items() if name not in errors}
+        seconds, memory = time_arms(model, arms, batches, Meter(context.device), MAX_SECONDS)
+    batches = batches[: len(seconds[BASELINE])]
+    flops = [model_flops(model, batch) for batch in batches]
+    tokens = [useful_tokens(batch) for batch in batches]
+    sheet_peak = peak_flops(context.device)
+    results = []
+    for name in arms:
+        speeds = ratios(flops, seconds[name])
+        result = {
+            "arm": name,
+            "seconds": spread(seconds[name]),
+            "speed_to_baseline": spread(ratios(seconds[BASELINE], seconds[name])),
+            "useful_tokens_per_second": statistics.median(ratios(tokens, seconds[name])),
+            "peak_memory_gb": max(memory[name]) / GB,
+            "share_of_matmul_peak": statistics.median(speeds) / peak,
+            "mfu": None if sheet_peak is None else statistics.median(speeds) / sheet_peak,
+        }
+        results.append(result)
+    return {
+        **describe(context),
+        "batch_size": batch_size,
+        "useful_tokens": statistics.mean(tokens),
+        "padding": statistics.mean(padding_of_baseline(batch) for batch in batches),
+        "matmul_peak": peak,
+        "arms": results,
+        "errors": errors,
+        **training_report(context, results, errors),
+    }
+
+
+def warm_up(arm: Step, model: nn.Module, batches: list[list[dict]]) -> None:
+    """Let an arm take a step on each batch, and leave no gradients."""
+    try:
+        for batch in batches:
+            model.zero_grad()
+            arm(batch)
+    finally:
+        model.zero_grad()
+
+
+def training_report(context: Context, results: list[dict[str, Any]], errors: dict[str, str]) -> dict[str, Any]:
+    """Return summary, goals and table of the arms."""
+    rows = []
+    for result in results:
+        mfu = result["mfu"]
+        rows.append(
+            [
+                result["arm"],
+                f"{result['seconds']['median']:.3f}",
+                spread_text(result["speed_to_baseline"]),
+                f"{result['useful_tokens_per_second']:,.0f}",
+                f"{result['share_of_matmul_peak']:.1%}",
+                "" if mfu is None else f"{mfu:.1%}",
+                f"{result['peak_memory_gb']:.2f}",
+            ]
+        )
+    for name, error in errors.items():
+        rows.append([name, error, "", "", "", "", ""])
+    best = max(results, key=lambda result: result["speed_to_baseline"]["median"])
+    goals = [goal(context, "training, x padded eager", best["speed_to_baseline"]["median"], at_least=5)]
+    if best["mfu"] is not None:
+        goals.append(goal(context, "model FLOP utilisation", max(result["mfu"] for result in results), at_least=0.4))
+    header = ["arm", "s / batch", "x padded eager (min to max)", "useful tokens/s"]
+    header += ["of the matrix-product peak", "MFU (data sheet)", "peak memory GB"]
+    return {
+        "summary": f"{best['arm']}: {spread_text(best['speed_to_baseline'])} x padded eager",
+        "goals": goals,
+        "tables": [{"title": "forward and backward of a batch", "header": header, "rows": rows}],
+    }
+
+
+def model_flops(model: CoSupForCausalLM, batch: list[dict]) -> float:
+    """
+    Return the floating-point operations that the losses of a batch need, forward and backward.
+
+    They are 6 a weight for each token that it reads (embeddings are looked up), causal attention within rows, and the
+    LM head where there is a label. Padding is not counted, and a passage that is named twice is counted once.
+    """
+    gen, emb_seq = model.gen.base_model, model.emb_seq
+    lm_head = model.get_output_embeddings().weight
+    passages = {tuple(ids) for row in batch for ids in row["passage_input_ids"]}
+    flops = 0.0
+    for row in batch:
+        num_labels = sum(label != -100 for label in row["labels"][1:])
+        flops += body_flops(gen, len(row["input_ids"])) + 6 * lm_head.numel() * num_labels
+    for ids in passages:
+        flops += body_flops(emb_seq, len(ids))
+    return flops
+
+
+def body_flops(body: nn.Module, length: int) -> float:
+    """Return the operations of a row of `length` tokens in a body without LM head, forward and backward."""
+    config = body.config
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    # two products of 2 · length² · width, half of which causal attention needs, and twice that backward
+    attention = 6 * config.num_hidden_layers * width * length**2
+    return 6 * body.num_parameters(exclude_embeddings=True) * length + attention
+
+
+def padding_of_baseline(batch: list[dict]) -> float:
+    """Return the share of padding in the tokens that the padded loop reads."""
+    padded = 0
+    for start in range(0, len(batch), ROWS_OF_BASELINE):
+        rows = batch[start : start + ROWS_OF_BASELINE]
+        passages = [len(ids) for row in rows for ids in row["passage_input_ids"]]
+        padded += len(rows) * max(len(row["input_ids"]) for row in rows)
+        padded += len(passages) * max(passages, default=0)
+    return 1 - useful_tokens(batch) / padded
+
+
+# ---------------------------------------------------------------------- NSP batches
+
+
+def nsp_batches(context: Context) -> dict[str, Any]:
+    """Measure one GradCache step of each NSP batch: seconds, and memory with and without weights and gradients."""
+    sizes = (4, 8) if context.tiny else (64, 256, 1024, 4096)
+    micro_batch_tokens = 256 if context.tiny else 16_384
+    model = training_model(context)
+    rows: Any = training_instances(context, model, max(sizes))
+    script = SimpleNamespace(batch_size=sizes[0], bf16=True, seed=0, micro_batch_tokens=micro_batch_tokens)
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        rows = Ours(model, folder, rows, script).trainer.train_dataset  # tokenized once
+        for size in sizes:
+            if size > len(rows):
+                print(f"  NSP batch {size}: the file has {len(rows)} instances", flush=True)
+                continue
+            if results and 5 * results[-1]["seconds"] > context.seconds_left():
+                print(f"  NSP batch {size}: no time is left", flush=True)
+                break
+            results.append(measure_nsp_batch(model, rows, script, folder, size))
+            print(f"  {results[-1]}", flush=True)
+    last = results[-1]
+    cells = [
+        [
+            str(result["nsp_batch_size"]),
+            f"{result['seconds']:.2f}",
+            f"{result['useful_tokens_per_second']:,.0f}",
+            f"{result['peak_memory_gb']:.2f}",
+            f"{result['total_memory_gb']:.2f}" if "total_memory_gb" in result else "",
+        ]
+        for result in results
+    ]
+    header = ["NSP batch", "s / step", "useful tokens/s", "peak above weights and gradients, GB", "peak in all, GB"]
+    memory = last.get("total_memory_gb")
+    goals = []
+    if last["nsp_batch_size"] == 4096 and memory is not None:
+        goals.append(goal(context, "memory of an NSP batch of 4,096, GB", memory, at_most=40))
+    return {
+        **describe(context),
+        "micro_batch_tokens": micro_batch_tokens,
+        "batches": results,
+        "summary": f"NSP batch {last['nsp_batch_size']:,}: {last['seconds']:.1f} s, {last['peak_memory_gb']:.1f} GB",
+        "goals": goals,
+        "tables": [{"title": "one step with GradCache", "header": header, "rows": cells}],
+    }

@@ -1,0 +1,256 @@
+"""The speed part of `recipes/benchmarks/gpu.py` on tiny shapes: every check runs on a CPU and measures something."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
+NAMES = [
+    "matmul_peak",
+    "training_batch_64",
+    "nsp_batches",
+    "generate_7b_batch_32",
+    "original_algorithm",
+    "search",
+    "training_batch_256",
+    "generate_135m_batch_32",
+    "encoding",
+    "memories",
+    "generate_7b_batch_1",
+]
+
+
+@pytest.fixture
+def speed(monkeypatch):
+    """Import the part as gpu.py does."""
+    monkeypatch.setattr(sys, "path", [str(BENCHMARKS), *sys.path])
+    from gpu_parts import speed
+
+    return speed
+
+
+@pytest.fixture
+def context(speed, tmp_path):
+    from gpu_parts.runner import Context
+
+    return Context(torch.device("cpu"), tmp_path, time.time() + 3600, tiny=True)
+
+
+def numbers(value):
+    """Yield all numbers in a result."""
+    if isinstance(value, dict):
+        for part in value.values():
+            yield from numbers(part)
+    elif isinstance(value, list):
+        for part in value:
+            yield from numbers(part)
+    elif isinstance(value, float | int) and not isinstance(value, bool):
+        yield value
+
+
+def spreads(value):
+    """Yield all `{"median", "min", "max"}` in a result."""
+    if isinstance(value, dict) and set(value) == {"median", "min", "max"}:
+        yield value
+    elif isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from spreads(part)
+
+
+def run(speed, context, name):
+    """Run a check, and return its result after what holds for the result of every check."""
+    (check,) = [check for check in speed.CHECKS if check.name == name]
+    result = json.loads(json.dumps(check.run(context)))
+    assert len(json.dumps(result)) < 20_000
+    assert result["summary"]
+    assert all(map(math.isfinite, numbers(result)))
+    for ratio in spreads(result):
+        assert 0 < ratio["min"] <= ratio["median"] <= ratio["max"]
+    for table in result.get("tables", []):
+        assert all(len(row) == len(table["header"]) for row in table["rows"])
+    assert result.get("errors", {}) == {}
+    assert all(entry["met"] is None for entry in result.get("goals", []))  # goals are for a GPU
+    return result
+
+
+def by_arm(result):
+    return {arm["arm"]: arm for arm in result["arms"]}
+
+
+def test_the_part_has_these_checks(speed):
+    assert [check.name for check in speed.CHECKS] == NAMES
+    assert all(check.minutes <= 2 for check in speed.CHECKS)
+
+
+def test_the_peak(speed, context):
+    result = run(speed, context, "matmul_peak")
+    assert set(result["flops"]) == {"float32", "bfloat16"}
+
+
+def test_the_training_table(speed, context):
+    result = run(speed, context, "training_batch_64")
+    arms = by_arm(result)
+    assert list(arms)[0] == "padded, eager"
+    assert arms["padded, eager"]["speed_to_baseline"] == {"median": 1, "min": 1, "max": 1}
+    assert sum("compiled" in name for name in arms) == 2
+    assert any("packed" in name for name in arms)
+    assert 0 < result["padding"] < 1
+    for arm in arms.values():
+        assert arm["mfu"] is None  # of a CPU no data sheet's peak is known
+        assert arm["share_of_matmul_peak"] > 0
+
+
+def test_flex_attention_under_autocast_is_that_of_sdpa(speed):
+    """Rotary positions leave queries and keys in float32, which flex attention of older torch refuses."""
+    import random_instances
+    from gpu_parts.speed_training_arms import FLEX, register_flex
+
+    register_flex()
+    body = random_instances.random_two_towers("tiny", 0, torch.device("cpu")).emb_seq
+    ids = torch.arange(3, 23)[None]
+    positions = torch.cat([torch.arange(12), torch.arange(8)])[None]  # two rows, packed
+    states = {}
+    for implementation in ("sdpa", FLEX):
+        body.set_attn_implementation(implementation)
+        eager = torch.compiler.set_stance("force_eager")  # compiled, flex attention takes a minute on a CPU
+        with eager, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            states[implementation] = body(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state
+    largest = states["sdpa"].abs().max()
+    assert (states["sdpa"] - states[FLEX]).abs().max() < 0.05 * largest
+    body.set_attn_implementation("sdpa")
+    with torch.no_grad():
+        joined = body(input_ids=ids, use_cache=False).last_hidden_state
+    assert (states["sdpa"] - joined).abs().max() > 0.1 * largest  # the second row does not see the first
+
+
+def test_flops_are_those_of_the_products(speed):
+    import random_instances
+    from gpu_parts.speed_training import model_flops
+
+    model = random_instances.random_two_towers("tiny", 0, torch.device("cpu"))
+    passage = list(range(3, 8))
+    row = {"input_ids": list(range(3, 13)), "labels": [-100] * 8 + [4, 5], "passage_input_ids": [passage, passage]}
+    # Llama of 2 layers, width 64: queries and outputs, keys and values of half the heads, three products of 128
+    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
+    norms = 5 * 64
+    attention = 2 * 2 * 64 / 2  # a layer: scores and values, 2 a product, half of it causal; times length squared
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    expected = 0
+    for length in (10, 5):  # the passage, named twice, is encoded once
+        expected += 3 * (2 * (2 * layer + norms) * length + 2 * attention * length**2)
+    expected += 3 * 2 * 2 * vocabulary * 64  # two labels
+    assert model_flops(model, [row]) == expected
+
+
+def test_nsp_batches(speed, context):
+    result = run(speed, context, "nsp_batches")
+    assert [batch["nsp_batch_size"] for batch in result["batches"]] == [4, 8]
+
+
+@pytest.mark.parametrize("name", ["generate_7b_batch_32", "generate_135m_batch_32"])
+def test_generation_writes_what_plain_generation_writes(speed, context, name):
+    result = run(speed, context, name)
+    assert all(arm["rows_equal"] == result["batch_size"] for arm in result["arms"])
+    (captured,) = [arm for name, arm in by_arm(result).items() if "captured" in name]
+    assert captured["captures"]["graphs"] == 1
+    assert captured["captures"]["graph_breaks"] == 0
+
+
+def test_a_step_that_cannot_be_captured_ends_only_its_arm(speed, context, monkeypatch):
+    from gpu_parts import speed_generation
+
+    real_calls = speed_generation.calls_of_part_2
+
+    def with_a_fault(*args):
+        def fail():
+            raise RuntimeError("no such kernel\nand more")
+
+        return {**real_calls(*args), "CoSup, captured, never retrieves": fail}
+
+    monkeypatch.setattr(speed_generation, "calls_of_part_2", with_a_fault)
+    names = ("plain", "CoSup, never retrieves", "CoSup, captured, never retrieves")
+    result = speed_generation.against_plain(context, "135m", 2, names)
+    assert list(by_arm(result)) == ["plain", "CoSup, never retrieves"]
+    assert result["errors"] == {"CoSup, captured, never retrieves": "RuntimeError: no such kernel"}
+    assert "does not run" in result["tables"][0]["rows"][-1][-1]
+
+
+def test_the_original_algorithm(speed, context):
+    result = run(speed, context, "original_algorithm")
+    assert result["rows_equal"] == result["rows_compared"] == 2
+    assert result["candidate_search"]
+
+
+@pytest.mark.parametrize("package", ["faiss", "no faiss"])
+def test_searches_find_the_same(speed, context, monkeypatch, package):
+    from gpu_parts import speed_search
+
+    if package == "no faiss":
+        monkeypatch.setattr(speed_search, "faiss", None)
+    result = run(speed, context, "search")
+    arms = {entry["arm"] for entry in result["results"]}
+    assert ("faiss, float32" in arms) == (package == "faiss")
+    assert result["notes"] == ([] if package == "faiss" else ["faiss: not installed"])
+    assert {entry["batch"] for entry in result["results"]} == {1, 8, 32}
+    for entry in result["results"]:
+        # scores that torch rounds to half precision tie; ours are float32
+        assert entry["recall"] == 1 if entry["arm"].startswith("PassageIndex") else entry["recall"] > 0.9
+
+
+def test_encoding(speed, context):
+    pytest.importorskip("sentence_transformers")
+    arms = by_arm(run(speed, context, "encoding"))
+    assert list(arms) == ["sentence-transformers", "sentence-transformers, batches of 8", "PassageIndex.build"]
+    assert all(arm["largest_difference"] < 1e-5 for arm in arms.values())
+
+
+def test_memories(speed, context):
+    result = run(speed, context, "memories")
+    assert list(by_arm(result)) == ["no memory", "MLPMemory", "KNNMemory of 200"]
+
+
+def test_the_peak_of_a_check_counts_what_its_meters_reset(speed):
+    from gpu_parts.runner import free_memory, peak_memory
+    from measuring import Meter
+
+    device = torch.device("cpu")
+    free_memory(device)
+    before = peak_memory(device)
+    _, _, peak = Meter(device)(lambda: torch.ones(50_000_000).sum())
+    Meter(device)(lambda: None)
+    assert peak > 150e6
+    assert peak_memory(device) > before + 100e6
+    free_memory(device)
+    assert peak_memory(device) < before + 100e6
+
+
+def test_a_missing_package_is_named(speed, context, monkeypatch):
+    from gpu_parts import runner
+
+    for missing, names in {
+        "datasets": ["training_batch_64", "nsp_batches", "training_batch_256"],
+        "sentence_transformers": ["encoding"],
+    }.items():
+        monkeypatch.setattr(runner, "is_installed", lambda package, missing=missing: package != missing)
+        lacking = {check.name: check.lacks(context) for check in speed.CHECKS}
+        assert {name for name, reason in lacking.items() if reason} == set(names)
+        assert {lacking[name] for name in names} == {f"{missing} is not installed"}
+
+
+def test_goals_are_judged_on_a_gpu_alone(speed, context):
+    from dataclasses import replace
+
+    from gpu_parts.speed_goals import goal, goal_text
+
+    on_gpu = replace(context, device=torch.device("cuda"), tiny=False)
+    reached = goal(on_gpu, "x plain", 3.2, at_least=3)
+    missed = goal(on_gpu, "GB", 41.5, at_most=40)
+    assert (reached["met"], missed["met"], goal(context, "x plain", 3.2, at_least=3)["met"]) == (True, False, None)
+    assert goal_text([reached, missed]) == (
+        "goal x plain at least 3: reached (3.2); goal GB at most 40: MISSED (41.5)"
+    )

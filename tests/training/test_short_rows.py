@@ -1,0 +1,83 @@
+"""Short rows on a CPU: plain products compute what fused attention does, and nothing else is changed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from support.models import make_model
+from trainer import short_rows
+from trainer.short_rows import plain_short_rows
+
+IN_BF16 = SimpleNamespace(bf16=True, device=torch.device("cpu"))
+
+
+def outputs_and_gradients(model, passages):
+    """Return embeddings, the NTP loss and all gradients for two rows and these passages."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(4, 300, (2, 12), generator=generator)
+    input_ids[:, 5] = model.config.nsp_token_id
+    model.zero_grad()
+    outputs = model(input_ids=input_ids, labels=input_ids, compute_nsp_loss=False, **passages)
+    (outputs.ntp_loss + outputs.query_embeds.sum() + outputs.passage_embeds.square().sum()).backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [outputs.query_embeds, outputs.passage_embeds, outputs.ntp_loss, *gradients]
+
+
+@pytest.mark.parametrize("longest", [512, 11, 0])
+@pytest.mark.parametrize(("gen", "emb_seq"), [("mistral", "bert"), ("gpt2", "qwen3")])
+def test_plain_products_equal_fused_attention(monkeypatch, gen, emb_seq, longest):
+    monkeypatch.setattr(short_rows, "LONGEST", longest)
+    calls = []
+    monkeypatch.setattr(short_rows, "eager_attention", counting(short_rows.eager_attention, calls))
+    options = {"attn_implementation": "sdpa"}
+    model = make_model(gen, emb_seq, gen_kwargs=options, emb_seq_kwargs=options)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[1, 6:] = 0
+    passages = {"passage_input_ids": torch.arange(20).view(2, 10) + 5, "passage_attention_mask": mask}
+    expected = outputs_and_gradients(model, passages)
+    assert not calls
+    with plain_short_rows(model, IN_BF16):
+        actual = outputs_and_gradients(model, passages)
+    layers = model.gen.config.num_hidden_layers + model.emb_seq.config.num_hidden_layers
+    assert len(calls) == {512: layers, 11: layers // 2, 0: 0}[longest]  # Gen's rows have 12 tokens, passages 10
+    for value, expected_value in zip(actual, expected, strict=True):
+        torch.testing.assert_close(value, expected_value, rtol=1e-4, atol=1e-5)
+
+
+def counting(function, calls):
+    """Return the function, with a list that each call is added to."""
+
+    def call(*args):
+        calls.append(args)
+        return function(*args)
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("implementation", "args"),
+    [
+        ("eager", IN_BF16),
+        ("sdpa", SimpleNamespace(bf16=False, device=torch.device("cpu"))),
+        ("sdpa", SimpleNamespace(bf16=True, device=torch.device("cuda"))),
+    ],
+)
+def test_other_settings_are_left_alone(implementation, args):
+    options = {"attn_implementation": implementation}
+    model = make_model(gen_kwargs=options, emb_seq_kwargs={"attn_implementation": "eager"})
+    with plain_short_rows(model, args):
+        assert model.gen.config._attn_implementation == implementation
+        assert model.emb_seq.config._attn_implementation == "eager"
+
+
+def test_the_setting_is_restored_after_an_error():
+    options = {"attn_implementation": "sdpa"}
+    model = make_model(gen_kwargs=options, emb_seq_kwargs={"attn_implementation": "eager"})
+    before = model.config._attn_implementation
+    with pytest.raises(KeyError), plain_short_rows(model, IN_BF16):
+        assert model.gen.config._attn_implementation == short_rows.NAME
+        assert model.emb_seq.config._attn_implementation == "eager"
+        raise KeyError
+    assert model.gen.config._attn_implementation == "sdpa"
+    assert model.config._attn_implementation == before
