@@ -4,7 +4,7 @@ import gc
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,7 @@ TRAINING_OPTIONS: dict[str, Any] = {
 }
 TINY_OPTIONS: dict[str, Any] = {"max_steps": 2, "per_device_train_batch_size": 8, "logging_steps": 1}
 SECONDS_TO_JUDGE = 20  # what must be left before the first task is judged
+WARM_UP_SECONDS = 120  # a way to run the model that takes longer up to the first log is given up
 
 
 @dataclass
@@ -60,11 +61,22 @@ class Speed:
         return f"{self.attention}, {'compiled' if self.compiled else 'eager'} layers"
 
 
-def speeds(device: torch.device) -> list[Speed]:
-    """Return what to try, the fastest first: on a GPU packed rows (flex attention needs no package) and compiling."""
-    if device.type == "cpu":
-        return [Speed("sdpa", compiled=False)]
-    return [Speed("flex_attention", True), Speed("sdpa", True), Speed("sdpa", False)]
+def speeds(device: torch.device, proven_file: Path) -> list[Speed]:
+    """
+    Return what to try, the fastest first: on a GPU packed rows (flex attention needs no package) and compiled layers.
+
+    Args:
+        device (`torch.device`): where the model is trained.
+        proven_file (`Path`): says what an earlier arm was trained with; what comes before it has failed.
+    """
+    choices = [Speed("sdpa", False)]
+    if device.type == "cuda":
+        choices = [Speed("flex_attention", True), Speed("sdpa", True), Speed("sdpa", False)]
+    if proven_file.exists():
+        proven = Speed(**read_json(proven_file))
+        if proven in choices:
+            return choices[choices.index(proven) :]
+    return choices
 
 
 def train_and_judge(context: Context, arm: str, seed: int, folder: Path) -> dict[str, Any]:
@@ -121,12 +133,20 @@ def train(context: Context, arm: str, seed: int, inputs: Inputs, model_folder: P
 
     Returns:
         `dict`: what was measured, and which ways failed.
+
+    Raises:
+        [`Skip`]: if the training takes longer than what is left of the time.
     """
     failures: list[str] = []
-    choices = speeds(context.device)
+    proven_file = context.folder / "speed.json"
+    choices = speeds(context.device, proven_file)
     for speed in choices:
         try:
-            return {**train_once(context, arm, seed, inputs, speed, model_folder), "failed_before": failures}
+            training = train_once(context, arm, seed, inputs, speed, model_folder)
+            write_json(proven_file, asdict(speed))
+            return {**training, "failed_before": failures}
+        except Skip:
+            raise
         except Exception as error:
             if speed is choices[-1] or not is_usable(context.device):
                 raise
@@ -162,7 +182,7 @@ def train_once(
         use_cpu=context.device.type == "cpu",
         **options,
     )
-    stopwatch = Stopwatch(context.device)
+    stopwatch = Stopwatch(context)
     trainer = CoSupTrainer(model, args, train_dataset=inputs.instances, callbacks=[stopwatch])
     setup_seconds = time.perf_counter() - start
     start = time.perf_counter()
@@ -214,17 +234,28 @@ class Stopwatch(TrainerCallback):
     """
     A clock of the training that leaves out its first steps, in which kernels are compiled.
 
-    It starts at the first log, and stops at the last one; `Trainer` counts operations up to each log.
+    It starts at the first log and stops at the last one; `Trainer` counts operations up to each log.
+
+    Raises:
+        `RuntimeError`: at the first log, if kernels took too long to compile.
+        [`Skip`]: at the second log, if the training would not end in time.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.start = time.perf_counter()
         self.marks: list[dict[str, float]] = []  # at each log
 
     def wait(self) -> None:
         """Wait until the device is done."""
-        if self.device.type == "cuda":
+        if self.context.device.type == "cuda":
             torch.cuda.synchronize()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Note when the training begins."""
+        self.start = time.perf_counter()
 
     def on_log(
         self,
@@ -246,14 +277,29 @@ class Stopwatch(TrainerCallback):
                 "operations": state.total_flos,
             }
         )
+        self.check_time(args, state)
 
-    def figures(self) -> dict[str, float | None]:
+    def check_time(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Raise if the first steps show that the training takes too long."""
+        warm_up = self.marks[0]["time"] - self.start
+        if args.torch_compile and len(self.marks) == 1 and warm_up > WARM_UP_SECONDS:
+            raise RuntimeError(f"The first {state.global_step} steps took {warm_up:.0f} s.")
+        if len(self.marks) == 2:
+            seconds_needed = (state.max_steps - state.global_step) * self.figures()["step_seconds"]
+            seconds_left = self.context.seconds_left()
+            if seconds_needed > seconds_left:
+                raise Skip(
+                    f"the training takes {seconds_needed / 60:.1f} more minutes, and {seconds_left / 60:.1f} are left:"
+                    " give more --minutes"
+                )
+
+    def figures(self) -> dict[str, Any]:
         """Return speed and model FLOP utilisation between the first and the last log; nothing if there was one."""
         if len(self.marks) < 2:
             return {}
         first, last = self.marks[0], self.marks[-1]
         seconds = last["time"] - first["time"]
-        peak = peak_flops(self.device)
+        peak = peak_flops(self.context.device)
         operations_per_second = (last["operations"] - first["operations"]) / seconds
         return {
             "timed_steps": last["steps"] - first["steps"],
