@@ -5,12 +5,14 @@ After such an end the rest of the part goes on in another process, as long as th
 """
 
 import importlib
+import logging
 import multiprocessing
 import multiprocessing.connection
 import os
 import sys
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,6 +89,12 @@ def work(part: str, call: Call, deadline: float) -> None:
     """Run the checks of a part in this process, and end it."""
     threading.Thread(target=end_with_parent, daemon=True).start()
     import torch
+    from transformers.utils import logging as transformers_logging
+
+    # a log of a machine that is far away may be cut to its last lines
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
     from gpu_parts.runner import Context, run_checks
 
