@@ -1,17 +1,16 @@
 """Part 3 of recipes/benchmarks/gpu.py, on a CPU: tiny arms are trained, judged and compared, and calls resume."""
 
 import hashlib
+import importlib
 import json
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from support.benchmarks import BENCHMARKS
+import support.benchmarks  # noqa: F401  (makes gpu_parts importable)
 
 from gpu_parts import runner, training, training_arm, weights
 from gpu_parts.records import read_record, write_record
@@ -21,7 +20,6 @@ from gpu_parts.training_inputs import read_inputs
 from gpu_parts.training_outcomes import digits, scores_of
 from gpu_parts.training_tasks import given_tasks, gold_places
 
-ROOT = Path(__file__).parents[2]
 SEED_0 = [f"{arm}_seed_0" for arm in training.ARMS]
 
 
@@ -296,15 +294,22 @@ def test_without_files_and_packages_the_checks_are_skipped(tmp_path, monkeypatch
     assert (record["status"], record["reason"]) == ("skipped", "datasets is not installed")
 
 
-def test_the_part_begins_without_datasets_and_faiss():
-    program = (
-        "import sys; sys.path[:0] = sys.argv[1:]; sys.modules.update(datasets=None, faiss=None)\n"
-        "from gpu_parts import training, training_comparison; print(len(training.CHECKS))"
-    )
-    paths = [str(ROOT), str(ROOT / "recipes"), str(BENCHMARKS)]
-    run = subprocess.run([sys.executable, "-c", program, *paths], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.strip() == "13"
+def test_the_part_begins_and_compares_without_datasets_and_faiss(monkeypatch):
+    packages = ("gpu_parts", "trainer", "datasets")
+    before = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in packages}
+    for name in before:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("datasets", "faiss"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it fails
+    try:
+        assert len(importlib.import_module("gpu_parts.training").CHECKS) == 13
+        importlib.import_module("gpu_parts.training_comparison")
+        with pytest.raises(ImportError):
+            importlib.import_module("gpu_parts.training_arm")
+    finally:
+        for name in list(sys.modules):
+            if name.partition(".")[0] in packages and name not in before:
+                del sys.modules[name]
 
 
 # ------------------------------------------------------------------ weights in a GGUF file
