@@ -18,7 +18,7 @@ from gpu_parts.runner import Context, Later, Skip, run_checks
 from gpu_parts.training_comparison import compare_arms
 from gpu_parts.training_inputs import read_inputs
 from gpu_parts.training_outcomes import digits, scores_of
-from gpu_parts.training_tasks import given_tasks, gold_places
+from gpu_parts.training_tasks import evenly, given_tasks, gold_places
 
 SEED_0 = [f"{arm}_seed_0" for arm in training.ARMS]
 
@@ -220,6 +220,12 @@ def test_the_place_of_a_gold_passage_is_that_of_the_nearest(monkeypatch):
     provenances = [[["p0"], ["p1", "p9"]], [["p3"]], []]
     questions = [{"provenance": provenance} for provenance in provenances]
     assert gold_places(None, Index(), questions, 2) == "20-"
+
+
+def test_questions_are_taken_evenly():
+    assert evenly(list("abcdefg"), 3) == ["a", "c", "e"]
+    assert evenly(list("abc"), 3) == ["a", "b", "c"]
+    assert len(set(evenly(list(range(1177)), 300))) == 300
 
 
 def record_of(folder, name, order=0, status="done", weights="w", **tasks):

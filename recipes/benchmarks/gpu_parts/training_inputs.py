@@ -11,7 +11,7 @@ from trainer.judging.tasks import Task
 from gpu_parts.runner import Context, Skip
 from gpu_parts.training_tasks import given_tasks
 from gpu_parts.training_world import NUM_TINY_INSTANCES, write_tiny_world
-from gpu_parts.weights import given_gen, random_gen
+from gpu_parts.weights import gguf_name, given_gen, random_gen
 
 
 @dataclass
@@ -57,7 +57,7 @@ def read_inputs(context: Context) -> Inputs:
         instances = instances[:NUM_TINY_INSTANCES]
     context.folder.mkdir(parents=True, exist_ok=True)
     if context.gen is not None:
-        gen, weights = given_gen(context.gen, context.folder), Path(context.gen).name
+        gen, weights = given_gen(context.gen, context.folder), gguf_name(Path(context.gen)) or Path(context.gen).name
     else:
         gen = random_gen(context.folder, (text for instance in instances for text in texts_of(instance)), context.tiny)
         weights = "random, a tiny shape" if context.tiny else "random, in the shape of SmolLM2-135M"

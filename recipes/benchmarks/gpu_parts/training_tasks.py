@@ -101,7 +101,8 @@ def judge_task(model: CoSupForCausalLM, task: Task, tiny: bool) -> dict[str, Any
     Returns:
         `dict`: `split`, `passages`, `questions` (a hash of their ids), `cor_metric`, `figures` with 95 % intervals,
         `seconds` by name, and a string with one character for each question: `gold_places`, the place of the first
-        gold passage among the nearest five, 0 for none; and of the first 300 questions `ret` and `cor`, 0 or 1.
+        gold passage among the nearest five, 0 for none; and of the questions that are answered `ret` and `cor`, 0 or
+        1.
     """
     seconds: dict[str, float] = {}
     start = time.perf_counter()
@@ -117,7 +118,7 @@ def judge_task(model: CoSupForCausalLM, task: Task, tiny: bool) -> dict[str, Any
     seconds["ranking"] = time.perf_counter() - start
 
     start = time.perf_counter()
-    asked = questions[:NUM_ANSWERS]
+    asked = evenly(questions, NUM_ANSWERS)
     options: dict[str, Any] = ANSWER_OPTIONS | ({"max_new_tokens": 8} if tiny else {})
     predictions = answer(model, asked, index, "retrieval", batch_size=len(asked), **options)
     seconds["answers"] = time.perf_counter() - start
@@ -134,6 +135,13 @@ def judge_task(model: CoSupForCausalLM, task: Task, tiny: bool) -> dict[str, Any
         "new_tokens": sum(prediction["num_generated_tokens"] for prediction in predictions),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
     }
+
+
+def evenly(questions: list[dict], count: int) -> list[dict]:
+    """Return so many questions, evenly spaced: a file may be sorted, so its beginning may be of one kind."""
+    if len(questions) <= count:
+        return questions
+    return [questions[number * len(questions) // count] for number in range(count)]
 
 
 @torch.no_grad()

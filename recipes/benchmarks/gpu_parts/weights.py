@@ -38,15 +38,24 @@ def given_gen(gen: str, folder: Path) -> str:
     """
     if Path(gen, "config.json").exists():
         return gen
-    if not Path(gen).suffix == ".gguf" and not any(Path(gen).glob("*.gguf*")):
+    name = gguf_name(Path(gen))
+    if name is None:
         return gen  # whatever it is, transformers says what is wrong with it
-    converted = folder / f"gen_of_{Path(gen).stem}"
+    converted = folder / f"gen_of_{name}"
     if not converted.exists():
         if not is_installed("gguf"):
             raise Skip(f"gguf is not installed, and --gen {gen} is a GGUF file")
         model, tokenizer = read_gguf(gguf_file(Path(gen), folder))
         save(model, tokenizer, converted)
     return str(converted)
+
+
+def gguf_name(gen: Path) -> str | None:
+    """Return NAME of the file `NAME.gguf` at a place, whole or in pieces; `None` if there is none."""
+    if gen.suffix == ".gguf":
+        return gen.stem
+    names = sorted(path.name.partition(".gguf")[0] for path in gen.glob("*.gguf*"))
+    return names[0] if names else None
 
 
 def gguf_file(gen: Path, folder: Path) -> Path:
