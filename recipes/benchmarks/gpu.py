@@ -43,9 +43,14 @@ class GpuArguments:
     minutes: float = field(default=8.0, metadata={"help": "Time of each part; what does not fit is left."})
     retry: bool = field(default=False, metadata={"help": "Try again what failed, or was begun and never ended."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda or auto."})
-    gen: str | None = field(default=None, metadata={"help": "Path of Gen; without it, random weights."})
-    train_file: str | None = field(default=None, metadata={"help": "Training instances."})
-    data: str | None = field(default=None, metadata={"help": "Folder of training instances, questions and corpora."})
+    gen: str | None = field(
+        default=None, metadata={"help": "Name or path of Gen; without it, random weights.", "local_or_hub": True}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "Training instances.", "local_or_hub": True})
+    data: str | None = field(
+        default=None,
+        metadata={"help": "Folder of training instances, questions and corpora.", "local_or_hub": True},
+    )
 
     def __post_init__(self) -> None:
         for part in self.parts:
@@ -53,10 +58,6 @@ class GpuArguments:
                 raise ValueError(f"--parts holds {part!r}, expected some of {', '.join(PARTS)}.")
         if self.minutes <= 0:
             raise ValueError(f"--minutes is {self.minutes:g}, expected more than 0.")
-        for option in ("gen", "train_file", "data"):
-            path = getattr(self, option)
-            if path is not None and not Path(path).exists():
-                raise ValueError(f"--{option} {path}: no such file or folder.")
 
 
 def main() -> None:

@@ -44,6 +44,7 @@ def run_part(part: str, call: Call) -> bool:
         `bool`: whether the checks of the part could be read and begun.
     """
     deadline = time.time() + 60 * call.minutes
+    name_the_end(call.output_dir, part, "An earlier call began it, and was itself ended.")
     while True:
         exit_code = run_process(part, call, deadline)
         if exit_code == 0:

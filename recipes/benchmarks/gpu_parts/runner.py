@@ -170,8 +170,6 @@ def run_check(part: str, check: Check, context: Context, record: Record) -> Reco
     free_memory(context.device)
     start = time.perf_counter()
     change = outcome(check, context)
-    if context.device.type == "cuda" and change["status"] == "done":
-        torch.cuda.synchronize()
     change["seconds"] = time.perf_counter() - start
     change["peak_memory_gb"] = peak_memory(context.device) / GB
     free_memory(context.device)
@@ -182,6 +180,8 @@ def outcome(check: Check, context: Context) -> Record:
     """Call a check, and return its status, reason and result."""
     try:
         result = check.run(context)
+        if context.device.type == "cuda":
+            torch.cuda.synchronize()  # an error of a kernel may only show here
     except Skip as reason:
         return {"status": "skipped", "reason": str(reason)}
     except Later as rest:

@@ -1,0 +1,292 @@
+"""A GPU's hour: part 1 on a CPU with tiny shapes and few packages, and calls that are killed, fail and resume."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, packages_distributions, requires
+from pathlib import Path
+
+import pytest
+import torch
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parents[2]
+BENCHMARKS = ROOT / "recipes" / "benchmarks"
+ON_BARE_MACHINE = ("torch", "transformers", "accelerate", "peft", "sentence-transformers", "pyarrow")
+# puts a finder in the place of Python's own, in this process and in all that it starts
+WITHOUT_PACKAGES = """
+import sys
+from importlib.machinery import PathFinder
+
+BLOCKED = {blocked}
+
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.partition(".")[0] in BLOCKED else super().find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Finder
+"""
+# checks of a part that stands in for part 1 where only the program around them is tested
+FAKE_PART = """
+import os
+import time
+from gpu_parts.runner import Check
+
+def quick(context):
+    with open(context.folder / "calls.txt", "a") as file:
+        file.write("quick ")
+    return {"summary": "it ran", "value": 1}
+
+def slow(context):
+    time.sleep(600)
+
+def kills_its_process(context):
+    os.kill(os.getpid(), 9)
+
+def last(context):
+    return {"summary": "still ran"}
+
+RUNS = {"quick": quick, "slow": slow, "kills_its_process": kills_its_process, "last": last}
+CHECKS = [Check(name, run, 0.01) for name, run in RUNS.items()]
+"""
+
+
+@pytest.fixture
+def parts(monkeypatch):
+    """Make the modules of the program importable."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+
+
+def run_gpu(script, folder, *options, path=()):
+    """Run the program to its end; the packages of this project are found by the program itself."""
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, script, "--output_dir", folder, "--parts", "correctness", "--tiny", "true", *options]
+    return subprocess.run(command, capture_output=True, text=True, env=variables, cwd=folder.parent, timeout=900)
+
+
+def record(folder, check):
+    return json.loads((folder / "correctness" / f"{check}.json").read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------- part 1
+
+
+def modules_of_others():
+    """Return the top-level modules of installed packages that a bare machine lacks."""
+    waiting = list(ON_BARE_MACHINE)
+    names = set()
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name in names:
+            continue
+        names.add(name)
+        try:
+            requirements = [Requirement(line) for line in requires(name) or []]
+        except PackageNotFoundError:  # of another platform
+            continue
+        for requirement in requirements:
+            if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+                waiting.append(requirement.name)
+    others = set()
+    for module, distributions in packages_distributions().items():
+        if not names & {canonicalize_name(name) for name in distributions} and not (ROOT / module).exists():
+            others.add(module)
+    return others
+
+
+@pytest.mark.slow
+def test_part_1_runs_on_a_cpu_with_the_packages_of_a_bare_machine(tmp_path):
+    blocked = modules_of_others()
+    assert {"datasets", "faiss", "bitsandbytes", "evaluate", "fastapi", "pytest"} <= blocked
+    site = tmp_path / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(WITHOUT_PACKAGES.format(blocked=sorted(blocked)), encoding="utf-8")
+    done = run_gpu(BENCHMARKS / "gpu.py", tmp_path / "out", "--minutes", "14", path=[site])
+    assert done.returncode == 0, done.stdout + done.stderr
+    results = json.loads((tmp_path / "out" / "results.json").read_text(encoding="utf-8"))
+    assert (tmp_path / "out" / "results.json").stat().st_size < 300_000
+    reasons = {}
+    for entry in results["correctness"]:
+        if entry["status"] == "skipped":
+            reasons[entry["check"]] = entry["reason"]
+        else:
+            assert entry["status"] == "done", entry
+            assert entry["seconds"] > 0 and entry["peak_memory_gb"] > 0
+            assert entry["torch"] == torch.__version__ and "gpu.py" in entry["command"]
+            assert len(json.dumps(entry)) < 10_000
+            for comparison in entry["result"]["comparisons"]:
+                assert comparison["bound"] is None or comparison["error"] <= comparison["bound"]
+    assert reasons == {
+        "packed_flex": "needs a GPU",
+        "packed_flash": "needs a GPU",
+        "faiss_gpu": "needs a GPU",
+        "trainer_arms": "datasets is not installed",
+        "quantized_model": "bitsandbytes is not installed",
+    }
+    report = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "| trainer_arms | skipped | datasets is not installed |" in report
+    assert "| grad_cache | done | 8 of 8 bounds hold |" in report
+    assert "## Speed\n\nnot run" in report
+
+
+@pytest.mark.parametrize("name", ["trainer_arms", "quantized_model"])
+def test_checks_that_need_further_packages(parts, tmp_path, name):
+    from gpu_parts.correctness import CHECKS
+    from gpu_parts.runner import Context
+
+    (check,) = [check for check in CHECKS if check.name == name]
+    context = Context(torch.device("cpu"), tmp_path, time.time() + 3600, tiny=True)
+    assert not check.lacks(context)
+    result = check.run(context)
+    assert result["missed"] == [] and len(result["comparisons"]) >= 6
+
+
+def test_rows_that_see_each_other_miss_their_bounds(parts, tmp_path):
+    from gpu_parts.comparing import Comparisons
+    from gpu_parts.runner import Context
+    from gpu_parts.small_world import SmallWorld
+    from gpu_parts.training_checks import PACKED
+    from gpu_parts.training_step import make_batch, plain_step, references
+
+    world = SmallWorld(Context(torch.device("cpu"), tmp_path, time.time() + 3600, tiny=True))
+    batch = make_batch(world, **PACKED)
+    (micro_batch,) = batch.micro_batches
+    micro_batch["position_ids"] = torch.arange(micro_batch["input_ids"].shape[1])[None]
+    comparisons = Comparisons()
+    expected = references(world)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected.compare(comparisons, "one long row", dtype, plain_step(world.model, batch, dtype))
+    assert len(comparisons.result()["missed"]) >= 3
+    nan = Comparisons()
+    nan.add("nothing", torch.float32, float("nan"), None)
+    assert len(nan.result()["missed"]) == 1
+
+
+# ---------------------------------------------------------------------- the program around the checks
+
+
+def test_a_killed_call_resumes_and_a_killed_check_ends_only_itself(tmp_path):
+    recipes = tmp_path / "recipes"
+    shutil.copytree(BENCHMARKS / "gpu_parts", recipes / "benchmarks" / "gpu_parts")
+    (recipes / "shared").symlink_to(ROOT / "recipes" / "shared")
+    for name in ("gpu.py", "measuring.py"):
+        shutil.copy(BENCHMARKS / name, recipes / "benchmarks")
+    (recipes / "benchmarks" / "gpu_parts" / "correctness.py").write_text(FAKE_PART, encoding="utf-8")
+    script, out = recipes / "benchmarks" / "gpu.py", tmp_path / "out"
+
+    command = [sys.executable, script, "--output_dir", out, "--parts", "correctness", "--tiny", "true"]
+    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    first = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
+    lines = [first.stdout.readline()]
+    while "slow: begins" not in lines[-1]:
+        lines.append(first.stdout.readline())
+        assert lines[-1], lines
+    first.send_signal(signal.SIGKILL)
+    first.communicate(timeout=60)  # until its process of the part, which writes to the same pipe, has ended too
+    assert record(out, "quick")["status"] == "done" and record(out, "slow")["status"] == "begun"
+    assert record(out, "last")["status"] == "not run"
+
+    second = run_gpu(script, out, path=[ROOT])
+    assert second.returncode == 1
+    assert "failed: correctness/slow, correctness/kills_its_process" in second.stderr
+    assert "quick: done before" in second.stdout and "slow: begun before" in second.stdout
+    assert (out / "correctness" / "calls.txt").read_text() == "quick "
+    assert record(out, "kills_its_process")["reason"] == "Its process was killed by signal 9."
+    assert record(out, "last")["result"] == {"summary": "still ran"}
+    report = (out / "report.md").read_text(encoding="utf-8")
+    assert "| quick | done | it ran |" in report
+    assert "| slow | **begun** | begun and not ended. An earlier call began it, and was itself ended. |" in report
+    assert "| kills_its_process | **begun** | begun and not ended. Its process was killed by signal 9. |" in report
+
+
+def boom(context):
+    raise ValueError("it broke\nin two lines")
+
+
+def checks_of_all_kinds():
+    from gpu_parts.runner import Check, Skip
+
+    def skips(context):
+        raise Skip("no such kernel")
+
+    table = {"title": "a table", "header": ["a", "b"], "rows": [["x | y", 1]]}
+    return [
+        Check("fine", lambda context: {"summary": "good", "tables": [table]}, 0.1),
+        Check("boom", boom, 0.1),
+        Check("exits", lambda context: sys.exit("no data"), 0.1),
+        Check("missed", lambda context: {"summary": "bad", "missed": ["loss: 2 > 1"]}, 0.1),
+        Check("skips", skips, 0.1),
+        Check("gpu", boom, 0.1, gpu=True),
+        Check("package", boom, 0.1, packages=["torch", "no_such_package.part"]),
+        Check("option", boom, 0.1, options=["gen"]),
+        Check("long", lambda context: {"summary": "at last"}, 5.0),
+    ]
+
+
+def statuses(folder):
+    from gpu_parts.records import read_part
+
+    return {entry["check"]: entry["status"] for entry in read_part(folder, "speed")}
+
+
+def test_statuses_resumption_and_report(parts, tmp_path, capsys):
+    from gpu_parts.records import check_size, read_record, try_again
+    from gpu_parts.runner import Context, run_checks
+
+    def run(minutes):
+        context = Context(torch.device("cpu"), tmp_path / "speed", time.time() + 60 * minutes, tiny=True)
+        assert not run_checks("speed", checks_of_all_kinds(), context, "python gpu.py")
+        return capsys.readouterr().out
+
+    printed = run(minutes=2)
+    expected = {"fine": "done", "boom": "failed", "exits": "failed", "missed": "failed", "skips": "skipped"}
+    expected |= {"gpu": "skipped", "package": "skipped", "option": "skipped", "long": "left"}
+    assert statuses(tmp_path) == expected
+    assert "[speed] fine: begins (about 0.1 min)\n[speed] fine: done (" in printed
+    assert "[speed] long: left: for the next call: needs about 5 minutes, " in printed
+    report = (tmp_path / "report.md").read_text(encoding="utf-8")
+    for line in (
+        "| fine | done | good |",
+        "| boom | **failed** | in two lines |",
+        "| exits | **failed** | SystemExit: no data |",
+        "| missed | **failed** | loss: 2 > 1 |",
+        "| skips | skipped | no such kernel |",
+        "| gpu | skipped | needs a GPU |",
+        "| package | skipped | no_such_package.part is not installed |",
+        "| option | skipped | needs --gen |",
+        "| long | left | for the next call: needs about 5 minutes, ",
+        "### fine: a table",
+        "| x \\| y | 1 |",
+        "`python gpu.py`",
+        "## Training\n\nnot run",
+    ):
+        assert line in report, line
+    assert "ValueError: it broke" in read_record(tmp_path, "speed", "boom")["reason"]
+
+    printed = run(minutes=8)  # what was left runs now; what is done or failed stays
+    assert statuses(tmp_path) == {**expected, "long": "done"}
+    assert "fine: done before" in printed and "boom: failed before" in printed and "skips: begins" in printed
+    try_again(tmp_path, "speed")
+    assert statuses(tmp_path)["boom"] == "not run"
+    printed = run(minutes=8)
+    assert "boom: begins" in printed and "fine: done before" in printed
+    assert statuses(tmp_path)["boom"] == "failed"
+    assert read_record(tmp_path, "speed", "boom")["earlier"]["status"] == "failed"
+    results = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert [entry["check"] for entry in results["speed"]] == list(expected)
+    with pytest.raises(ValueError, match="was written with --tiny True, and this call has --tiny False"):
+        check_size(tmp_path, ("speed",), tiny=False)
+
+
+def test_a_large_result_is_left_out_of_the_file_with_all_results(parts):
+    from gpu_parts.report import small
+
+    entry = {"part": "speed", "check": "wide", "result": {"values": list(range(20_000))}}
+    assert small(entry)["result"] == {"left_out": "128,902 bytes, too many for this file: see speed/wide.json"}
+    assert small({**entry, "result": {"values": [1]}})["result"] == {"values": [1]}
