@@ -41,12 +41,17 @@ def result(folder, name):
 
 def test_a_call_that_runs_out_of_time_is_continued_by_the_next(tmp_path, monkeypatch):
     monkeypatch.setattr(training_arm, "SECONDS_TO_JUDGE", 10_000)
+    monkeypatch.setattr(training_arm, "peak_flops", lambda device: 1e9)
     run_checks("training", training.CHECKS[:1], context(tmp_path), "first")
     record = read_record(tmp_path, "training", "co_seed_0")
     assert (record["status"], record["reason"]) == ("left", "trained; for the next call: 2 of 2 tasks to judge")
     folder = tmp_path / "training" / "co_seed_0"
     assert (folder / "model" / "model.safetensors").exists()
     trained = json.loads((folder / "training.json").read_text())
+    # 6 operations per token and parameter; Gen's body and Emb_seq have equally many, without embeddings
+    body = weights.AutoModelForCausalLM.from_pretrained(tmp_path / "training" / "gen_random").model.layers
+    operations = 6 * sum(parameter.numel() for parameter in body.parameters())
+    assert trained["mfu"] * 1e9 / trained["tokens_per_second"] == pytest.approx(operations, rel=0.01)
     monkeypatch.undo()
 
     run_checks("training", training.CHECKS, context(tmp_path), "second")

@@ -171,9 +171,7 @@ def train_once(
     )
     options = TRAINING_OPTIONS | (TINY_OPTIONS if context.tiny else {})
     if context.device.type == "cuda":
-        # batches are collated while the GPU computes
-        workers = min(4, os.cpu_count() or 1)
-        options |= {"dataloader_num_workers": workers, "dataset_num_proc": min(8, os.cpu_count() or 1)}
+        options |= {"dataloader_num_workers": min(4, os.cpu_count() or 1)}  # batches are collated while it computes
     args = CoSupTrainingArguments(
         str(model_folder.parent / "trainer"),
         supervision=SUPERVISION[arm],
