@@ -125,6 +125,7 @@ def test_part_1_runs_on_a_cpu_with_the_packages_of_a_bare_machine(tmp_path):
     assert reasons == {
         "packed_flex": "needs a GPU",
         "packed_flash": "needs a GPU",
+        "accelerate_fsdp2": "needs a GPU",
         "faiss_gpu": "needs a GPU",
         "trainer_arms": "datasets is not installed",
         "quantized_model": "bitsandbytes is not installed",
@@ -145,6 +146,26 @@ def test_checks_that_need_further_packages(parts, tmp_path, name):
     assert not check.lacks(context)
     result = check.run(context)
     assert result["missed"] == [] and len(result["comparisons"]) >= 6
+
+
+def test_the_launched_step_has_the_gradients_of_a_step(parts, tmp_path):
+    """What `accelerate_fsdp2` launches on a GPU, here alone in this process."""
+    from gpu_parts.comparing import relative_error
+    from gpu_parts.one_rank import StepArguments, train
+    from gpu_parts.runner import Context
+    from gpu_parts.small_world import SmallWorld
+    from gpu_parts.trainer_checks import SUBTRACTED, read_step
+    from gpu_parts.training_step import make_batch, plain_step
+
+    file = str(tmp_path / "step.safetensors")
+    train(StepArguments(file, tiny=True))
+    step = read_step(file)
+    world = SmallWorld(Context(torch.device("cpu"), tmp_path, time.time() + 3600, tiny=True))
+    expected = plain_step(world.model, make_batch(world), torch.float32)
+    assert step.loss == pytest.approx(expected.loss, rel=1e-5)
+    assert relative_error(step.gradients, expected.gradients) < SUBTRACTED
+    with pytest.raises(RuntimeError, match="0 of .* weights are shards; distributed_type is"):
+        train(StepArguments(file, tiny=True, sharded=True))
 
 
 def test_rows_that_see_each_other_miss_their_bounds(parts, tmp_path):

@@ -8,7 +8,7 @@ generation, the share of other tokens is reported without a bound.
 
 from functools import partial
 
-from gpu_parts import generation_checks, model_checks, training_checks
+from gpu_parts import generation_checks, model_checks, trainer_checks, training_checks
 from gpu_parts.runner import Check
 
 PASSAGES = ("pyarrow",)  # what an index needs
@@ -26,7 +26,8 @@ CHECKS = [
     Check("ddp_one_rank", training_checks.ddp_one_rank, 0.2),
     Check("fsdp2_one_rank", training_checks.fsdp2_one_rank, 0.2),
     Check("lora_step", training_checks.lora_step, 0.2, packages=("peft",)),
-    Check("trainer_arms", training_checks.trainer_arms, 0.8, packages=("datasets",)),
+    Check("trainer_arms", trainer_checks.trainer_arms, 0.8, packages=("datasets",)),
+    Check("accelerate_fsdp2", trainer_checks.accelerate_fsdp2, 0.8, gpu=True, packages=("datasets",)),
     Check("generate_rows", generation_checks.generate_rows, 0.5, packages=PASSAGES),
     Check("captured_step", generation_checks.captured_step, 1.0, packages=PASSAGES),
     Check("served_rows", generation_checks.served_rows, 0.2, packages=PASSAGES),

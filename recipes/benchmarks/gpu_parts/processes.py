@@ -4,7 +4,6 @@ A part in a process of its own, so that a check that crashes, hangs or breaks th
 After such an end the rest of the part goes on in another process, as long as the part's time lasts.
 """
 
-import importlib
 import logging
 import multiprocessing
 import multiprocessing.connection
@@ -15,6 +14,7 @@ import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from pkgutil import resolve_name
 
 from gpu_parts.records import name_the_end
 from gpu_parts.report import write_report
@@ -99,7 +99,7 @@ def work(part: str, call: Call, deadline: float) -> None:
 
     from gpu_parts.runner import Context, run_checks
 
-    checks = importlib.import_module(f"gpu_parts.{part}").CHECKS
+    checks = resolve_name(f"gpu_parts.{part}:CHECKS")
     device = call.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import socket
-import tempfile
 from collections.abc import Iterator
 from functools import partial
 from types import SimpleNamespace
@@ -25,8 +24,6 @@ from gpu_parts.runner import Context, Skip
 from gpu_parts.small_world import SmallWorld
 from gpu_parts.training_step import (
     EXACT,
-    References,
-    Step,
     cached_step,
     make_batch,
     plain_step,
@@ -215,43 +212,3 @@ def lora_step(context: Context) -> dict[str, Any]:
     error = largest_difference(merged, adapted) / float(adapted.abs().max())
     comparisons.add("merged adapters: logits, relative to the largest", dtype, error, EXACT)
     return comparisons.result(notes=[f"loss {start.loss:.4f} to {after.loss:.4f}"])
-
-
-# ---------------------------------------------------------------------- the Trainer
-
-
-def trainer_arms(context: Context) -> dict[str, Any]:
-    """Steps of `CoSupTrainer`, in every arm of the benchmark of a step, equal the padded baseline."""
-    import datasets
-
-    from train_arms import CompiledOurs, Ours, gradients_of, padded_baseline
-
-    datasets.disable_progress_bars()
-    world = SmallWorld(context)
-    instances = world.instances(6 if context.tiny else 32)
-    size = len(instances)
-    comparisons = Comparisons()
-    steps: dict[torch.dtype, Step] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for dtype in context.dtypes[:1] if context.tiny else context.dtypes:
-            half = dtype == torch.bfloat16
-            script = SimpleNamespace(batch_size=size, seed=0, bf16=half)
-            make = partial(Ours, world.model, folder, instances, script)
-            arms = {
-                "CoSupTrainer": make(),
-                "… GradCache": make(nsp_batch_size=size, per_device_train_batch_size=2),
-                "… padding-free": make(padding_free=True),
-            }
-            if context.device.type == "cuda":
-                arms["… torch_compile"] = CompiledOurs(world.model, folder, instances, script)
-            rows = list(arms["CoSupTrainer"].trainer.train_dataset)
-            world.model.zero_grad()
-            autocast = partial(torch.autocast, context.device.type, torch.bfloat16, enabled=half)
-            loss = padded_baseline(world.model, rows, autocast)
-            steps[dtype] = Step(loss, gradients_of(world.model))
-            for name, arm in arms.items():
-                world.model.zero_grad()
-                step = Step(arm.step(rows), gradients_of(world.model))
-                expected = References(steps[torch.float32], steps[dtype])
-                expected.compare(comparisons, f"{name}, padded baseline", dtype, step)
-    return comparisons.result()
