@@ -71,9 +71,10 @@ def test_a_call_that_runs_out_of_time_is_continued_by_the_next(tmp_path, monkeyp
 
 
 def check_result(found, arm):
-    assert (found["arm"], found["seed"], found["weights"]) == (arm, 0, "random, a tiny shape")
+    assert (found["arm"], found["seed"], found["weights"]) == (arm, 0, "random weights, a tiny shape")
     assert (found["training"]["steps"], found["training"]["attention"]) == (2, "sdpa")
     assert found["training"]["tokens"] > 500
+    assert found["summary"].startswith("random weights, a tiny shape: 2 steps in ")
     assert found["missing_tasks"] == ["fever", "slot_trex", "slot_zsre", "hotpotqa"]
     assert list(found["tasks"]) == ["nq", "squad"]
     for task in found["tasks"].values():
@@ -130,7 +131,7 @@ def test_judged_tasks_and_checkpoints_are_kept_and_those_of_other_inputs_are_not
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text("{}")
     training_arm.train_and_judge(context(tmp_path, gen=str(tmp_path / "other")), *call[1:])
-    assert trained == ["random, a tiny shape", "other"]
+    assert trained == ["random weights, a tiny shape", "other"]
     assert judged[3:] == ["nq", "squad"]
 
 

@@ -107,7 +107,7 @@ def train_and_judge(context: Context, arm: str, seed: int, folder: Path) -> dict
     shutil.rmtree(model_folder, ignore_errors=True)
     training = read_json(training_file)
     return {
-        "summary": summary(training, judged),
+        "summary": f"{inputs.weights}: {summary(training, judged)}",
         "arm": arm,
         "seed": seed,
         "weights": inputs.weights,

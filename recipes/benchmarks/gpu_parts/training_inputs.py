@@ -60,7 +60,7 @@ def read_inputs(context: Context) -> Inputs:
         gen, weights = given_gen(context.gen, context.folder), gguf_name(Path(context.gen)) or Path(context.gen).name
     else:
         gen = random_gen(context.folder, (text for instance in instances for text in texts_of(instance)), context.tiny)
-        weights = "random, a tiny shape" if context.tiny else "random, in the shape of SmolLM2-135M"
+        weights = f"random weights, {'a tiny shape' if context.tiny else 'the shape of SmolLM2-135M'}"
     return Inputs(gen, weights, instances, tasks, missing_tasks)
 
 
