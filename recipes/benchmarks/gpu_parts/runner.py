@@ -33,6 +33,10 @@ class Skip(Exception):
     """Raised by a check that cannot run here; its message is the reason, one line."""
 
 
+class Later(Exception):
+    """Raised by a check that kept what it has done, and goes on in the next call; its message says what remains."""
+
+
 @dataclass
 class Context:
     """
@@ -180,6 +184,8 @@ def outcome(check: Check, context: Context) -> Record:
             torch.cuda.synchronize()  # an error of a kernel may only show here
     except Skip as reason:
         return {"status": "skipped", "reason": str(reason)}
+    except Later as rest:
+        return {"status": "left", "reason": str(rest)}
     except (Exception, SystemExit):  # recipes end with SystemExit
         return {"status": "failed", "reason": traceback.format_exc().strip()[-MAX_ERROR_LENGTH:]}
     missed = result.get("missed", [])
