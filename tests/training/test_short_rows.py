@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from support.models import make_model
-from trainer import short_rows
+from support.training import arguments, world
+from trainer import CoSupTrainer, short_rows
 from trainer.short_rows import plain_short_rows
 
 IN_BF16 = SimpleNamespace(bf16=True, device=torch.device("cpu"))
@@ -81,3 +82,15 @@ def test_the_setting_is_restored_after_an_error():
         raise KeyError
     assert model.gen.config._attn_implementation == "sdpa"
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("options", [{}, {"nsp_batch_size": 4}, {"isolate_queries": True}])
+def test_training_in_bfloat16_takes_plain_products(tmp_path, monkeypatch, options, bf16):
+    calls = []
+    monkeypatch.setattr(short_rows, "eager_attention", counting(short_rows.eager_attention, calls))
+    args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, bf16=bf16, **options)
+    trainer = CoSupTrainer(make_model(), args, train_dataset=world(["Ann", "Bob", "Cid", "Dan"]))
+    trainer.train()
+    assert bool(calls) == bf16
+    assert trainer.model.gen.config._attn_implementation == "sdpa"
