@@ -13,54 +13,38 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, TrainingArguments
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from transformers import TrainingArguments
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import eager_mask, sdpa_mask
-
-from .recording import eager_attention
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 LONGEST = 256
-NAME = "short_rows"
 
 
 @contextlib.contextmanager
-def plain_short_rows(model: nn.Module, args: TrainingArguments) -> Iterator[None]:
+def plain_short_rows(args: TrainingArguments) -> Iterator[None]:
     """
-    Let the parts of a model that use fused attention (SDPA) compute that of short rows by plain products.
+    Let scaled dot product attention (SDPA) compute short rows by plain products, if `args` train in bf16 on a CPU.
 
-    It does nothing unless `args` train in bfloat16 on a CPU.
+    Only the kernel is another one: no model, mask or config is changed.
     """
-    configs: dict[int, Any] = {}
-    if args.bf16 and args.device.type == "cpu":
-        for module in model.modules():
-            if getattr(module, "_supports_attention_backend", False) and _is_fused(module.config):
-                configs[id(module.config)] = module.config
-    for config in configs.values():
-        config._attn_implementation = NAME
+    is_transformers_own = ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward  # not a user's, or ours
+    if not args.bf16 or args.device.type != "cpu" or not is_transformers_own:
+        yield
+        return
+    keeps_bfloat16 = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # for any device: otherwise products are in float32
+    ALL_ATTENTION_FUNCTIONS["sdpa"] = _attention
     try:
         yield
     finally:
-        for config in configs.values():
-            config._attn_implementation = "sdpa"
-
-
-def _is_fused(config: Any) -> bool:
-    """Return whether this config, which must not be one of several models, sets fused attention."""
-    return config._attn_implementation == "sdpa" and config.get_text_config() is config
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what is registered under this name is found again
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(keeps_bfloat16)
 
 
 def _attention(module: nn.Module, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Return the eager attention of the module's architecture, or SDPA's for long rows; queries are `(B, H, T, d)`."""
-    if query.shape[2] <= LONGEST:
-        return eager_attention(module)(module, query, *args, **kwargs)
-    return sdpa_attention_forward(module, query, *args, **kwargs)
-
-
-def _mask(batch_size: int, q_length: int, *args: Any, **kwargs: Any) -> torch.Tensor | None:
-    """Return the mask that [`_attention`] needs; SDPA needs none for causal rows."""
-    mask = eager_mask if q_length <= LONGEST else sdpa_mask
-    return mask(batch_size, q_length, *args, **kwargs)
-
-
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _mask)
+    """Return what transformers' SDPA returns; queries are `(B, H, T, d)`."""
+    if query.shape[2] > LONGEST:
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+    with sdpa_kernel(SDPBackend.MATH):
+        return sdpa_attention_forward(module, query, *args, **kwargs)

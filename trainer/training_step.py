@@ -138,14 +138,12 @@ class TrainingStepMixin(DistillationStepMixin):
         for i, batch in enumerate(batches):
             facts_of_ranks = [rank_facts[i] for rank_facts in facts]
             if self.args.gather == "local":
-                batches_of_ranks = [global_batch([facts], 0, self.args.mask_duplicates) for facts in facts_of_ranks]
-                batch["global"] = batches_of_ranks[rank]
-                counts["num_compared"] += sum(batch_of_rank.num_compared for batch_of_rank in batches_of_ranks)
-                global_batches = batches_of_ranks
+                global_batches = [global_batch([facts], 0, self.args.mask_duplicates) for facts in facts_of_ranks]
+                batch["global"] = global_batches[rank]
             else:
                 batch["global"] = global_batch(facts_of_ranks, rank, self.args.mask_duplicates)
-                counts["num_compared"] += batch["global"].num_compared
                 global_batches = [batch["global"]]
+            counts["num_compared"] += sum(facts.num_compared for facts in global_batches)
             if self.args.symmetric_nsp:
                 counts["num_reverse_compared"] += sum(facts.num_reverse_compared for facts in global_batches)
             if len(facts_of_ranks) > 1:
@@ -181,7 +179,7 @@ class TrainingStepMixin(DistillationStepMixin):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Run `Trainer.training_step` or, with `nsp_batch_size`, the two passes of GradCache (see `grad_cache`)."""
-        with plain_short_rows(self.model, self.args):
+        with plain_short_rows(self.args):
             if self.args.nsp_batch_size is None:
                 return super().training_step(model, inputs, num_items_in_batch)
             assert num_items_in_batch is not None  # get_batch_samples counts them

@@ -4,6 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from support.models import make_model
 from support.training import arguments, world
@@ -25,12 +27,24 @@ def outputs_and_gradients(model, passages):
     return [outputs.query_embeds, outputs.passage_embeds, outputs.ntp_loss, *gradients]
 
 
+@pytest.fixture
+def calls(monkeypatch):
+    """Return a list that each call of attention by plain products is added to."""
+    calls = []
+    kernel = short_rows.sdpa_kernel
+
+    def counting(backend):
+        calls.append(backend)
+        return kernel(backend)
+
+    monkeypatch.setattr(short_rows, "sdpa_kernel", counting)
+    return calls
+
+
 @pytest.mark.parametrize("longest", [512, 11, 0])
 @pytest.mark.parametrize(("gen", "emb_seq"), [("mistral", "bert"), ("gpt2", "qwen3")])
-def test_plain_products_equal_fused_attention(monkeypatch, gen, emb_seq, longest):
+def test_plain_products_equal_fused_attention(monkeypatch, calls, gen, emb_seq, longest):
     monkeypatch.setattr(short_rows, "LONGEST", longest)
-    calls = []
-    monkeypatch.setattr(short_rows, "eager_attention", counting(short_rows.eager_attention, calls))
     options = {"attn_implementation": "sdpa"}
     model = make_model(gen, emb_seq, gen_kwargs=options, emb_seq_kwargs=options)
     mask = torch.ones(2, 10, dtype=torch.long)
@@ -38,7 +52,7 @@ def test_plain_products_equal_fused_attention(monkeypatch, gen, emb_seq, longest
     passages = {"passage_input_ids": torch.arange(20).view(2, 10) + 5, "passage_attention_mask": mask}
     expected = outputs_and_gradients(model, passages)
     assert not calls
-    with plain_short_rows(model, IN_BF16):
+    with plain_short_rows(IN_BF16):
         actual = outputs_and_gradients(model, passages)
     layers = model.gen.config.num_hidden_layers + model.emb_seq.config.num_hidden_layers
     assert len(calls) == {512: layers, 11: layers // 2, 0: 0}[longest]  # Gen's rows have 12 tokens, passages 10
@@ -46,51 +60,44 @@ def test_plain_products_equal_fused_attention(monkeypatch, gen, emb_seq, longest
         torch.testing.assert_close(value, expected_value, rtol=1e-4, atol=1e-5)
 
 
-def counting(function, calls):
-    """Return the function, with a list that each call is added to."""
-
-    def call(*args):
-        calls.append(args)
-        return function(*args)
-
-    return call
-
-
 @pytest.mark.parametrize(
-    ("implementation", "args"),
+    "args",
     [
-        ("eager", IN_BF16),
-        ("sdpa", SimpleNamespace(bf16=False, device=torch.device("cpu"))),
-        ("sdpa", SimpleNamespace(bf16=True, device=torch.device("cuda"))),
+        SimpleNamespace(bf16=False, device=torch.device("cpu")),
+        SimpleNamespace(bf16=True, device=torch.device("cuda")),
     ],
 )
-def test_other_settings_are_left_alone(implementation, args):
-    options = {"attn_implementation": implementation}
-    model = make_model(gen_kwargs=options, emb_seq_kwargs={"attn_implementation": "eager"})
-    with plain_short_rows(model, args):
-        assert model.gen.config._attn_implementation == implementation
-        assert model.emb_seq.config._attn_implementation == "eager"
+def test_other_settings_are_left_alone(args):
+    with plain_short_rows(args):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+        assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
 
 
-def test_the_setting_is_restored_after_an_error():
-    options = {"attn_implementation": "sdpa"}
-    model = make_model(gen_kwargs=options, emb_seq_kwargs={"attn_implementation": "eager"})
-    before = model.config._attn_implementation
-    with pytest.raises(KeyError), plain_short_rows(model, IN_BF16):
-        assert model.gen.config._attn_implementation == short_rows.NAME
-        assert model.emb_seq.config._attn_implementation == "eager"
-        raise KeyError
-    assert model.gen.config._attn_implementation == "sdpa"
-    assert model.config._attn_implementation == before
+def test_a_function_that_replaces_sdpa_is_left_alone(monkeypatch):
+    def users_own():
+        """Stand for an attention function."""
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", users_own)
+    with plain_short_rows(IN_BF16):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is users_own
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is users_own
+
+
+def test_everything_is_restored_after_nested_use_and_an_error():
+    with pytest.raises(KeyError, match="inside"), plain_short_rows(IN_BF16):
+        with plain_short_rows(IN_BF16):
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward
+        assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        raise KeyError("inside")
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
 
 
 @pytest.mark.parametrize("bf16", [True, False])
 @pytest.mark.parametrize("options", [{}, {"nsp_batch_size": 4}, {"isolate_queries": True}])
-def test_training_in_bfloat16_takes_plain_products(tmp_path, monkeypatch, options, bf16):
-    calls = []
-    monkeypatch.setattr(short_rows, "eager_attention", counting(short_rows.eager_attention, calls))
+def test_training_in_bfloat16_takes_plain_products(tmp_path, calls, options, bf16):
     args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, bf16=bf16, **options)
     trainer = CoSupTrainer(make_model(), args, train_dataset=world(["Ann", "Bob", "Cid", "Dan"]))
     trainer.train()
     assert bool(calls) == bf16
-    assert trainer.model.gen.config._attn_implementation == "sdpa"
