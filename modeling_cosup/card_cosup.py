@@ -238,7 +238,7 @@ A passage index: {passages:,} passages, embedded by the Emb_seq of {model}
 from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{model_id}", trust_remote_code=True, load_emb_seq=False){comment}
-index = model.load_index("{repo_id}")  # needs faiss-cpu and pyarrow; revision="..." pins a commit
+index = model.load_index("{repo_id}")  # needs pyarrow; revision="..." pins a commit
 print(len(index), index[0])
 ```
 

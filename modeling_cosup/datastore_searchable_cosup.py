@@ -29,17 +29,13 @@ from .index_approximate_cosup import (
     make_approximate,
     read_approximate,
     recall,
+    require_faiss,
     set_search_options,
     write_approximate,
 )
 from .index_files_cosup import Shard
 from .index_search_cosup import ExactSearch
 from .memory_cosup import MemoryConfig, TokenNeighbors, target_log_probs
-
-try:
-    import faiss
-except ImportError:
-    faiss = None  # type: ignore[assignment]
 
 logger = logging.get_logger(__name__)
 
@@ -292,8 +288,7 @@ class SearchableKeys(FolderStore):
             `ValueError`: if FAISS refuses the factory string, the size of the sample or an option.
             `ImportError`: without FAISS.
         """
-        if faiss is None:
-            raise ImportError("Approximate search needs faiss: pip install faiss-cpu.")
+        require_faiss()
         if (keys is None) != (targets is None):
             raise ValueError("keys and targets go together: pass both or neither.")
         with self._changing():

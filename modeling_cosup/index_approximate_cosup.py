@@ -75,7 +75,7 @@ def empty_approximate(
 def require_faiss() -> None:
     """Raise an `ImportError` without FAISS: only exact search works then."""
     if faiss is None:
-        raise ImportError("Approximate search needs faiss: pip install faiss-cpu.")
+        raise ImportError("Approximate search needs faiss: pip install faiss-cpu (on a GPU machine faiss-gpu).")
 
 
 def _refused(factory: str, size: int, train_size: int, error: Exception | str) -> ValueError:

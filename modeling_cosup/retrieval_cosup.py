@@ -26,10 +26,6 @@ from .shard_build_cosup import begin, collect, finish, unfinished_folder, write_
 from .tokenization_cosup import encode_passages_for_gen, special_ids
 
 try:
-    import faiss
-except ImportError:
-    faiss = None  # type: ignore[assignment]
-try:
     import pyarrow as pa
 except ImportError:
     pa = None
@@ -376,14 +372,6 @@ def _card(config: Config, num_passages: int, repo_id: str, model: str | None, li
 
 
 def require_packages() -> None:
-    """
-    Raise an `ImportError` if a package that a passage index needs is missing.
-
-    It names FAISS too if that is missing: exact search works without, but takes longer for single queries.
-    """
-    missing = [name for module, name in ((faiss, "faiss-cpu"), (pa, "pyarrow")) if module is None]
+    """Raise an `ImportError` without pyarrow, which a passage index needs; exact search works without FAISS."""
     if pa is None:
-        raise ImportError(
-            f"A passage index needs {' and '.join(missing)}: pip install {' '.join(missing)} (on a GPU machine"
-            " faiss-gpu)."
-        )
+        raise ImportError("A passage index needs pyarrow: pip install pyarrow.")

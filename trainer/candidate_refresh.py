@@ -39,7 +39,7 @@ class CandidatesMixin(Trainer):
             corpus, train_dataset, eval_dataset: as [`CoSupTrainer`] takes them.
 
         Raises:
-            `ImportError`: without faiss, which every search needs.
+            `ImportError`: without pyarrow.
             `ValueError`: for a corpus that cannot be searched; see [`read_candidates_corpus`].
         """
         if self.args.candidates_from is None:

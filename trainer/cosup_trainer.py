@@ -350,15 +350,18 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
             self._running.restart()
         if not self._running.has_losses:
             logs.pop("train_loss", None)
-        further = {}  # for the log alone: evaluate() and train() return their logs
-        if self.is_in_train:
+        further = {}
+        if self.is_in_train or "train_runtime" in logs:
             further["training_seconds"] = self._running.training_seconds
         if "train_runtime" in logs:
             peaks = gather_objects(peak_memory(self.args.device), self._host_group)
             known = [peak for peak in peaks if peak is not None]
             if len(known) == len(peaks):
                 further["peak_memory"] = max(known)
-        super().log({**logs, **further}, start_time)
+        logs |= further
+        super().log(logs, start_time)  # adds the epoch
+        for name in further:
+            del logs[name]  # evaluate() and train() return their logs
 
     def _sum_over_ranks(self, tensor: torch.Tensor) -> torch.Tensor:
         return self.accelerator.reduce(tensor, "sum") if world_size() > 1 else tensor

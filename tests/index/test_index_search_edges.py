@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_cosup import index_approximate_cosup, index_search_cosup, retrieval_cosup
+from modeling_cosup import index_approximate_cosup, index_search_cosup
 from modeling_cosup.index_approximate_cosup import empty_approximate
 from modeling_cosup.index_search_cosup import ApproximateSearch, ExactSearch
 from modeling_cosup.milvus_upload_cosup import _digest
@@ -55,7 +55,6 @@ def test_exact_search_works_without_faiss(monkeypatch):
         expected = index.search(queries(count), k=7)
         monkeypatch.setattr(index_search_cosup, "faiss", None)
         monkeypatch.setattr(index_approximate_cosup, "faiss", None)
-        monkeypatch.setattr(retrieval_cosup, "faiss", None)
         scores, rows = random_index(300).search(queries(count), k=7)
         monkeypatch.undo()
         assert (rows == expected[1]).all()

@@ -164,7 +164,7 @@ def _table(arms: dict[str, dict[str, Any]], names: Sequence[str]) -> Table:
 
 def _last_cell(curve: list[dict[str, Any]], axis: str, limit: float, name: str) -> Cell:
     """Return the last point of a curve within a limit, with the range over seeds and its step."""
-    points = [point for point in curve if point[axis] <= limit]
+    points = [point for point in curve if point[axis] is not None and point[axis] <= limit]
     if not points:
         return MISSING
     point = points[-1]
