@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from measuring import print_table
 
@@ -21,10 +22,13 @@ def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
 
 
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return the same by two products and a softmax in float32, as transformers' eager attention does."""
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5  # (B, H, T, T)
-    mask = torch.full(scores.shape[-2:], float("-inf"), dtype=scores.dtype).triu(1)
-    return (scores + mask).softmax(-1, dtype=torch.float32).to(query.dtype) @ value
+    """Return the same by two products and a softmax, as `trainer.short_rows` computes it."""
+    keeps_bfloat16 = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    with sdpa_kernel(SDPBackend.MATH):
+        output = fused(query, key, value)
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(keeps_bfloat16)
+    return output
 
 
 def cpu_seconds(attention: Attention, inputs: list[torch.Tensor], gradient: torch.Tensor, repeats: int) -> float:

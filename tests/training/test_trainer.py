@@ -463,14 +463,16 @@ def test_the_clock_of_a_training_leaves_out_evaluations_and_goes_on_when_a_run_r
     args = arguments(tmp_path, max_steps=4, save_steps=2, **options)
     instances = world(NAMES[:16])
     trainer = Slow(make_model(), args, train_dataset=instances, eval_dataset=instances[:4])
-    trainer.train()
+    assert "epoch" in trainer.train().metrics
     logs = {}
     for entry in trainer.state.log_history:
         if "training_seconds" in entry:
             logs.setdefault(entry["step"], []).append(round(entry["training_seconds"], -3))
     assert logs == {1: [1000], 2: [2000] * 2, 3: [3000], 4: [4000] * 3}
     assert trainer.state.log_history[-1]["peak_memory"] > 0.1  # torch alone takes more
-    assert "training_seconds" not in trainer.evaluate()
+    metrics = trainer.evaluate()
+    assert "training_seconds" not in metrics
+    assert "epoch" in metrics  # which Trainer.log adds
     resumed = Slow(make_model(), args, train_dataset=instances, eval_dataset=instances[:4])
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     seconds = [entry["training_seconds"] for entry in resumed.state.log_history if "training_seconds" in entry]
