@@ -5,7 +5,8 @@ import json
 import pytest
 
 from support.experiment_results import make, write_report
-from trainer.reports.learning_curves import learning_curves
+from trainer.judging.figures import MISSING
+from trainer.reports.learning_curves import _last_cell, _table, learning_curves
 from trainer.reports.training_logs import read_training_log
 
 SCORES = {"a": {"1": 1.0, "2": 0.0}, "b": {"1": 0.0, "2": 1.0}}
@@ -102,3 +103,12 @@ def test_a_run_without_a_log_has_no_curve(tmp_path):
     results = make(tmp_path, {"old": {0: SCORES}, "new": {0: SCORES}}, seeds=[0])
     assert learning_curves(results) == {}
     assert "While training" not in write_report(results, tmp_path / "report")
+
+
+def test_a_point_whose_seconds_are_not_known_is_within_no_seconds():
+    """A run that an older version began, and that was resumed, has such points."""
+    point = {"step": 1, "seconds": None, "value": 2.0, "low": 2.0, "high": 2.0}
+    curve = [point, {**point, "step": 2, "seconds": 30.0, "value": 1.0}]
+    arms = {"old": {"curves": {"eval_ntp_loss": curve}}}
+    assert _table(arms, ["eval_ntp_loss"]).rows[0][2][0] == "1.00"
+    assert _last_cell(curve, "seconds", 20.0, "eval_ntp_loss") == MISSING
