@@ -4,6 +4,7 @@ A GPU's hour in a box: correctness, speed and training on this machine, in three
     python recipes/benchmarks/gpu.py --output_dir OUT
     python recipes/benchmarks/gpu.py --output_dir OUT --parts speed --minutes 8 --gen SMOLLM2 --train_file train.jsonl
     python recipes/benchmarks/gpu.py --output_dir OUT --retry true        # also what failed or never ended
+    python recipes/benchmarks/gpu.py --output_dir OUT --parts correctness --checks packed_flex captured_step
 
 Each part takes at most `--minutes`. A check that does not fit into what is left of them is left for the next call.
 The same command again does what is missing. Each check has a file OUT/<part>/<check>.json. OUT/results.json holds
@@ -42,6 +43,7 @@ class GpuArguments:
     )
     tiny: bool = field(default=False, metadata={"help": "Tiny shapes, to try the program on a CPU."})
     minutes: float = field(default=8.0, metadata={"help": "Time of each part; what does not fit is left."})
+    checks: list[str] = field(default_factory=list, metadata={"help": "Which checks to run; default: all of a part."})
     retry: bool = field(default=False, metadata={"help": "Try again what failed, or was begun and never ended."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda or auto."})
     gen: str | None = field(
@@ -71,6 +73,7 @@ def main() -> None:
     call = Call(
         output_dir=script.output_dir,
         minutes=script.minutes,
+        checks=script.checks,
         tiny=script.tiny,
         device=script.device,
         gen=script.gen,
@@ -79,16 +82,20 @@ def main() -> None:
         command=shlex.join(["python", *sys.argv]),
     )
     failed = []
+    known = set()
     for part in script.parts:
         if script.retry:
             try_again(script.output_dir, part)
         if not run_part(part, call):
             failed.append(part)
         for record in read_part(script.output_dir, part):
+            known.add(record["check"])
             if record["status"] in ("failed", "begun"):
                 failed.append(f"{part}/{record['check']}")
     write_report(script.output_dir)
     print(f"{script.output_dir}/report.md", flush=True)
+    if unknown := sorted(set(script.checks) - known):
+        failed.append(f"no check is named {', '.join(unknown)}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 
