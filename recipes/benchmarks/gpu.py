@@ -12,10 +12,7 @@ them all, and OUT/report.md shows them. A folder with results.json alone can be 
 The exit status is 1 if a check failed.
 
 It starts with torch, transformers, accelerate, peft, sentence-transformers and pyarrow alone, without a network. A
-check that needs another package says so and is skipped. To bring packages to a machine without a network:
-
-    pip download -d wheels datasets faiss-cpu bitsandbytes    # where there is one: the same Python and platform
-    pip install --no-index --find-links wheels datasets faiss-cpu bitsandbytes
+check that needs another package says so and is skipped; recipes/benchmarks/README.md says how to bring packages.
 """
 
 import shlex
