@@ -4,6 +4,7 @@ A GPU's hour in a box: correctness, speed and training on this machine, in three
     python recipes/benchmarks/gpu.py --output_dir OUT
     python recipes/benchmarks/gpu.py --output_dir OUT --parts speed --minutes 8 --gen SMOLLM2 --train_file train.jsonl
     python recipes/benchmarks/gpu.py --output_dir OUT --retry true        # also what failed or never ended
+    python recipes/benchmarks/gpu.py --output_dir OUT --parts correctness --checks packed_flex captured_step
 
 Each part takes at most `--minutes`. A check that does not fit into what is left of them is left for the next call.
 The same command again does what is missing. Each check has a file OUT/<part>/<check>.json. OUT/results.json holds
@@ -11,10 +12,7 @@ them all, and OUT/report.md shows them. A folder with results.json alone can be 
 The exit status is 1 if a check failed.
 
 It starts with torch, transformers, accelerate, peft, sentence-transformers and pyarrow alone, without a network. A
-check that needs another package says so and is skipped. To bring packages to a machine without a network:
-
-    pip download -d wheels datasets faiss-cpu bitsandbytes    # where there is one: the same Python and platform
-    pip install --no-index --find-links wheels datasets faiss-cpu bitsandbytes
+check that needs another package says so and is skipped; recipes/benchmarks/README.md says how to bring packages.
 """
 
 import shlex
@@ -42,6 +40,7 @@ class GpuArguments:
     )
     tiny: bool = field(default=False, metadata={"help": "Tiny shapes, to try the program on a CPU."})
     minutes: float = field(default=8.0, metadata={"help": "Time of each part; what does not fit is left."})
+    checks: list[str] = field(default_factory=list, metadata={"help": "Which checks to run; default: all of a part."})
     retry: bool = field(default=False, metadata={"help": "Try again what failed, or was begun and never ended."})
     device: str = field(default="auto", metadata={"help": "cpu, cuda or auto."})
     gen: str | None = field(
@@ -71,6 +70,7 @@ def main() -> None:
     call = Call(
         output_dir=script.output_dir,
         minutes=script.minutes,
+        checks=script.checks,
         tiny=script.tiny,
         device=script.device,
         gen=script.gen,
@@ -79,16 +79,20 @@ def main() -> None:
         command=shlex.join(["python", *sys.argv]),
     )
     failed = []
+    known = set()
     for part in script.parts:
         if script.retry:
             try_again(script.output_dir, part)
         if not run_part(part, call):
             failed.append(part)
         for record in read_part(script.output_dir, part):
+            known.add(record["check"])
             if record["status"] in ("failed", "begun"):
                 failed.append(f"{part}/{record['check']}")
     write_report(script.output_dir)
     print(f"{script.output_dir}/report.md", flush=True)
+    if unknown := sorted(set(script.checks) - known):
+        failed.append(f"no check is named {', '.join(unknown)}")
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -6,12 +6,14 @@ twice as far from it as the plain computation in bfloat16. Where one rounding ma
 generation, the share of other tokens is reported without a bound.
 """
 
+from dataclasses import replace
 from functools import partial
 
 from gpu_parts import generation_checks, model_checks, trainer_checks, training_checks
 from gpu_parts.runner import Check
 
 PASSAGES = ("pyarrow",)  # what an index needs
+LIMIT = 3.0  # minutes of each check, so that one that hangs leaves time for the others
 
 packed_rows = training_checks.packed_rows
 
@@ -37,3 +39,4 @@ CHECKS = [
     Check("index_search", model_checks.index_search, 0.2, packages=PASSAGES),
     Check("faiss_gpu", model_checks.faiss_gpu, 0.2, gpu=True, packages=(*PASSAGES, "faiss")),
 ]
+CHECKS = [replace(check, limit=LIMIT) for check in CHECKS]

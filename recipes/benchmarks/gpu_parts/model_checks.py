@@ -113,7 +113,7 @@ def run_elsewhere(job: dict[str, Any], folder: str) -> None:
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     variables |= {"HF_HOME": f"{folder}/home", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", LOADED, json.dumps(job)]
-    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=150)
     if done.returncode != 0:
         raise RuntimeError(f"The process that loads the checkpoint failed:\n{done.stderr[-1500:]}")
 

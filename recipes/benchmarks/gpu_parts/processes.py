@@ -4,10 +4,12 @@ A part in a process of its own, so that a check that crashes, hangs or breaks th
 After such an end the rest of the part goes on in another process, as long as the part's time lasts.
 """
 
+import contextlib
 import logging
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,6 +22,7 @@ from gpu_parts.records import name_the_end
 from gpu_parts.report import write_report
 
 FRESH_PROCESS = 3  # exit code of a process whose GPU is in no state to go on
+TOO_LONG = 4  # exit code of a process with a check that took longer than its limit
 
 
 @dataclass
@@ -28,6 +31,7 @@ class Call:
 
     output_dir: str
     minutes: float
+    checks: list[str]
     tiny: bool
     device: str
     gen: str | None
@@ -68,6 +72,8 @@ def end_of(exit_code: int, out_of_time: bool, minutes: float) -> str:
     """Return why a process ended, in a sentence."""
     if out_of_time:
         return f"Stopped at the end of the part's {minutes:g} minutes."
+    if exit_code == TOO_LONG:
+        return "It took longer than its limit."
     if exit_code < 0:
         return f"Its process was killed by signal {-exit_code}."
     return f"Its process ended with exit code {exit_code}."
@@ -77,17 +83,20 @@ def run_process(part: str, call: Call, deadline: float) -> int:
     """Run a part in one process until it ends or the time is over; return its exit code, below 0 for a signal."""
     process = multiprocessing.get_context("spawn").Process(target=work, args=(part, call, deadline))
     process.start()
+    assert process.pid is not None
     try:
         process.join(max(0.0, deadline - time.time()))
     finally:  # also if this process is interrupted
-        if process.is_alive():
-            process.kill()
+        process.kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what a check launched and did not wait for
         process.join()
     return process.exitcode or 0
 
 
 def work(part: str, call: Call, deadline: float) -> None:
-    """Run the checks of a part in this process, and end it."""
+    """Run the checks of a part in this process, the first of its process group, and end it."""
+    os.setpgrp()
     threading.Thread(target=end_with_parent, daemon=True).start()
     import torch
     from transformers.utils import logging as transformers_logging
@@ -112,13 +121,14 @@ def work(part: str, call: Call, deadline: float) -> None:
         train_file=call.train_file,
         data=call.data,
     )
-    needs_fresh_process = run_checks(part, checks, context, call.command)
-    sys.exit(FRESH_PROCESS if needs_fresh_process else 0)
+    if run_checks(part, checks, context, call.command, call.checks):
+        sys.stdout.flush()
+        os._exit(FRESH_PROCESS)  # an orderly exit might wait for the broken GPU
 
 
 def end_with_parent() -> None:
-    """Wait until the process that started this one is gone, then end at once."""
+    """Wait until the process that started this one is gone, then end this one and all that it launched."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     multiprocessing.connection.wait([parent.sentinel])
-    os._exit(1)
+    os.killpg(0, signal.SIGKILL)

@@ -9,12 +9,15 @@ for JSON, of a few kB. These keys of the dictionary have a meaning, all others a
     tables      list of {"title": str, "header": [str], "rows": [[str]]}, which the report shows
 """
 
+import contextlib
 import gc
 import importlib.util
+import os
 import sys
+import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +25,7 @@ from typing import Any
 import torch
 import transformers
 
+from gpu_parts.processes import TOO_LONG
 from gpu_parts.records import WAITING, Record, read_record, write_record
 from gpu_parts.report import write_report
 from measuring import GB, Meter, cpu_name
@@ -76,6 +80,7 @@ class Check:
         name (`str`): name of the check and of its file.
         run (`Callable`): takes a [`Context`], returns a dictionary for JSON.
         minutes (`float`): rough time on a large GPU. A check that takes longer than what is left does not begin.
+        limit (`float`, *optional*): minutes after which it counts as hanging, and its process is ended.
         gpu (`bool`): whether it needs a GPU.
         packages (`Sequence[str]`): packages that it imports and that may be missing, by the names of their modules.
         options (`Sequence[str]`): options that must be given: `gen`, `train_file`, `data`.
@@ -84,6 +89,7 @@ class Check:
     name: str
     run: Callable[[Context], dict[str, Any]]
     minutes: float
+    limit: float | None = None
     gpu: bool = False
     packages: Sequence[str] = field(default_factory=tuple)
     options: Sequence[str] = field(default_factory=tuple)
@@ -109,7 +115,7 @@ def is_installed(package: str) -> bool:
         return False
 
 
-def run_checks(part: str, checks: Sequence[Check], context: Context, command: str) -> bool:
+def run_checks(part: str, checks: Sequence[Check], context: Context, command: str, names: Sequence[str] = ()) -> bool:
     """
     Run the checks of a part that have no result yet.
 
@@ -118,6 +124,7 @@ def run_checks(part: str, checks: Sequence[Check], context: Context, command: st
         checks (`Sequence[Check]`): its checks.
         context (`Context`): what they may use; the records go next to its folder.
         command (`str`): the command line, for the records.
+        names (`Sequence[str]`): the checks to run; by default all.
 
     Returns:
         `bool`: whether a failed check left the GPU unusable in this process, so that the rest needs another one.
@@ -127,6 +134,8 @@ def run_checks(part: str, checks: Sequence[Check], context: Context, command: st
         if read_record(output_dir, part, check.name) is None:
             write_record(output_dir, new_record(part, check, order, context))
     for check in checks:
+        if names and check.name not in names:
+            continue
         record = read_record(output_dir, part, check.name)
         assert record is not None
         if record["status"] not in WAITING:
@@ -169,11 +178,26 @@ def run_check(part: str, check: Check, context: Context, record: Record) -> Reco
     torch.manual_seed(0)
     free_memory(context.device)
     start = time.perf_counter()
-    change = outcome(check, context)
+    with ended_after(check.limit):
+        change = outcome(check, context)
     change["seconds"] = time.perf_counter() - start
     change["peak_memory_gb"] = peak_memory(context.device) / GB
-    free_memory(context.device)
     return change
+
+
+@contextlib.contextmanager
+def ended_after(minutes: float | None) -> Iterator[None]:
+    """End this process if the `with` block takes longer; a kernel or a collective that hangs cannot be interrupted."""
+    timer = None
+    if minutes is not None:
+        timer = threading.Timer(60 * minutes, os._exit, [TOO_LONG])
+        timer.daemon = True
+        timer.start()
+    try:
+        yield
+    finally:
+        if timer is not None:
+            timer.cancel()
 
 
 def outcome(check: Check, context: Context) -> Record:
