@@ -4,6 +4,7 @@ import json
 import math
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -128,28 +129,31 @@ def test_flex_attention_under_autocast_is_that_of_sdpa(speed):
     assert (states["sdpa"] - joined).abs().max() > 0.1 * largest  # the second row does not see the first
 
 
-def test_flops_are_those_of_the_products(speed):
-    import random_instances
-    from gpu_parts.speed_training import model_flops
+def test_an_nsp_batch_that_does_not_fit_leaves_the_smaller_ones(speed, context, monkeypatch):
+    from gpu_parts import speed_training
 
-    model = random_instances.random_two_towers("tiny", 0, torch.device("cpu"))
-    passage = list(range(3, 8))
-    row = {"input_ids": list(range(3, 13)), "labels": [-100] * 8 + [4, 5], "passage_input_ids": [passage, passage]}
-    # Llama of 2 layers, width 64: queries and outputs, keys and values of half the heads, three products of 128
-    layer = 2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128
-    norms = 5 * 64
-    attention = 2 * 2 * 64 / 2  # a layer: scores and values, 2 a product, half of it causal; times length squared
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    expected = 0
-    for length in (10, 5):  # the passage, named twice, is encoded once
-        expected += 3 * (2 * (2 * layer + norms) * length + 2 * attention * length**2)
-    expected += 3 * 2 * 2 * vocabulary * 64  # two labels
-    assert model_flops(model, [row]) == expected
+    measure = speed_training.measure_nsp_batch
+
+    def with_little_memory(model, rows, script, folder, size):
+        if size > 4:
+            raise torch.OutOfMemoryError("too little memory\nand more")
+        return measure(model, rows, script, folder, size)
+
+    monkeypatch.setattr(speed_training, "measure_nsp_batch", with_little_memory)
+    result = speed_training.nsp_batches(context)
+    assert [batch["nsp_batch_size"] for batch in result["batches"]] == [4]
+    assert result["errors"] == {"NSP batch 8": "OutOfMemoryError: too little memory"}
+    assert result["summary"].endswith("NSP batch 8: OutOfMemoryError: too little memory")
+    assert result["tables"][0]["rows"][-1][:2] == ["NSP batch 8", "OutOfMemoryError: too little memory"]
 
 
-def test_nsp_batches(speed, context):
-    result = run(speed, context, "nsp_batches")
-    assert [batch["nsp_batch_size"] for batch in result["batches"]] == [4, 8]
+def test_an_arm_that_begins_too_late_is_left_out(speed):
+    from gpu_parts.speed_failures import first_calls
+
+    called = []
+    calls = {name: partial(called.append, name) for name in ("baseline", "slow to compile")}
+    assert first_calls(calls, seconds_left=-1) == {"slow to compile": "no time is left"}
+    assert called == ["baseline"]
 
 
 @pytest.mark.parametrize("name", ["generate_7b_batch_32", "generate_135m_batch_32"])

@@ -71,7 +71,7 @@ def against_plain(context: Context, shape: str, batch_size: int, names: tuple[st
     script = make_script(context, shape)
     world = make_world(context, script)
     all_calls = calls_of_part_2(world, script, world.index(script.num_passages), batch_size)
-    errors = first_calls({name: all_calls[name] for name in names})
+    errors = first_calls({name: all_calls[name] for name in names}, context.seconds_left() - MAX_SECONDS)
     require("plain", errors)
     calls = {name: all_calls[name] for name in names if name not in errors}
     arms = take_turns(calls, script.repeats, world.meter, script.max_seconds)
