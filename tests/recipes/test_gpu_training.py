@@ -179,8 +179,28 @@ def test_a_way_that_fails_gives_way_to_the_next_and_is_not_tried_again(tmp_path,
     assert tried == ["flex_attention, compiled layers", "sdpa, compiled layers", "sdpa, compiled layers"]
 
 
+def test_a_way_that_ends_the_process_is_not_the_first_of_the_next_arm(tmp_path, monkeypatch):
+    tried = []
+
+    def train_once(context, arm, seed, inputs, speed, model_folder):
+        tried.append(str(speed))
+        if speed.attention == "flex_attention":
+            raise KeyboardInterrupt  # as far as files go, like a process that is killed
+        return {}
+
+    monkeypatch.setattr(training_arm, "train_once", train_once)
+    here = context(tmp_path)
+    here.folder.mkdir()
+    here.device = torch.device("cuda")
+    with pytest.raises(KeyboardInterrupt):
+        training_arm.train(here, "co", 0, None, tmp_path / "model")
+    training_arm.train(here, "separate", 0, None, tmp_path / "model")
+    assert tried == ["flex_attention, compiled layers", "sdpa, compiled layers"]
+
+
 def test_a_training_that_would_not_end_in_time_says_how_long_it_takes(tmp_path):
-    stopwatch = training_arm.Stopwatch(context(tmp_path, deadline=time.time() + 60))
+    shown = []
+    stopwatch = training_arm.Stopwatch(context(tmp_path, deadline=time.time() + 60), lambda: shown.append("it works"))
     args, state = type("Args", (), {"torch_compile": True})(), training_arm.TrainerState(max_steps=1020)
     now = time.perf_counter()
     stopwatch.start = now - 500
@@ -188,6 +208,10 @@ def test_a_training_that_would_not_end_in_time_says_how_long_it_takes(tmp_path):
     with pytest.raises(RuntimeError, match="The first 10 steps took 500 s"):
         state.global_step = 10
         stopwatch.check_time(args, state)
+    assert shown == []
+    stopwatch.start = now - 100
+    stopwatch.check_time(args, state)
+    assert shown == ["it works"]
     stopwatch.marks.append({"time": now + 5, "steps": 20, "tokens": 4000, "operations": 0})
     assert stopwatch.figures()["tokens_per_second"] == pytest.approx(800)
     assert stopwatch.figures()["step_seconds"] == pytest.approx(0.5)
