@@ -287,13 +287,30 @@ def test_arms_are_paired_question_by_question_over_seeds(tmp_path):
     assert co["query_recall@1"]["in-domain"]["difference"] == pytest.approx(0.25)
     assert co["query_recall@1"]["all"]["difference"] == pytest.approx(0.0)
     # means over tasks: +0.25 with seed 0, -0.25 with seed 1
-    assert co["query_recall@1"]["all"]["deviation_over_seeds"] == pytest.approx(np.std([0.25, -0.25], ddof=1))
+    assert co["query_recall@1"]["all"]["seed_means"] == [0.25, -0.25]
+    assert co["query_recall@1"]["all"]["p_value"] == 1
     low, high = co["query_recall@1"]["nq"]["interval"]
-    assert 0 <= low < 0.25 < high <= 0.5
+    assert low == 0 and 0.5 < high <= 1  # both seeds can be seed 0, and all questions those that it gained
     assert found["comparisons"]["tied"]["seeds"] == 1
     assert found["comparisons"]["tied"]["cor"]["all"]["difference"] == 0
+    assert found["comparisons"]["tied"]["cor"]["all"]["interval"] is None  # one seed shows nothing about seeds
     assert found["summary"].startswith("co − separate: R@1 +0.0 [")
-    assert found["tables"][0]["rows"][0][:3] == ["co", "nq", "+25.0 [+0.0, +50.0]"]
+    assert found["tables"][0]["rows"][0][:2] == ["co", "nq"]
+    assert found["tables"][0]["rows"][0][2].startswith("+25.0 [+0.0, +")
+
+
+def test_p_values_are_corrected_for_arms_and_figures(tmp_path):
+    record_of(tmp_path, "separate_0", nq="0" * 20)
+    record_of(tmp_path, "co_0", nq="1" * 12 + "0" * 8)
+    record_of(tmp_path, "tied_0", nq="0" * 19 + "1")
+    checks = {arm: [f"{arm}_0"] for arm in ("co", "tied", "separate")}
+    found = compare_arms(tmp_path / "training", checks)
+    averages = [arm["query_recall@1"]["all"] for arm in found["comparisons"].values()]
+    assert averages[0]["p_value"] < 0.005
+    assert averages[0]["holm_p"] == pytest.approx(8 * averages[0]["p_value"])  # two arms, four figures
+    assert averages[1]["holm_p"] > 0.3
+    assert "holm_p" not in found["comparisons"]["co"]["query_recall@1"]["nq"]
+    assert ", p 0.004, Cor" in found["summary"]
 
 
 def test_a_comparison_waits_and_refuses_what_does_not_match(tmp_path):
