@@ -36,7 +36,7 @@ def make_script(context: Context, shape: str, **options: Any) -> SimpleNamespace
     tiny: dict[str, Any] = {
         "shape": "tiny",
         "dtype": "float32",  # in which all arms write the same tokens
-        "new_tokens": 16,
+        "new_tokens": 8,
         "repeats": 1,
         "num_passages": 60,
         "num_candidates": 20,
