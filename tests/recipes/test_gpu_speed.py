@@ -134,6 +134,24 @@ def test_flex_attention_under_autocast_is_that_of_sdpa(speed):
     assert (states["sdpa"] - joined).abs().max() > 0.1 * largest  # the second row does not see the first
 
 
+def test_a_gguf_file_is_converted_before_it_is_trained(speed, context, monkeypatch):
+    from dataclasses import replace
+
+    from gpu_parts import speed_training
+
+    class Model:
+        @classmethod
+        def from_gen_and_emb_seq(cls, gen, **options):
+            assert gen == str(context.folder / "converted")
+            return torch.nn.Linear(1, 1)
+
+    monkeypatch.setattr(speed_training, "given_gen", lambda gen, folder: str(folder / "converted"))
+    monkeypatch.setattr(speed_training, "CoSupForCausalLM", Model)
+    call = replace(context, gen="weights/smollm2.gguf")
+    assert speed_training.training_model(call).training
+    assert speed_training.describe(call)["weights"] == "smollm2"
+
+
 def test_an_nsp_batch_that_does_not_fit_leaves_the_smaller_ones(speed, context, monkeypatch):
     from gpu_parts import speed_training
 

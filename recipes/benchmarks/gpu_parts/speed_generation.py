@@ -91,7 +91,7 @@ def against_plain(context: Context, shape: str, batch_size: int, names: tuple[st
                 parts.get("search", ""),
                 "" if without_parts is None else spread_text(without_parts),
                 f"{result['peak_memory_gb']:.2f}",
-                f"{result['rows_equal']} of {batch_size}",
+                "" if result["rows_equal"] is None else f"{result['rows_equal']} of {batch_size}",
             ]
         )
     rows += [[name, *[""] * 7, f"does not run: {error}"] for name, error in errors.items()]
