@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from modeling_cosup import CoSupForCausalLM
@@ -168,6 +169,8 @@ def train_once(
     """Train an arm in one way of running it, and save it; return what was measured."""
     start = time.perf_counter()
     forget_compilation()
+    if speed.compiled:
+        torch._dynamo.config.recompile_limit = 64  # at the limit, layers would become eager without a word
     set_seed(seed)
     model = CoSupForCausalLM.from_gen_and_emb_seq(
         inputs.gen,
