@@ -13,6 +13,7 @@ from modeling_cosup import CoSupConfig, CoSupForCausalLM
 
 from .batching import CoSupDataCollator
 from .grad_cache import has_dropout
+from .packed_attention import keeps_packed_rows_apart
 from .recording import recording_implementation
 from .training_args import CoSupTrainingArguments
 
@@ -187,8 +188,8 @@ def default_collator(
     tokenizer, emb_seq_tokenizer = tokenizers
     can_pack_passages = model.find_causal_encoders() and config.emb_seq_pooling in ("eos", "lasttoken")
     if args.padding_free is None:
-        padding_free = _keeps_packed_rows_apart(model.gen)
-        padding_free_passages = _keeps_packed_rows_apart(model.emb_seq)
+        padding_free = keeps_packed_rows_apart(model.gen)
+        padding_free_passages = keeps_packed_rows_apart(model.emb_seq)
     else:
         padding_free = padding_free_passages = args.padding_free
     cached = args.nsp_batch_size is not None
@@ -214,11 +215,6 @@ def _collated_supervision(args: CoSupTrainingArguments) -> str:
     if not args.distills:
         return args.supervision
     return "co" if args.trains_ntp else "nsp"
-
-
-def _keeps_packed_rows_apart(part: Any) -> bool:
-    """Return whether the attention of a part handles packed rows without a dense mask."""
-    return (part.config._attn_implementation or "").startswith(("flash", "flex"))
 
 
 def _pad_token_id(tokenizer: PreTrainedTokenizerBase) -> int:

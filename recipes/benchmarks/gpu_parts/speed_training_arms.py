@@ -6,10 +6,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.flex_attention import flex_attention_forward
-from transformers.masking_utils import flex_attention_mask
 
 from modeling_cosup import CoSupForCausalLM
 
@@ -19,7 +15,6 @@ from train_step import Step
 
 BASELINE = "padded, eager"
 ROWS_OF_BASELINE = 64  # of a forward of the padded loop: with its logits at every position, more do not fit
-FLEX = "flex_attention_one_dtype"  # begins with flex: the trainer then packs rows without a dense mask
 
 
 class WithAttention:
@@ -49,29 +44,11 @@ class WithAttention:
                 part.set_attn_implementation(implementation)
 
 
-def register_flex() -> None:
-    """
-    Register flex attention that takes queries, keys and values of different dtypes under the name [`FLEX`].
-
-    Under autocast, rotary positions leave queries and keys in float32. Other kernels cast them; flex attention does so
-    only in new releases of torch.
-    """
-
-    def forward(
-        module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> Any:
-        return flex_attention_forward(module, query.to(value.dtype), key.to(value.dtype), value, *args, **kwargs)
-
-    AttentionInterface.register(FLEX, forward)
-    AttentionMaskInterface.register(FLEX, flex_attention_mask)
-
-
 def packed_attentions(device: torch.device) -> dict[str, str]:
     """Return the attention implementations in which packed rows are tried, by the name that the table gives them."""
     if device.type != "cuda":
         return {"a dense mask": "sdpa"}  # flex attention has no backward on a CPU
-    register_flex()
-    implementations = {"flex": FLEX}
+    implementations = {"flex": "flex_attention"}
     if is_installed("flash_attn"):
         implementations["flash"] = "flash_attention_2"
     return implementations
