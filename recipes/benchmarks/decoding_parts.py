@@ -117,8 +117,8 @@ def results_of_part_2(
     Return the results of the arms of one batch size.
 
     Args:
-        arms (`dict[str, Arm]`): "plain", and any others of [`calls_of_part_2`]; an arm that is captured and retrieves
-            needs the eager one next to it, whose tokens it should write.
+        arms (`dict[str, Arm]`): "plain", and any others of [`calls_of_part_2`]. The tokens of an arm that is captured
+            and retrieves are compared with those of the eager one, if that is there.
         size (`int`): rows of the batch.
         new_tokens (`int`): tokens that each row decides.
         captures (`dict`, *optional*): what [`~decoding_arms.print_captures`] returned.
@@ -128,14 +128,15 @@ def results_of_part_2(
     for name, arm in arms.items():
         is_captured = "captured" in name
         rows = arm.results[-1]
-        eager_rows = plain.results[-1]
+        eager_rows: list[list[int]] | None = plain.results[-1]
         timings: list[dict[str, float]] = []
         if name.endswith(", retrieves"):  # its results are rows and timings
             rows = arm.results[-1][0]
-            eager_rows = arms["CoSup, retrieves"].results[-1][0]
+            eager = arms.get("CoSup, retrieves")
+            eager_rows = None if eager is None else eager.results[-1][0]
             timings = [seconds for _, seconds in arm.results]
         result = {"batch": size, "arm": name, **measurements(arm, size * new_tokens)}
-        result["rows_equal"] = equal_rows(rows, eager_rows)
+        result["rows_equal"] = None if eager_rows is None else equal_rows(rows, eager_rows)
         result["captures"] = captures if is_captured else None
         result["parts"] = medians(timings)
         result["speed_to_plain"] = spread(arm.ratios(plain))

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainingArguments
 
 from modeling_cosup import CoSupForCausalLM
@@ -57,6 +58,7 @@ def section_step(model: CoSupForCausalLM, instances: list[dict], script: Any, fo
     seconds, memory = time_arms(model, arms, batches, meter)
 
     tokens = statistics.mean(useful_tokens(batch) for batch in batches)
+    flops = sum(model_flops(model, batch) for batch in batches)
     num_named, num_distinct = count_passages(batches)
     measured_peak = matmul_peak(model.device, torch.bfloat16 if script.bf16 else torch.float32)
     result: dict[str, Any] = {
@@ -72,7 +74,7 @@ def section_step(model: CoSupForCausalLM, instances: list[dict], script: Any, fo
     for name in arms:
         speeds = ratios(seconds["padded baseline"], seconds[name])
         tokens_per_second = tokens * len(batches) / sum(seconds[name])
-        model_flops = flops_per_token(model) * tokens_per_second
+        flops_per_second = flops / sum(seconds[name])
         data_sheet_peak = peak_flops(model.device)
         result["arms"][name] = {
             "seconds": statistics.median(seconds[name]),
@@ -83,8 +85,8 @@ def section_step(model: CoSupForCausalLM, instances: list[dict], script: Any, fo
             "peak_memory_gb": max(memory[name]) / GB,
             "gradient_error": bf16_errors[name],
             "float32_loss_and_gradient_error": float32_errors.get(name),
-            "mfu": None if data_sheet_peak is None else model_flops / data_sheet_peak,
-            "share_of_matmul_peak": model_flops / measured_peak,
+            "mfu": None if data_sheet_peak is None else flops_per_second / data_sheet_peak,
+            "share_of_matmul_peak": flops_per_second / measured_peak,
         }
     print(
         f"\nForward and backward, batches of {script.batch_size} instances, {tokens:.0f} useful tokens,"
@@ -149,7 +151,7 @@ def errors_of(
 
 
 def time_arms(
-    model: torch.nn.Module,
+    model: nn.Module,
     arms: dict[str, Step],
     batches: list[list[dict]],
     meter: Meter,
@@ -177,15 +179,35 @@ def time_arms(
     return seconds, memory
 
 
-def flops_per_token(model: CoSupForCausalLM) -> float:
+def model_flops(model: CoSupForCausalLM, batch: list[dict]) -> float:
     """
-    Return the floating-point operations that a step needs for a useful token: 6 a weight outside the embeddings.
+    Return the floating-point operations that the losses of a batch need, forward and backward.
 
-    Useful tokens are those that [`useful_tokens`] counts; each is read by Gen or by Emb_seq, so their weights are
-    averaged. Padding, attention scores, logits, and the first pass of GradCache are work that is not counted.
+    They are 6 for each token and each weight of the body that reads it (embeddings are looked up, and norms count as
+    if they were products), causal attention within rows, and the LM head where there is a label. A passage that is
+    named several times counts once. Padding, the scores of [NSP], what is computed twice (the first pass of GradCache)
+    and the optimiser count for nothing.
     """
-    bodies = (model.gen.base_model, model.emb_seq)
-    return 6 * sum(body.num_parameters(exclude_embeddings=True) for body in bodies) / len(bodies)
+    gen, emb_seq = model.gen.base_model, model.emb_seq
+    lm_head = model.get_output_embeddings().weight
+    passages = {tuple(ids) for row in batch for ids in row["passage_input_ids"]}
+    flops = 0.0
+    for row in batch:
+        num_labels = sum(label != -100 for label in row["labels"][1:])
+        flops += body_flops(gen, len(row["input_ids"])) + 6 * lm_head.numel() * num_labels
+    for ids in passages:
+        flops += body_flops(emb_seq, len(ids))
+    return flops
+
+
+def body_flops(body: nn.Module, length: int) -> float:
+    """Return the operations of a row of `length` tokens in a body without LM head, forward and backward."""
+    config = body.config
+    heads = config.num_attention_heads
+    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
+    # two products of 2 · length² · width, half of which causal attention needs, and twice that backward
+    attention = 6 * config.num_hidden_layers * width * length**2
+    return 6 * body.num_parameters(exclude_embeddings=True) * length + attention
 
 
 def count_passages(batches: list[list[dict]]) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """Part 3 of recipes/benchmarks/gpu.py, on a CPU: tiny arms are trained, judged and compared, and calls resume."""
 
-import hashlib
 import importlib
 import json
 import sys
@@ -179,8 +178,28 @@ def test_a_way_that_fails_gives_way_to_the_next_and_is_not_tried_again(tmp_path,
     assert tried == ["flex_attention, compiled layers", "sdpa, compiled layers", "sdpa, compiled layers"]
 
 
+def test_a_way_that_ends_the_process_is_not_the_first_of_the_next_arm(tmp_path, monkeypatch):
+    tried = []
+
+    def train_once(context, arm, seed, inputs, speed, model_folder):
+        tried.append(str(speed))
+        if speed.attention == "flex_attention":
+            raise KeyboardInterrupt  # as far as files go, like a process that is killed
+        return {}
+
+    monkeypatch.setattr(training_arm, "train_once", train_once)
+    here = context(tmp_path)
+    here.folder.mkdir()
+    here.device = torch.device("cuda")
+    with pytest.raises(KeyboardInterrupt):
+        training_arm.train(here, "co", 0, None, tmp_path / "model")
+    training_arm.train(here, "separate", 0, None, tmp_path / "model")
+    assert tried == ["flex_attention, compiled layers", "sdpa, compiled layers"]
+
+
 def test_a_training_that_would_not_end_in_time_says_how_long_it_takes(tmp_path):
-    stopwatch = training_arm.Stopwatch(context(tmp_path, deadline=time.time() + 60))
+    shown = []
+    stopwatch = training_arm.Stopwatch(context(tmp_path, deadline=time.time() + 60), lambda: shown.append("it works"))
     args, state = type("Args", (), {"torch_compile": True})(), training_arm.TrainerState(max_steps=1020)
     now = time.perf_counter()
     stopwatch.start = now - 500
@@ -188,6 +207,10 @@ def test_a_training_that_would_not_end_in_time_says_how_long_it_takes(tmp_path):
     with pytest.raises(RuntimeError, match="The first 10 steps took 500 s"):
         state.global_step = 10
         stopwatch.check_time(args, state)
+    assert shown == []
+    stopwatch.start = now - 100
+    stopwatch.check_time(args, state)
+    assert shown == ["it works"]
     stopwatch.marks.append({"time": now + 5, "steps": 20, "tokens": 4000, "operations": 0})
     assert stopwatch.figures()["tokens_per_second"] == pytest.approx(800)
     assert stopwatch.figures()["step_seconds"] == pytest.approx(0.5)
@@ -263,13 +286,30 @@ def test_arms_are_paired_question_by_question_over_seeds(tmp_path):
     assert co["query_recall@1"]["in-domain"]["difference"] == pytest.approx(0.25)
     assert co["query_recall@1"]["all"]["difference"] == pytest.approx(0.0)
     # means over tasks: +0.25 with seed 0, -0.25 with seed 1
-    assert co["query_recall@1"]["all"]["deviation_over_seeds"] == pytest.approx(np.std([0.25, -0.25], ddof=1))
+    assert co["query_recall@1"]["all"]["seed_means"] == [0.25, -0.25]
+    assert co["query_recall@1"]["all"]["p_value"] == 1
     low, high = co["query_recall@1"]["nq"]["interval"]
-    assert 0 <= low < 0.25 < high <= 0.5
+    assert low == 0 and 0.5 < high <= 1  # both seeds can be seed 0, and all questions those that it gained
     assert found["comparisons"]["tied"]["seeds"] == 1
     assert found["comparisons"]["tied"]["cor"]["all"]["difference"] == 0
+    assert found["comparisons"]["tied"]["cor"]["all"]["interval"] is None  # one seed shows nothing about seeds
     assert found["summary"].startswith("co − separate: R@1 +0.0 [")
-    assert found["tables"][0]["rows"][0][:3] == ["co", "nq", "+25.0 [+0.0, +50.0]"]
+    assert found["tables"][0]["rows"][0][:2] == ["co", "nq"]
+    assert found["tables"][0]["rows"][0][2].startswith("+25.0 [+0.0, +")
+
+
+def test_p_values_are_corrected_for_arms_and_figures(tmp_path):
+    record_of(tmp_path, "separate_0", nq="0" * 20)
+    record_of(tmp_path, "co_0", nq="1" * 12 + "0" * 8)
+    record_of(tmp_path, "tied_0", nq="0" * 19 + "1")
+    checks = {arm: [f"{arm}_0"] for arm in ("co", "tied", "separate")}
+    found = compare_arms(tmp_path / "training", checks)
+    averages = [arm["query_recall@1"]["all"] for arm in found["comparisons"].values()]
+    assert averages[0]["p_value"] < 0.005
+    assert averages[0]["holm_p"] == pytest.approx(8 * averages[0]["p_value"])  # two arms, four figures
+    assert averages[1]["holm_p"] > 0.3
+    assert "holm_p" not in found["comparisons"]["co"]["query_recall@1"]["nq"]
+    assert ", p 0.004, Cor" in found["summary"]
 
 
 def test_a_comparison_waits_and_refuses_what_does_not_match(tmp_path):
@@ -322,93 +362,3 @@ def test_the_part_begins_and_compares_without_datasets_and_faiss(monkeypatch):
         for name in list(sys.modules):
             if name.partition(".")[0] in packages and name not in before:
                 del sys.modules[name]
-
-
-# ------------------------------------------------------------------ weights in a GGUF file
-
-
-def test_pieces_of_a_gguf_file_are_put_together_and_checked(tmp_path):
-    content = bytes(range(256)) * 9
-    pieces = tmp_path / "pieces"
-    pieces.mkdir()
-    for number in range(12):  # part10 comes after part9
-        (pieces / f"small.gguf.part{number}").write_bytes(content[200 * number : 200 * number + 200])
-    (pieces / "small.gguf.sha256").write_text(f"{hashlib.sha256(content).hexdigest()}  small.gguf\n")
-    path = weights.gguf_file(pieces, tmp_path / "out")
-    assert path == tmp_path / "out" / "small.gguf"
-    assert path.read_bytes() == content
-    (pieces / "small.gguf.part11").unlink()
-    with pytest.raises(ValueError, match="is a piece missing or damaged"):
-        weights.gguf_file(pieces, tmp_path / "out")
-
-
-def test_a_gguf_file_needs_the_package(tmp_path, monkeypatch):
-    (tmp_path / "small.gguf").write_bytes(b"GGUF")
-    monkeypatch.setattr(weights, "is_installed", lambda package: False)
-    with pytest.raises(Skip, match="gguf is not installed, and --gen .* is a GGUF file"):
-        weights.given_gen(str(tmp_path / "small.gguf"), tmp_path / "out")
-    assert weights.given_gen("no/such/place", tmp_path) == "no/such/place"  # transformers says what is wrong
-
-
-def test_a_gguf_file_becomes_a_checkpoint(tmp_path):
-    gguf = pytest.importorskip("gguf")
-    tensors = write_gguf(gguf, tmp_path / "small.gguf")
-    content = (tmp_path / "small.gguf").read_bytes()
-    (tmp_path / "small.gguf").unlink()
-    for number, start in enumerate(range(0, len(content), 4000)):
-        (tmp_path / f"small.gguf.part{number}").write_bytes(content[start : start + 4000])
-    folder = weights.given_gen(str(tmp_path), tmp_path / "out")
-    model = weights.AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = weights.AutoTokenizer.from_pretrained(folder)
-    assert model.dtype == torch.float32
-    assert torch.equal(model.model.embed_tokens.weight, torch.from_numpy(tensors["token_embd.weight"]))
-    assert torch.equal(model.model.layers[0].mlp.up_proj.weight, torch.from_numpy(tensors["blk.0.ffn_up.weight"]))
-    assert tokenizer.decode(tokenizer("ab b")["input_ids"]) == "ab b"
-    (tmp_path / "small.gguf.part0").unlink()
-    assert weights.given_gen(str(tmp_path), tmp_path / "out") == folder  # converted once
-
-
-def write_gguf(gguf, path):
-    """Write a Llama of one layer as a GGUF file, and return its tensors."""
-    tokens = ["<s>", "</s>", "<pad>", "a", "b", "Ġ", "ab"]
-    width, inner = 8, 16
-    rng = np.random.default_rng(0)
-    shapes = {"token_embd.weight": (len(tokens), width), "output_norm.weight": (width,)}
-    for name, shape in (
-        ("attn_q", (width, width)),
-        ("attn_k", (width, width)),
-        ("attn_v", (width, width)),
-        ("attn_output", (width, width)),
-        ("ffn_gate", (inner, width)),
-        ("ffn_up", (inner, width)),
-        ("ffn_down", (width, inner)),
-        ("attn_norm", (width,)),
-        ("ffn_norm", (width,)),
-    ):
-        shapes[f"blk.0.{name}.weight"] = shape
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(64)
-    writer.add_embedding_length(width)
-    writer.add_block_count(1)
-    writer.add_feed_forward_length(inner)
-    writer.add_head_count(2)
-    writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5)
-    writer.add_rope_dimension_count(4)
-    writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(len(tokens))
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(tokens)
-    writer.add_token_merges(["a b"])
-    writer.add_token_types([3, 3, 3, 1, 1, 1, 1])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    writer.add_pad_token_id(2)
-    tensors = {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
-    for name, tensor in tensors.items():
-        writer.add_tensor(name, tensor)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return tensors

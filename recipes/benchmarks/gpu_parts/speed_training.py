@@ -19,14 +19,15 @@ from modeling_cosup import CoSupForCausalLM
 from trainer import load_instances
 
 from gpu_parts.runner import Context
-from gpu_parts.speed_failures import first_calls, require
+from gpu_parts.speed_failures import NO_TIME, clean_up, first_calls, first_line, require
 from gpu_parts.speed_goals import goal
 from gpu_parts.speed_training_arms import BASELINE, ROWS_OF_BASELINE, training_arms
+from gpu_parts.weights import given_gen, name_of_gen
 from measuring import GB, Meter, matmul_peak, spread, spread_text
 from random_instances import random_instances, random_two_towers
 from train_arms import Ours, batches_of, useful_tokens
 from train_nsp_batch import measure_nsp_batch
-from train_step import Step, peak_flops, ratios, time_arms
+from train_step import Step, model_flops, peak_flops, ratios, time_arms
 
 MAX_SECONDS = 45  # for the timed batches of a table
 
@@ -37,8 +38,9 @@ MAX_SECONDS = 45  # for the timed batches of a table
 def training_model(context: Context) -> CoSupForCausalLM:
     """Return a model with two towers in float32 on the device, in training mode."""
     if context.gen is not None:
+        gen = given_gen(context.gen, context.folder)
         options = {"dtype": "float32"}
-        model = CoSupForCausalLM.from_gen_and_emb_seq(context.gen, tie_emb_seq=False, model_kwargs=options)
+        model = CoSupForCausalLM.from_gen_and_emb_seq(gen, tie_emb_seq=False, model_kwargs=options)
         return model.to(context.device).train()
     return random_two_towers("tiny" if context.tiny else "135m", 0, context.device).train()
 
@@ -54,7 +56,7 @@ def describe(context: Context) -> dict[str, str]:
     """Return where weights and text of a result come from."""
     shape = "tiny" if context.tiny else "135m"
     return {
-        "weights": context.gen or f"random, shape {shape}",
+        "weights": f"random, shape {shape}" if context.gen is None else name_of_gen(context.gen),
         "text": context.train_file or "random",
     }
 
@@ -81,7 +83,8 @@ def training_table(context: Context, batch_size: int) -> dict[str, Any]:
         rows = ours.trainer.train_dataset
         first, second, *batches = batches_of(ours.trainer, batch_size, repeats + 2, 0)
         arms = training_arms(context, model, rows, script, folder)
-        errors = first_calls({name: partial(warm_up, arm, model, [first, second]) for name, arm in arms.items()})
+        calls = {name: partial(warm_up, arm, model, [first, second]) for name, arm in arms.items()}
+        errors = first_calls(calls, context.seconds_left() - MAX_SECONDS)
         require(BASELINE, errors)
         arms = {name: arm for name, arm in arms.items() if name not in errors}
         seconds, memory = time_arms(model, arms, batches, Meter(context.device), MAX_SECONDS)
@@ -155,35 +158,6 @@ def training_report(context: Context, results: list[dict[str, Any]], errors: dic
     }
 
 
-def model_flops(model: CoSupForCausalLM, batch: list[dict]) -> float:
-    """
-    Return the floating-point operations that the losses of a batch need, forward and backward.
-
-    They are 6 a weight for each token that it reads (embeddings are looked up), causal attention within rows, and the
-    LM head where there is a label. Padding is not counted, and a passage that is named twice is counted once.
-    """
-    gen, emb_seq = model.gen.base_model, model.emb_seq
-    lm_head = model.get_output_embeddings().weight
-    passages = {tuple(ids) for row in batch for ids in row["passage_input_ids"]}
-    flops = 0.0
-    for row in batch:
-        num_labels = sum(label != -100 for label in row["labels"][1:])
-        flops += body_flops(gen, len(row["input_ids"])) + 6 * lm_head.numel() * num_labels
-    for ids in passages:
-        flops += body_flops(emb_seq, len(ids))
-    return flops
-
-
-def body_flops(body: nn.Module, length: int) -> float:
-    """Return the operations of a row of `length` tokens in a body without LM head, forward and backward."""
-    config = body.config
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    # two products of 2 · length² · width, half of which causal attention needs, and twice that backward
-    attention = 6 * config.num_hidden_layers * width * length**2
-    return 6 * body.num_parameters(exclude_embeddings=True) * length + attention
-
-
 def padding_of_baseline(batch: list[dict]) -> float:
     """Return the share of padding in the tokens that the padded loop reads."""
     padded = 0
@@ -206,17 +180,27 @@ def nsp_batches(context: Context) -> dict[str, Any]:
     rows: Any = training_instances(context, model, max(sizes))
     script = SimpleNamespace(batch_size=sizes[0], bf16=True, seed=0, micro_batch_tokens=micro_batch_tokens)
     results = []
+    errors: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         rows = Ours(model, folder, rows, script).trainer.train_dataset  # tokenized once
         for size in sizes:
+            name = f"NSP batch {size:,}"
             if size > len(rows):
-                print(f"  NSP batch {size}: the file has {len(rows)} instances", flush=True)
+                errors[name] = f"the file has {len(rows)} instances"
                 continue
             if results and 5 * results[-1]["seconds"] > context.seconds_left():
-                print(f"  NSP batch {size}: no time is left", flush=True)
-                break
-            results.append(measure_nsp_batch(model, rows, script, folder, size))
+                errors[name] = NO_TIME
+                continue
+            try:
+                results.append(measure_nsp_batch(model, rows, script, folder, size))
+            except Exception as error:  # e.g. too little memory: the smaller batches are results
+                errors[name] = first_line(error)
+            if name in errors:
+                clean_up(model)
+                continue
             print(f"  {results[-1]}", flush=True)
+    if not results:
+        raise RuntimeError(f"No NSP batch can be measured: {errors}")
     last = results[-1]
     cells = [
         [
@@ -228,7 +212,9 @@ def nsp_batches(context: Context) -> dict[str, Any]:
         ]
         for result in results
     ]
+    cells += [[name, error, "", "", ""] for name, error in errors.items()]
     header = ["NSP batch", "s / step", "useful tokens/s", "peak above weights and gradients, GB", "peak in all, GB"]
+    reached = f"NSP batch {last['nsp_batch_size']:,}: {last['seconds']:.1f} s, {last['peak_memory_gb']:.1f} GB"
     memory = last.get("total_memory_gb")
     goals = []
     if last["nsp_batch_size"] == 4096 and memory is not None:
@@ -237,7 +223,8 @@ def nsp_batches(context: Context) -> dict[str, Any]:
         **describe(context),
         "micro_batch_tokens": micro_batch_tokens,
         "batches": results,
-        "summary": f"NSP batch {last['nsp_batch_size']:,}: {last['seconds']:.1f} s, {last['peak_memory_gb']:.1f} GB",
+        "errors": errors,
+        "summary": "; ".join([reached, *(f"{name}: {error}" for name, error in errors.items())]),
         "goals": goals,
         "tables": [{"title": "one step with GradCache", "header": header, "rows": cells}],
     }

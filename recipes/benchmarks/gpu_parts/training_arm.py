@@ -4,11 +4,14 @@ import gc
 import os
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments, set_seed
 
 from modeling_cosup import CoSupForCausalLM
@@ -61,21 +64,21 @@ class Speed:
         return f"{self.attention}, {'compiled' if self.compiled else 'eager'} layers"
 
 
-def speeds(device: torch.device, proven_file: Path) -> list[Speed]:
+def speeds(device: torch.device, speed_file: Path) -> list[Speed]:
     """
     Return what to try, the fastest first: on a GPU packed rows (flex attention needs no package) and compiled layers.
 
     Args:
         device (`torch.device`): where the model is trained.
-        proven_file (`Path`): says what an earlier arm was trained with; what comes before it has failed.
+        speed_file (`Path`): says with what to begin; what comes before it has failed in an earlier arm.
     """
     choices = [Speed("sdpa", False)]
     if device.type == "cuda":
         choices = [Speed("flex_attention", True), Speed("sdpa", True), Speed("sdpa", False)]
-    if proven_file.exists():
-        proven = Speed(**read_json(proven_file))
-        if proven in choices:
-            return choices[choices.index(proven) :]
+    if speed_file.exists():
+        first = Speed(**read_json(speed_file))
+        if first in choices:
+            return choices[choices.index(first) :]
     return choices
 
 
@@ -102,7 +105,9 @@ def train_and_judge(context: Context, arm: str, seed: int, folder: Path) -> dict
         shutil.rmtree(folder, ignore_errors=True)
         training = train(context, arm, seed, inputs, model_folder)
         write_json(training_file, {"inputs": inputs.facts(), **training})
-        free_memory_but_not_its_peak(context.device)
+        gc.collect()  # not `free_memory`: the record shows the peak of training and judging
+        if context.device.type == "cuda":
+            torch.cuda.empty_cache()
     judged = judge_tasks(context, model_folder, inputs.tasks, tasks_folder, SECONDS_TO_JUDGE)
     shutil.rmtree(model_folder, ignore_errors=True)
     training = read_json(training_file)
@@ -129,7 +134,9 @@ def train(context: Context, arm: str, seed: int, inputs: Inputs, model_folder: P
     """
     Train an arm as fast as this machine can, and save it in bfloat16.
 
-    If a way to run the model fails, e.g. because a kernel does not compile, the next one starts from the beginning.
+    If a way to run the model fails, e.g. because a kernel does not compile, the next one starts from the beginning. If
+    it ends the process or breaks the GPU before the first log, it ends this arm, but the next arm begins with the next
+    way: `speed.json` names that one until the first log.
 
     Returns:
         `dict`: what was measured, and which ways failed.
@@ -138,12 +145,12 @@ def train(context: Context, arm: str, seed: int, inputs: Inputs, model_folder: P
         [`Skip`]: if the training takes longer than what is left of the time.
     """
     failures: list[str] = []
-    proven_file = context.folder / "speed.json"
-    choices = speeds(context.device, proven_file)
-    for speed in choices:
+    speed_file = context.folder / "speed.json"
+    choices = speeds(context.device, speed_file)
+    for speed, next_speed in zip(choices, [*choices[1:], choices[-1]], strict=True):
+        write_json(speed_file, asdict(next_speed))
         try:
             training = train_once(context, arm, seed, inputs, speed, model_folder)
-            write_json(proven_file, asdict(speed))
             return {**training, "failed_before": failures}
         except Skip:
             raise
@@ -162,6 +169,8 @@ def train_once(
     """Train an arm in one way of running it, and save it; return what was measured."""
     start = time.perf_counter()
     forget_compilation()
+    if speed.compiled:
+        torch._dynamo.config.recompile_limit = 64  # at the limit, layers would become eager without a word
     set_seed(seed)
     model = CoSupForCausalLM.from_gen_and_emb_seq(
         inputs.gen,
@@ -170,8 +179,6 @@ def train_once(
         **MODEL_OPTIONS[arm],
     )
     options = TRAINING_OPTIONS | (TINY_OPTIONS if context.tiny else {})
-    if context.device.type == "cuda":
-        options |= {"dataloader_num_workers": min(4, os.cpu_count() or 1)}  # batches are collated while it computes
     args = CoSupTrainingArguments(
         str(model_folder.parent / "trainer"),
         supervision=SUPERVISION[arm],
@@ -180,7 +187,7 @@ def train_once(
         use_cpu=context.device.type == "cpu",
         **options,
     )
-    stopwatch = Stopwatch(context)
+    stopwatch = Stopwatch(context, at_first_log=partial(write_json, context.folder / "speed.json", asdict(speed)))
     trainer = CoSupTrainer(model, args, train_dataset=inputs.instances, callbacks=[stopwatch])
     setup_seconds = time.perf_counter() - start
     start = time.perf_counter()
@@ -221,26 +228,25 @@ def forget_compilation() -> None:
             del os.environ[name]
 
 
-def free_memory_but_not_its_peak(device: torch.device) -> None:
-    """Free the memory of the training for what follows; the record shows the peak of both."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-
-
 class Stopwatch(TrainerCallback):
     """
     A clock of the training that leaves out its first steps, in which kernels are compiled.
 
-    It starts at the first log and stops at the last one; `Trainer` counts operations up to each log.
+    It starts at the first log and stops at the last one; `Trainer` counts operations up to each log: 6 for each token
+    and weight of Gen and Emb_seq, without attention and LM head.
+
+    Args:
+        context ([`Context`]): device and time.
+        at_first_log (`Callable`): called at the first log, when this way to run the model has shown that it works.
 
     Raises:
         `RuntimeError`: at the first log, if kernels took too long to compile.
         [`Skip`]: at the second log, if the training would not end in time.
     """
 
-    def __init__(self, context: Context) -> None:
+    def __init__(self, context: Context, at_first_log: Callable[[], Any]) -> None:
         self.context = context
+        self.at_first_log = at_first_log
         self.start = time.perf_counter()
         self.marks: list[dict[str, float]] = []  # at each log
 
@@ -282,6 +288,8 @@ class Stopwatch(TrainerCallback):
         warm_up = self.marks[0]["time"] - self.start
         if args.torch_compile and len(self.marks) == 1 and warm_up > WARM_UP_SECONDS:
             raise RuntimeError(f"The first {state.global_step} steps took {warm_up:.0f} s.")
+        if len(self.marks) == 1:
+            self.at_first_log()
         if len(self.marks) == 2:
             seconds_needed = (state.max_steps - state.global_step) * self.figures()["step_seconds"]
             seconds_left = self.context.seconds_left()

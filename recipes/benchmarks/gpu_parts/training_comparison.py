@@ -1,10 +1,16 @@
 """Compare the arms of the training part with separate supervision, question by question."""
 
+import itertools
+import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
+
+import numpy as np
 
 from trainer.judging.figures import SPLITS
-from trainer.judging.intervals import compare_differences, mean_and_deviation
+from trainer.judging.hierarchical import SeedComparison, compare_over_seeds, holm
+from trainer.judging.intervals import Comparison, compare_differences
 
 from gpu_parts.records import read_record
 from gpu_parts.runner import Skip
@@ -14,13 +20,16 @@ BASELINE = "separate"
 RESAMPLES = 2000
 ENDED = ("done", "failed")
 
+Compare: TypeAlias = Callable[[list[np.ndarray]], Comparison | SeedComparison]
+
 
 def compare_arms(folder: Path, checks: dict[str, list[str]]) -> dict[str, Any]:
     """
     Compare each arm with separate supervision, over the seeds that both have.
 
-    The difference of a question is the mean over seeds; questions are resampled within each task. Each task weighs
-    the same in an average. Intervals and p-values are not corrected for the number of comparisons.
+    Each task weighs the same in an average. One seed is compared over its questions, several over questions and seeds
+    (`trainer.judging.hierarchical`). The p-values of the averages over all tasks are corrected by Holm's method;
+    intervals, and the p-values of single tasks, are not.
 
     Args:
         folder (`Path`): of the records of the part.
@@ -36,7 +45,8 @@ def compare_arms(folder: Path, checks: dict[str, list[str]]) -> dict[str, Any]:
     results: dict[str, list[dict[str, Any] | None]] = {}  # arm -> the result of each seed, None if it failed
     for arm, names in checks.items():
         results[arm] = [result_of(folder, name) for name in names]
-    comparisons, lines, rows = {}, [], []
+    comparisons: dict[str, dict[str, Any]] = {}
+    lines, rows = [], []
     for arm in checks:
         if arm == BASELINE:
             continue
@@ -47,15 +57,19 @@ def compare_arms(folder: Path, checks: dict[str, list[str]]) -> dict[str, Any]:
                 pairs.append((old, new))
         if not pairs:
             continue
-        comparison = compare_pairs(pairs)
+        compare = over_seeds if len(checks[arm]) > 1 else over_questions
+        comparison = compare_pairs(pairs, compare)
         comparisons[arm] = {"seeds": len(pairs), "weights": pairs[0][0]["weights"], **comparison}
+    if not comparisons:
+        raise Skip(f"no arm can be compared: {BASELINE} and another one must have succeeded with the same seed")
+    correct(comparisons)
+    for arm, comparison in comparisons.items():
         rows += rows_of(arm, comparison)
         recall, cor = (text_of(comparison[name].get("all")) for name in ("query_recall@1", "cor"))
         lines.append(f"{arm} − {BASELINE}: R@1 {recall}, Cor {cor}")
-    if not comparisons:
-        raise Skip(f"no arm can be compared: {BASELINE} and another one must have succeeded with the same seed")
     header = ["arm − separate", "task", *FIGURES.values()]
-    table = {"title": "points, with 95 % intervals; paired bootstrap over questions", "header": header, "rows": rows}
+    title = "points, with 95 % intervals; for all tasks together also p, by Holm's method"
+    table = {"title": title, "header": header, "rows": rows}
     return {"summary": "; ".join(lines), "comparisons": comparisons, "tables": [table]}
 
 
@@ -76,65 +90,64 @@ def check_pair(old: dict[str, Any], new: dict[str, Any]) -> None:
             raise ValueError(f"The arms were judged on different questions of {task}: they cannot be compared.")
 
 
-def compare_pairs(pairs: list[tuple[dict[str, Any], dict[str, Any]]]) -> dict[str, dict[str, Any]]:
+def compare_pairs(pairs: list[tuple[dict[str, Any], dict[str, Any]]], compare: Compare) -> dict[str, dict[str, Any]]:
     """
     Return figure -> task or average -> difference of the second results to the first.
 
     Args:
         pairs (`list[tuple[dict, dict]]`): the results of both arms, seed by seed.
+        compare (`Callable`): takes the differences `(S, Q)` of each task, NaN where there is none.
     """
-    tasks = [name for name in pairs[0][0]["tasks"] if name in pairs[0][1]["tasks"]]
-    splits = {task: pairs[0][0]["tasks"][task]["split"] for task in tasks}
+    splits = {name: task["split"] for name, task in pairs[0][0]["tasks"].items()}
+    for result in itertools.chain(*pairs):
+        splits = {name: split for name, split in splits.items() if name in result["tasks"]}
+    groups = {task: [task] for task in splits}
+    for split in SPLITS:
+        groups[split] = [task for task in splits if splits[task] == split]
+    groups["all"] = list(splits)
     comparison: dict[str, dict[str, Any]] = {}
     for figure in FIGURES:
         columns = {}
-        for task in tasks:
-            by_seed = [differences(old["tasks"][task], new["tasks"][task], figure) for old, new in pairs]
-            columns[task] = [sum(values) / len(values) for values in zip(*by_seed, strict=True)]
-        members = {task: [task] for task in tasks}
-        for split in SPLITS:
-            members[split] = [task for task in tasks if splits[task] == split]
-        members["all"] = tasks
+        for task in splits:
+            columns[task] = np.array(
+                [differences(old["tasks"][task], new["tasks"][task], figure) for old, new in pairs]
+            )
         comparison[figure] = {}
-        for group, names in members.items():
-            values = [columns[name] for name in names if columns[name]]
+        for group, tasks in groups.items():
+            values = [columns[task] for task in tasks if np.isfinite(columns[task]).any(1).all()]
             if values:
-                comparison[figure][group] = rounded(compare_differences(values, RESAMPLES).to_dict())
-        over_seeds = [mean_over_tasks(old, new, figure, tasks) for old, new in pairs]
-        comparison[figure]["all"]["deviation_over_seeds"] = None
-        if len(over_seeds) > 1:
-            comparison[figure]["all"]["deviation_over_seeds"] = mean_and_deviation(over_seeds)[1]
+                comparison[figure][group] = rounded(compare(values).to_dict())
     return comparison
 
 
+def over_questions(columns: list[np.ndarray]) -> Comparison:
+    """Compare the arms of one seed: the bootstrap says what other questions would show, and nothing about seeds."""
+    return compare_differences([column[np.isfinite(column)] for column in columns], RESAMPLES)
+
+
+def over_seeds(columns: list[np.ndarray]) -> SeedComparison:
+    """Compare the arms over questions and seeds."""
+    return compare_over_seeds(columns, RESAMPLES)
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], figure: str) -> list[float]:
-    """Return the difference of each question to which the figure applies, second minus first."""
+    """Return the difference of each question, second minus first; NaN where the figure does not apply."""
     values = []
     for before, after in zip(scores_of(old)[figure], scores_of(new)[figure], strict=True):
-        if before is not None and after is not None:
-            values.append(after - before)
+        values.append(float("nan") if before is None or after is None else after - before)
     return values
 
 
-def mean_over_tasks(old: dict[str, Any], new: dict[str, Any], figure: str, tasks: list[str]) -> float:
-    """Return the mean over tasks of the difference of two results."""
-    means = []
-    for task in tasks:
-        values = differences(old["tasks"][task], new["tasks"][task], figure)
-        if values:
-            means.append(sum(values) / len(values))
-    return sum(means) / len(means)
+def correct(comparisons: dict[str, dict[str, Any]]) -> None:
+    """Add `holm_p` to the averages over all tasks: their p-values, corrected for the number of arms and figures."""
+    averages = [comparison[figure]["all"] for comparison in comparisons.values() for figure in FIGURES]
+    for average, p_value in zip(averages, holm([average["p_value"] for average in averages]), strict=True):
+        average["holm_p"] = p_value
 
 
 def rounded(compared: dict[str, Any]) -> dict[str, Any]:
-    """Return a comparison with numbers of five decimals."""
-    interval = compared["interval"]
-    return {
-        "difference": round(compared["difference"], 5),
-        "interval": None if interval is None else [round(end, 5) for end in interval],
-        "p_value": compared["p_value"],
-        "n": compared["n"],
-    }
+    """Return a comparison with numbers of five decimals, which keep a results file small."""
+    return json.loads(json.dumps(compared), parse_float=lambda text: round(float(text), 5))
 
 
 def rows_of(arm: str, comparison: dict[str, dict[str, Any]]) -> list[list[str]]:
@@ -144,10 +157,12 @@ def rows_of(arm: str, comparison: dict[str, dict[str, Any]]) -> list[list[str]]:
 
 
 def text_of(compared: dict[str, Any] | None) -> str:
-    """Return a difference in points with its interval; a dash if there is none."""
+    """Return a difference in points with its interval and corrected p-value; a dash if there is none."""
     if compared is None:
         return "—"
     text = f"{100 * compared['difference']:+.1f}"
     if compared["interval"] is not None:
         text += " [{:+.1f}, {:+.1f}]".format(*(100 * end for end in compared["interval"]))
+    if compared.get("holm_p") is not None:
+        text += f", p {compared['holm_p']:.3f}"
     return text

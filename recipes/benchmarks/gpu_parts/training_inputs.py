@@ -1,7 +1,6 @@
 """What the arms of the training part learn from and are judged on: given files, or tiny ones that are made here."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trainer import load_instances
@@ -11,7 +10,7 @@ from trainer.judging.tasks import Task
 from gpu_parts.runner import Context, Skip
 from gpu_parts.training_tasks import given_tasks
 from gpu_parts.training_world import NUM_TINY_INSTANCES, write_tiny_world
-from gpu_parts.weights import gguf_name, given_gen, random_gen
+from gpu_parts.weights import given_gen, name_of_gen, random_gen
 
 
 @dataclass
@@ -57,7 +56,7 @@ def read_inputs(context: Context) -> Inputs:
         instances = instances[:NUM_TINY_INSTANCES]
     context.folder.mkdir(parents=True, exist_ok=True)
     if context.gen is not None:
-        gen, weights = given_gen(context.gen, context.folder), gguf_name(Path(context.gen)) or Path(context.gen).name
+        gen, weights = given_gen(context.gen, context.folder), name_of_gen(context.gen)
     else:
         gen = random_gen(context.folder, (text for instance in instances for text in texts_of(instance)), context.tiny)
         weights = f"random weights, {'a tiny shape' if context.tiny else 'the shape of SmolLM2-135M'}"

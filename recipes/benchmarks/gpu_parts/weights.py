@@ -50,6 +50,11 @@ def given_gen(gen: str, folder: Path) -> str:
     return str(converted)
 
 
+def name_of_gen(gen: str) -> str:
+    """Return the name of a given Gen, for the results."""
+    return gguf_name(Path(gen)) or Path(gen).name
+
+
 def gguf_name(gen: Path) -> str | None:
     """Return NAME of the file `NAME.gguf` at a place, whole or in pieces; `None` if there is none."""
     if gen.suffix == ".gguf":
