@@ -57,7 +57,7 @@ def test_every_experiment_is_listed_with_its_question():
 
 
 def test_the_experiment_to_write_oneself_is_complete(tmp_path):
-    (block,) = [block for block in blocks_of(EXPERIMENTS) if block.language == "yaml"]
+    (block,) = [block for block in blocks_of(EXPERIMENTS) if block.code.startswith("# my_experiment.yaml")]
     path = tmp_path / "my_experiment.yaml"
     path.write_text(block.code)
     experiment = load_experiment(path)  # checks every field and option

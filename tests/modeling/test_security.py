@@ -59,7 +59,7 @@ def test_no_code_of_ours_unpickles_or_evaluates(path):
     next_to_model = path in TRAVELS or path.name in STAYS  # the rest of the model's package must pass the same checks
     if next_to_model:
         forbidden = FORBIDDEN_WHERE_IT_TRAVELS
-    elif path.parent.name == "benchmarks":  # they ask the C library about memory
+    elif "benchmarks" in path.parts:  # they ask the C library about memory, and find a free port
         forbidden = UNPICKLE
     elif path.parent.name == "serving":  # a server listens, and asks the servers of vLLM
         forbidden = FORBIDDEN - {"socket", "httpx"}

@@ -64,13 +64,13 @@ def test_weights_are_saved_once(saved):
 @pytest.mark.parametrize(
     ("options", "tolerance"),
     [
-        ({}, 0),
-        ({"load_emb_seq": False}, 0),
+        ({}, 1e-6),  # some CPUs round sums differently for another placement of the same weights
+        ({"load_emb_seq": False}, 1e-6),
         ({"dtype": "bfloat16"}, 0.05),
         ({"dtype": "float16"}, 0.01),
-        ({"device_map": "auto"}, 0),
-        ({"device_map": "cpu"}, 0),
-        ({"device_map": {"": "disk"}, "offload_folder": "offloaded"}, 0),
+        ({"device_map": "auto"}, 1e-6),
+        ({"device_map": "cpu"}, 1e-6),
+        ({"device_map": {"": "disk"}, "offload_folder": "offloaded"}, 1e-6),
         ({"bits": 8}, 0.1),
         ({"bits": 4}, 0.5),
     ],

@@ -187,7 +187,8 @@ def test_a_memory_is_built(world, monkeypatch, tmp_path, capsys):
     same = model.build_memory(HELD_OUT, **texts)
     rows = torch.arange(len(same))
     assert torch.equal(memory.get_values(rows), same.get_values(rows))
-    assert torch.equal(memory.get_keys(rows), same.get_keys(rows))
+    one_rounding = 2**-7  # of bfloat16: some CPUs round a sum differently in another process
+    torch.testing.assert_close(memory.get_keys(rows), same.get_keys(rows), rtol=one_rounding, atol=1e-3)
 
     runs_here(monkeypatch, "build_memory", model=world / "gen", output_dir=tmp_path / "plain", **options)
     KNNMemory.from_pretrained(tmp_path / "plain").check_model(make_gen("gpt2"))
