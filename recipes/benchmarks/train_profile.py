@@ -86,7 +86,7 @@ def section_profile(model: CoSupForCausalLM, instances: list[dict], script: Any,
     arms: dict[str, Any] = {"eager": ours}
     if script.torch_compile:
         arms["compiled"] = CompiledOurs(model, folder, ours.trainer.train_dataset, script)
-    batches = batches_of(ours.trainer, script.batch_size, script.profile_steps + 1, script.seed)
+    batches = batches_of(ours.trainer, script.batch_size, script.profile_steps, script.seed)
     optimizer = ours.trainer.optimizer
     assert optimizer is not None  # `Ours` has made it
 
@@ -103,10 +103,11 @@ def section_profile(model: CoSupForCausalLM, instances: list[dict], script: Any,
     peak = matmul_peak(model.device, torch.bfloat16 if script.bf16 else torch.float32)
     result: dict[str, Any] = {"matmul_peak": peak}
     for name, arm in arms.items():
-        step(arm, batches[0])  # warms up
+        for batch in batches:  # a new length may compile a layer again
+            step(arm, batch)
         with profile(activities=activities, record_shapes=True, with_flops=True) as profiler:
             with clock.time(name):
-                for batch in batches[1:]:
+                for batch in batches:
                     step(arm, batch)
         result[name] = shares_of_kinds(profiler.key_averages(), clock.seconds[name], cuda)
         result[name]["seconds"] = clock.seconds[name] / script.profile_steps
