@@ -82,7 +82,7 @@ def test_shipped_experiments_are_valid(path, tmp_path, monkeypatch):
         gen = "W/gen" if experiment.world else options["gen"]
         assert (script.gen == gen) != bool(script.model_name_or_path)
         assert args.seed == 0
-        assert args.gradient_accumulation_steps * args.train_batch_size in (16, 32, 64, 128)
+        assert args.gradient_accumulation_steps * args.train_batch_size in (16, 32, 64, 128, 512)
 
 
 def test_shipped_experiments_share_trainings(tmp_path):
