@@ -13,7 +13,6 @@ Serve a model and its index under OpenAI's API: answers with citations, and embe
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import os
 import pkgutil
@@ -68,7 +67,7 @@ def serve(args: ServeArguments, memory_options: MemoryOptions) -> None:
         log_prompts=args.log_prompts,
     )
     server = EngineServer(build_app(engine, settings), engine, args.shutdown_timeout)
-    asyncio.run(server.serve_engine(bound))
+    server.run([bound])
 
 
 def set_up_logging() -> None:

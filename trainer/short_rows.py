@@ -2,7 +2,7 @@
 Attention of short rows on a CPU.
 
 In bfloat16, the backward pass of PyTorch's fused attention takes several times as long on a CPU as the plain products
-that it replaces (recipes/benchmarks/README.md). The plain products keep all scores, so only short rows can afford
+that it replaces (recipes/benchmarks/training.md). The plain products keep all scores, so only short rows can afford
 them: those of up to `LONGEST` tokens. Longer rows, where the gain is small, other precisions and other devices keep
 the fused kernel.
 """

@@ -12,7 +12,7 @@ them all, and OUT/report.md shows them. A folder with results.json alone can be 
 The exit status is 1 if a check failed.
 
 It starts with torch, transformers, accelerate, peft, sentence-transformers and pyarrow alone, without a network. A
-check that needs another package says so and is skipped; recipes/benchmarks/README.md says how to bring packages.
+check that needs another package says so and is skipped; recipes/benchmarks/gpu.md says how to bring packages.
 """
 
 import shlex

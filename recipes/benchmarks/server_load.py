@@ -16,7 +16,6 @@ Every answer that was finished is compared with that of generate_many: text, pas
 all should be equal. The exit status is 1 if an answer was lost or differs, or a slot stays taken.
 """
 
-import asyncio
 import contextlib
 import itertools
 import json
@@ -160,7 +159,7 @@ class Service:
 
         def serve() -> None:
             self._pin(0, {1})  # threads that it starts too
-            asyncio.run(server.serve_engine(bound))
+            server.run([bound])
 
         for process in self.processes[1:]:
             for task in Path(f"/proc/{process}/task").iterdir():

@@ -84,9 +84,10 @@ class EngineServer(uvicorn.Server):
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stopping: asyncio.Task[None] | None = None
 
-    async def serve_engine(self, bound: socket.socket) -> None:
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """
-        Start the engine and serve it on a socket until a signal.
+        Start the engine and serve it on sockets until a signal. [`run`] does so in a new event loop: uvloop's, if
+        uvloop is installed.
 
         Raises:
             An error of the engine's start.
@@ -95,7 +96,7 @@ class EngineServer(uvicorn.Server):
         self._loop = asyncio.get_running_loop()
         await self.engine.start()
         try:
-            await self.serve([bound])
+            await super().serve(sockets)
         finally:
             await self.engine.stop(drain=False)
         if self.engine.failure:

@@ -53,7 +53,7 @@ def test_answers_and_a_killed_process(tmp_path):
     server = EngineServer(build_app(engine, ApiSettings("tiny")), engine)
 
     async def test():
-        serving = asyncio.create_task(server.serve_engine(open_socket("127.0.0.1", 0)))
+        serving = asyncio.create_task(server.serve([open_socket("127.0.0.1", 0)]))
         while not server.started:
             await asyncio.sleep(0.01)
         requests = requests_of(model, 12)

@@ -27,7 +27,7 @@ def started_server(engine: Any, settings: ApiSettings, shutdown_timeout: float =
     bound = open_socket("127.0.0.1", 0)
     server = EngineServer(build_app(engine, settings), engine, shutdown_timeout)
     server.url = url_of(bound)
-    server.thread = threading.Thread(target=asyncio.run, args=[server.serve_engine(bound)], daemon=True)
+    server.thread = threading.Thread(target=server.run, args=[[bound]], daemon=True)
     server.thread.start()
     while not server.started:
         if not server.thread.is_alive():
