@@ -2,8 +2,8 @@
 Indexes in the output folder of a training, which all ranks build together.
 
 An index has a folder of its own, which gets its name when it is complete: a process that dies leaves the earlier one.
-The passages stay, so a later index has only new embeddings: its other files are links to those of the first, and what
-Emb_seq reads of each passage is kept in files next to them.
+The passages stay, so a later index has only new embeddings. Its other files are links to the files of the first
+index. The token ids that Emb_seq reads of each passage are kept in files next to them.
 """
 
 import os

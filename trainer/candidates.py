@@ -104,8 +104,8 @@ class CandidateIndex:
         """
         Retrieve the candidates of each query, the best first.
 
-        With `rerank_candidates=R`, R passages are retrieved, those of all queries are encoded with the model's
-        weights as they are now, each once, and the best `num_candidates` are kept.
+        With `rerank_candidates=R`, R passages are retrieved for each query. The passages of all queries are encoded
+        with the model's weights as they are now, each passage once, and the best `num_candidates` are kept.
 
         Args:
             model ([`CoSupForCausalLM`]): encodes passages to rerank; its tokenizers say what it reads.

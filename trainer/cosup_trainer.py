@@ -84,7 +84,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
 
     `evaluate()` returns `eval_loss`, each loss by name (`eval_ntp_loss`, `eval_nsp_loss`), `eval_query_recall@1`,
     `eval_query_recall@5`, and `eval_nsp_predicted`: how often Gen would write the `[NSP]` of the reference. The NSP
-    loss and recall are over all distinct passages of the evaluation set, not those of a batch. `predict()` returns the
+    loss and recall are over all distinct passages of the evaluation set, not over a batch. `predict()` returns the
     embeddings as well. `bf16_full_eval` and `fp16_full_eval` leave the weights as they were.
 
     Args:
@@ -99,7 +99,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
             hold, for each query, the row of its passage. With `include_for_metrics=["inputs"]` its `inputs` are
             `(query_ids, passage_ids)`: the tokens that each embedding was made from, int64, padded with -100 on the
             right. With `"loss"` its `losses` are the NSP losses of the queries. Queries are in the order of the
-            instances, and those of an instance in the order of its `[NSP]`.
+            instances and, within an instance, in the order of its `[NSP]` tokens.
         callbacks, optimizers, optimizer_cls_and_kwargs: as in `Trainer`.
         peft_config (`PeftConfig`, *optional*): wraps the model; rows of control tokens are trained too.
         model_init (`Callable`, *optional*): returns a new model, given nothing or the trial. It is called here, and

@@ -207,7 +207,7 @@ def _as_dataset(
     checked: list[CheckedInstance] = []
     for row, instance in enumerate(instances):
         checked.append(check_instance(instance, f"{name}, row {row}"))
-    fields: dict[str, None] = {}  # in order; the library would take those of the first row
+    fields: dict[str, None] = {}  # in order; `datasets` would take the fields of the first row alone
     for instance in checked:
         fields |= dict.fromkeys(instance)
     columns: dict[str, list] = {field: [instance.get(field) for instance in checked] for field in fields}

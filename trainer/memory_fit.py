@@ -140,7 +140,7 @@ def best_weight(lm: torch.Tensor, memory: torch.Tensor) -> tuple[float, float]:
     Return the weight w that maximises the mean of log((1 - w) p_LM + w p_mem), and this mean.
 
     Args:
-        lm, memory (`torch.Tensor` of shape `(n,)`): log-probabilities of the targets; those of `lm` are finite.
+        lm, memory (`torch.Tensor` of shape `(n,)`): log-probabilities of the targets; `lm` is finite.
     """
     lm, memory = lm.double(), memory.double()
     larger = torch.maximum(lm, memory)

@@ -2,9 +2,9 @@
 Attention of short rows on a CPU.
 
 In bfloat16, the backward pass of PyTorch's fused attention takes several times as long on a CPU as the plain products
-that it replaces (recipes/benchmarks/training.md). The plain products keep all scores, so only short rows can afford
-them: those of up to `LONGEST` tokens. Longer rows, where the gain is small, other precisions and other devices keep
-the fused kernel.
+that it replaces (recipes/benchmarks/training.md). The plain products keep all scores, which only short rows can
+afford. So rows of up to `LONGEST` tokens take the plain products. Longer rows, where the gain is small, other
+precisions and other devices keep the fused kernel.
 """
 
 import contextlib

@@ -117,8 +117,8 @@ class TrainingStepMixin(DistillationStepMixin):
         """
         Exchange between ranks, from host to host, what the batches hold.
 
-        Adds to each batch `global`, the [`GlobalBatch`], and counts over all batches and ranks: `num_labels`;
-        `num_queries`, those that have a passage; `num_compared`, those of them that have a negative; and
+        Adds to each batch `global`, the [`GlobalBatch`], and counts over all batches and ranks: `num_labels`,
+        `num_queries` (queries with a passage), `num_compared` (queries with a passage and a negative) and
         `num_distilled`. Afterwards all ranks have equally many micro-batches, each with an input for every part of the
         model.
 
@@ -329,7 +329,7 @@ class TrainingStepMixin(DistillationStepMixin):
     def _distillation_losses(
         self, inputs: dict[str, Any], query_embeds: torch.Tensor, passage_embeds: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Return the distillation loss, summed over this rank's queries and divided by those of all ranks."""
+        """Return the distillation loss: the sum over this rank's queries, divided by the number of all ranks'."""
         batch = distilled_batch(inputs, query_embeds, passage_embeds)
         values, distributions = distillation_losses(batch, self.cosup_config, self.args)
         losses = {"distillation_loss": values.sum() / max(1, inputs["num_distilled"])}

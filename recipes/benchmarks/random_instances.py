@@ -31,7 +31,7 @@ def random_two_towers(shape: str, seed: int, device: torch.device) -> CoSupForCa
 
 def random_instances(tokenizer: Any, count: int, seed: int) -> list[dict[str, Any]]:
     """
-    Return instances of random words, of lengths as different as those of real ones.
+    Return instances of random words. Their lengths vary as in real data.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): says how many words make a given number of tokens.

@@ -57,7 +57,7 @@ def open_memory(model: CoSupForCausalLM, options: MemoryOptions) -> dict[str, An
 
 
 def call_config(memory: Any, options: Any) -> MemoryConfig:
-    """Return a memory's config, with those of a recipe's options `FIELDS` that were given in place of its values."""
+    """Return a memory's config; the options of a recipe that were given (see `FIELDS`) replace its values."""
     values = {name: getattr(options, option, None) for option, name in FIELDS.items()}
     given = {name: value for name, value in values.items() if value is not None}
     return replace(memory.memory_config, **given)

@@ -89,8 +89,8 @@ def compare_over_seeds(
     """
     Compare two arms over seeds and questions, see the top of this module.
 
-    If every seed asks questions of its own (another world for each seed), give all of them as columns, with NaN where
-    a seed does not have a question: each seed is then averaged over those of its questions that were drawn.
+    Each seed may ask questions of its own, from a world of its own. Then give the questions of all seeds as columns,
+    with NaN where a seed does not have a question. The mean of a seed is over its own drawn questions.
 
     Args:
         tasks (sequence of `numpy.ndarray` of shape `(S, Q)`): the paired differences of each task; NaN where a seed

@@ -163,8 +163,8 @@ def answers_to_find(question: dict) -> list[str]:
 
     They are its `answers` or, if it has ALCE's readings, their short answers. Answers that normalise to nothing and
     verdicts (yes, no, true, false, supports, refutes) are left out: a passage that holds the word "no" answers
-    nothing. Questions answered by whole sentences have none: those of datasets whose metric compares texts (Wizard of
-    Wikipedia, ELI5), those with ALCE's claims, and those that say so, by `"meta": {"long_answers": true}`.
+    nothing. Questions answered by whole sentences have none: questions of datasets whose metric compares texts (Wizard
+    of Wikipedia, ELI5), questions with ALCE's claims, and questions with `"meta": {"long_answers": true}`.
 
     Args:
         question (`dict`): an instance with `answers`; `dataset` and `meta` are read if it has them.

@@ -113,8 +113,8 @@ def _draw_scores(results: dict, output_dir: Path, path: Path) -> str | None:
 
 def _best_scores(predictions: list[dict]) -> tuple[list[float], list[float]]:
     """
-    Return the score of each retrieval's best passage, for questions that need a passage: the scores of gold passages,
-    and those of others.
+    Return the score of each retrieval's best passage, for questions that need a passage: scores of gold passages, and
+    scores of other passages.
     """
     gold: list[float] = []
     others: list[float] = []

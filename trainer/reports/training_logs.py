@@ -54,8 +54,8 @@ def read_training_log(run: dict[str, Any]) -> TrainingLog | None:
     """
     Read the log of a run.
 
-    A log of an older version has no `training_seconds`. The seconds are then estimated as if every step took the same
-    time: the runtime of the training less those of its evaluations. If such a training was resumed, they are unknown.
+    A log of an older version has no `training_seconds`. They are then estimated: the runtime of the training, without
+    its evaluations, is divided equally among its steps. If such a training was resumed, they are unknown.
 
     Args:
         run (`dict`): see [`~trainer.reports.experiment_figures.Results`].

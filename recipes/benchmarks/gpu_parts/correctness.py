@@ -1,9 +1,9 @@
 """
 Part 1: what must always hold, in float32 and bfloat16; each error stands next to its bound.
 
-In float32 the bounds are those of the tests. In bfloat16 a result is compared with the same in float32, and may be
-twice as far from it as the plain computation in bfloat16. Where one rounding may change everything after it, as in
-generation, the share of other tokens is reported without a bound.
+In float32 the bounds are the ones that the tests use. In bfloat16 a result is compared with the same result in
+float32. It may be twice as far from it as the plain computation in bfloat16. Where one rounding error may change
+everything after it, as in generation, the share of other tokens is reported without a bound.
 """
 
 from dataclasses import replace

@@ -1,8 +1,8 @@
 """
 The speed of training: a step against the padded loop, and NSP batches with GradCache.
 
-Random weights and text (SmolLM2-135M's shape), or those of `--gen` and `--train_file`. Weights are float32, under bf16
-autocast. The peak that the arms are compared with is measured here too.
+Weights and text are random, in SmolLM2-135M's shape, unless `--gen` and `--train_file` are given. Weights are float32,
+under bf16 autocast. The peak that the arms are compared with is measured here too.
 """
 
 import statistics

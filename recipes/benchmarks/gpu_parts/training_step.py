@@ -138,7 +138,7 @@ def nsp_loss(model: CoSupForCausalLM, queries: Any, passages: Any, batch: Batch)
 
 
 def finished(model: torch.nn.Module, loss: float) -> Step:
-    """Return a step with copies of the gradients, and free the model's own; those of a shard become whole."""
+    """Return a step with copies of the gradients, and free the model's own. Sharded gradients are gathered."""
     gradients = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is None:
