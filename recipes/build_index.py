@@ -10,8 +10,8 @@ Embed a corpus with a CoSup checkpoint and save the index.
         --encoder_url http://host:8000/v1
 
 Every process embeds its share. After a crash the same command resumes at the first incomplete shard. An index that is
-already in `output_dir` stays until the new one is complete. With `--encoder_url` a vLLM server of what `save_emb_seq`
-wrote embeds in place of the processes (`vllm serve emb_seq --runner pooling --convert embed`); the environment
+already in `output_dir` stays until the new one is complete. With `--encoder_url`, a vLLM server embeds in place of the
+processes: it serves what `save_emb_seq` wrote (`vllm serve emb_seq --runner pooling --convert embed`). The environment
 variable VLLM_API_KEY may hold its key. With `--index_uri` the index is also uploaded to Milvus, and an interrupted
 upload is resumed. Pass the same two options to the other recipes to search that collection. The environment variable
 MILVUS_TOKEN may hold `user:password` or an API key.

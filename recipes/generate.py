@@ -124,7 +124,7 @@ def read_questions(args: GenerateArguments) -> list[str]:
         lines = Path(args.file).read_text(encoding="utf-8-sig").splitlines()
     elif not lines:
         if not sys.stdin.isatty():
-            sys.stdin.reconfigure(encoding="utf-8-sig")  # a file, as --file
+            sys.stdin.reconfigure(encoding="utf-8-sig")  # piped from a file, which is read as `--file` is
         lines = sys.stdin.read().splitlines()
     return [line.strip() for line in lines if line.strip()]
 

@@ -170,7 +170,7 @@ def all_instances(args: ClozeArguments, repetitions: Repetitions, counts: Counte
 
 
 def sample(instances: Iterable[dict[str, Any]], size: int, generator: random.Random) -> list[dict[str, Any]]:
-    """Return so many instances, each with the same probability, in random order; all if there are fewer."""
+    """Return `size` instances in random order, each drawn with the same probability; all if there are fewer."""
     chosen: list[dict[str, Any]] = []
     for number, instance in enumerate(instances):
         if number < size:

@@ -85,7 +85,7 @@ def check(args: IndicatorArguments) -> None:
 
 def read_questions(args: IndicatorArguments) -> list[dict]:
     """
-    Return the questions that need a passage; with `--candidates gold_included` those that name it.
+    Return the questions with gold passages and, with `--candidates retrieved`, those whose gold passages are unknown.
 
     Raises:
         `ValueError`: if there are none.

@@ -39,7 +39,7 @@ def main() -> None:
 
 
 def serve(args: ServeArguments, memory_options: MemoryOptions) -> None:
-    """Open everything, what is quick to check first, and serve it."""
+    """Open everything, beginning with what is quick to check, and serve it."""
     check_index_options(args.index, args.index_uri)
     set_up_logging()
     from serving.running import EngineServer, open_socket
@@ -128,7 +128,7 @@ def load_served_model(args: ServeArguments, memory_options: MemoryOptions) -> Se
 
 
 def index_options(args: ServeArguments) -> dict[str, Any]:
-    """Return how a collection in Milvus is asked: running answers wait for a search, which must fail soon."""
+    """Return the options of a collection in Milvus. A search must fail soon, because running answers wait for it."""
     if args.index_uri is None:
         return {}
     return {"timeout": args.index_timeout, "max_retries": 1}

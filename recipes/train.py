@@ -14,7 +14,7 @@ With a frozen Emb_seq an existing index stays valid: `--index out/index`, or for
 
 Writes the checkpoint with its model card to `output_dir`, the index to `output_dir/index`, and all measured numbers to
 `output_dir/results.json`. `--push_to_hub true` also pushes the checkpoint to `--hub_model_id`. `--push_index true`
-also pushes the index, passages included, to the dataset repository whose name is that one plus `-index`.
+also pushes the index, passages included, to the dataset repository `--hub_model_id` plus `-index`.
 """
 
 import gc

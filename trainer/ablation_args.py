@@ -22,10 +22,10 @@ class AblationArguments:
             attention implementation of transformers, and no gradient checkpointing.
         symmetric_nsp (`bool`): also train passages to find their query: `reverse_nsp_loss` is the cross-entropy of
             each passage over all queries of the global batch. Both directions get half of λ.
-        gradient_cosine_steps (`int`, *optional*): every so many steps, also log `gradient_cosine`, the cosine between
-            the gradients of the NTP loss and of the NSP loss with respect to Gen's weights, and `gradient_ratio`, the
-            norm of λ times the second over that of the first. Such a step costs three, and holds two more copies of
-            Gen's gradients.
+        gradient_cosine_steps (`int`, *optional*): once in this many steps, also log two figures. `gradient_cosine` is
+            the cosine between the gradients of the NTP loss and of the NSP loss with respect to Gen's weights.
+            `gradient_ratio` is the norm of λ times the second gradient over the norm of the first. Such a step costs
+            as much as three, and holds two more copies of Gen's gradients.
     """
 
     nsp_gradient: str = field(
@@ -48,7 +48,7 @@ def check_ablations(args: Any) -> None:
     Check the ablations against the supervision, before a model is loaded.
 
     Args:
-        args ([`CoSupTrainingArguments`]): which call this, so that their module cannot be imported here.
+        args ([`CoSupTrainingArguments`]): their module imports this one, so it cannot be imported here.
 
     Raises:
         `ValueError`: naming the argument.

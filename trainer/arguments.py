@@ -32,7 +32,7 @@ def check_trainer_arguments(refused: Mapping[str, Any], names: Iterable[str]) ->
     Raise for arguments that CoSupTrainer does not have.
 
     Args:
-        refused (`dict`): these arguments, by name; `None` is no argument.
+        refused (`dict`): these arguments, by name. One of `Trainer`'s that is `None` counts as not given.
         names (`Iterable[str]`): of the arguments that it has.
 
     Raises:
@@ -49,7 +49,7 @@ def check_trainer_arguments(refused: Mapping[str, Any], names: Iterable[str]) ->
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module) -> None:
-    """Raise if a given optimiser holds no weight that is trained, as one that was made before the adapters."""
+    """Raise if a given optimiser holds no weight that is trained, such as one made before the adapters."""
     if optimizer is None:
         return
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}

@@ -29,7 +29,7 @@ class Query:
         positive_keys (`tuple[int, ...]`): hashes of the ids of further passages that would have been right.
         input_ids (`Sequence[int]`): what an encoder reads; empty if Gen makes the queries.
         number (`int`): of this query in its batch, counted instance by instance.
-        candidates (`list[PassageMention]`): the passages that its reader scored.
+        candidates (`list[PassageMention]`): the passages that the reader scored for it.
         candidate_scores (`list[float]`): the reader's scores.
     """
 
@@ -107,7 +107,7 @@ def read_batch(
 
     Args:
         features (`list[dict]`): as [`~trainer.tokenizing.tokenize_instance`] returns them; those that need candidates
-            have them, see [`~trainer.distillation_step.resolve`].
+            have them, see [`~trainer.distillation_step.DistillationStepMixin`].
         nsp_token_id (`int`, *optional*): id of `[NSP]`.
         supervision (`str`), encoder_queries (`bool`), mask_duplicates (`bool`): see [`CoSupDataCollator`].
 
@@ -139,7 +139,7 @@ def _read_instance(
     input_ids, labels, passages = feature["input_ids"], feature["labels"], feature["passage_input_ids"]
     columns = [column for column, token in enumerate(input_ids) if token == nsp_token_id]
     is_resolved = bool(feature.get("candidate_input_ids"))
-    num_passages = 1 if is_resolved else len(passages)  # that of a resolved row stands for all its candidates
+    num_passages = 1 if is_resolved else len(passages)  # one [NSP] stands before all candidates of a resolved row
     if not input_ids or len(columns) != num_passages or len(labels) != len(input_ids):
         counts = f"{len(input_ids)} tokens, {len(labels)} labels, {len(columns)} [NSP] and {len(passages)} passages"
         raise ValueError(

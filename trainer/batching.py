@@ -24,7 +24,7 @@ class BatchFacts:
     """
     What the host knows about a batch, so that no step waits for a GPU to learn it.
 
-    A query has a passage, or else candidates, and is distilled. Below, a query is one that has a passage.
+    A query has either a passage, or candidates, and then it is distilled. Below, a query is one that has a passage.
 
     Args:
         instance_ids (`list[list[str]]`): ids of the instances of each micro-batch.
@@ -59,7 +59,7 @@ class BatchFacts:
 @dataclass
 class UnresolvedBatch:
     """
-    Instances of which some have no passage yet: which ones they get depends on the model as it is now.
+    Instances, some of which have no passage yet. Which passages they get depends on the current weights of the model.
 
     Args:
         features (`list[dict]`): tokenized instances.
@@ -104,9 +104,9 @@ class CoSupDataCollator:
             `"separate"` (queries are rows).
         encoder_queries (`bool`): queries are separate rows, which an encoder reads; always true with `"separate"`.
             With `"nsp"` Gen then has nothing to read.
-        max_instances (`int`, *optional*): most instances of a micro-batch.
-        max_tokens (`int`, *optional*): most tokens of a micro-batch, padding, passages and queries included; takes the
-            place of `max_instances`.
+        max_instances (`int`, *optional*): the most instances of a micro-batch.
+        max_tokens (`int`, *optional*): the most tokens of a micro-batch, padding, passages and queries included. If it
+            is given, `max_instances` does not count.
         call_overhead (`int`, *optional*): without either limit, a batch is cut if that saves padding; each further
             micro-batch counts as this many tokens. `None`: the batch is not cut.
         padding_free (`bool`): rows of Gen are concatenated into one row; position ids restart at 0 in each.
@@ -121,7 +121,7 @@ class CoSupDataCollator:
         - `passage_labels` `(N,)`: for each query that has a passage, in the order of the micro-batches, the row of its
           passage among the passages of all micro-batches
         - `nsp_query_rows` `(N,)`: the rows of these queries among the query embeddings of all micro-batches
-        - `distilled_query_rows` `(N_d,)`: those of the queries that are distilled
+        - `distilled_query_rows` `(N_d,)`: the same for the queries that are distilled
         - `candidate_rows` and `candidate_scores`, both `(N_d, K)`: passage rows of their candidates, -1 for none, and
           the reader's scores, float32
         - `facts`, a [`BatchFacts`]
@@ -160,7 +160,7 @@ class CoSupDataCollator:
         cuts = self._cut(rows)
         micro_batches = [self._micro_batch(rows, cut) for cut in cuts]
         facts = self._facts(rows, cuts, micro_batches)
-        # every part of the model takes part in every step: without passages its gradients are zero, not missing
+        # every part of the model takes part in every step: without input its gradients are zero, not missing
         self.complete(micro_batches[-1])
         queries = [query for cut in cuts for query in self._queries(rows, cut)]
         return {"micro_batches": micro_batches, "facts": facts, **_query_tensors(queries, rows, _passage_order(cuts))}
@@ -313,7 +313,7 @@ class CoSupDataCollator:
         if self._gen_queries:
             micro_batch["nsp_positions"] = flat_positions(offsets, columns)
         if self.supervision != "nsp":
-            # no label for a first token: packed, the last token of the row before would be trained to predict it
+            # a first token has no label: packed, the last token of the row before would be trained to predict it
             labels = [[-100, *instance.labels[1:]] for instance in instances]
             trained_columns = [instance.trained_columns for instance in instances]
             label_tensors, _ = lay_out(labels, -100, self.padding_free)

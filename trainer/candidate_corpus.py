@@ -29,6 +29,8 @@ from .passage_contents import PassageContents
 @dataclass(frozen=True)
 class CandidateCorpus:
     """
+    The passages that candidates are retrieved from.
+
     Args:
         source: passages, which can be read again and again, or an index of them.
         num_passages (`int`): their number.

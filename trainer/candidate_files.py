@@ -2,8 +2,8 @@
 Indexes in the output folder of a training, which all ranks build together.
 
 An index has a folder of its own, which gets its name when it is complete: a process that dies leaves the earlier one.
-The passages stay, so a later index has only new embeddings. Its other files are links to the files of the first
-index. The token ids that Emb_seq reads of each passage are kept in files next to them.
+The passages stay the same, so only the embeddings of a later index are new. Its other files are links to the files of
+the first index. The token ids that Emb_seq reads of each passage are kept in files next to the indexes.
 """
 
 import os
@@ -96,7 +96,7 @@ class IndexFolders:
     def build_again(
         self, index: PassageIndex, model: CoSupForCausalLM, name: str, index_factory: str | None
     ) -> PassageIndex:
-        """Build an index of the passages of another that this class has built, with the model's weights."""
+        """Build a new index of the passages of `index`, which this class has built, with the model's weights now."""
         folder = self.root / name
         unfinished = folder.with_name(f".{name}.unfinished")
         source = index.folder

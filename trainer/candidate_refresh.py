@@ -70,7 +70,7 @@ class CandidatesMixin(Trainer):
 
     @contextlib.contextmanager
     def _fresh_candidates(self) -> Iterator[None]:
-        """Search an index of the weights as they are for the block, such as an evaluation."""
+        """In the block, such as an evaluation, search an index of the current weights."""
         if self.candidates is None:
             yield
             return

@@ -38,7 +38,7 @@ class Candidate:
         id, title, text (`str`): the passage.
         input_ids (`list[int]`): as Gen reads it, without BOS and EOS.
         emb_seq_input_ids (`list[int]`): as Emb_seq reads it.
-        score (`float`): inner product of query and passage embedding; with `rerank_candidates` of a fresh one.
+        score (`float`): inner product of query and passage embedding; with `rerank_candidates`, from current weights.
     """
 
     id: str
@@ -51,7 +51,7 @@ class Candidate:
 
 class CandidateIndex:
     """
-    The index that candidates are retrieved from, of the weights at its last refresh.
+    The index that candidates are retrieved from. Its embeddings are from the weights at its last refresh.
 
     All ranks call the same methods, except for `search`.
 
@@ -136,7 +136,7 @@ class CandidateIndex:
     def _search_rows(
         self, query_embeds: torch.Tensor, k: int, pools: Sequence[np.ndarray | None] | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Search the index, and exactly for queries of which an approximate search finds fewer than k passages."""
+        """Search the index; where an approximate search finds fewer than k passages for a query, search exactly."""
         scores, rows = self.index.search(query_embeds, k, pools)
         short: list[int] = np.flatnonzero(rows[:, -1] < 0).tolist()
         if pools is not None:
@@ -189,7 +189,7 @@ class CandidateIndex:
     @contextlib.contextmanager
     def fresh(self, model: CoSupForCausalLM, step: int | None = None) -> Iterator[None]:
         """
-        Search an index of the weights as they are for the block; afterwards training's index is searched again.
+        In the block, search an index of the current weights; afterwards, training's index is searched again.
 
         Args:
             model ([`CoSupForCausalLM`]): its weights.
@@ -229,14 +229,14 @@ class CandidateIndex:
             self.folders.remove()
 
     def restart(self) -> None:
-        """Forget earlier refreshes, at the beginning of a training; its arguments may be other ones."""
+        """At the beginning of a training, forget earlier refreshes and check its arguments, which may have changed."""
         self._check_counts()
         self._index, self.step = self._given, None if self._given is None else 0
         self._built = self._evaluated = None
         self._tidy()
 
     def close(self, model: CoSupForCausalLM) -> None:
-        """Forget all indexes but one that was given and is still valid, at the end of a training."""
+        """At the end of a training, forget all indexes except a given one that is still valid."""
         if trains_passages(model):
             self._given = None
         self.restart()

@@ -1,5 +1,5 @@
 """
-A learning rate of their own for the rows of the control tokens (`control_token_lr`).
+A separate learning rate for the rows of the control tokens (`control_token_lr`).
 
 A parameter group holds whole parameters, and these rows are parts of matrices. So the optimiser takes its step, and
 then the change of each row is scaled: row = before + control_token_lr / learning_rate · (after - before). This is the
@@ -136,7 +136,7 @@ def _local(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def _local_numbers(parameter: torch.Tensor, numbers: list[int]) -> list[int]:
-    """Return the numbers, within the part of a parameter that this process holds, of those rows that are in it."""
+    """Return which of these rows this process holds, as numbers within its part of the parameter."""
     if not isinstance(parameter, DTensor):
         return numbers
     start = 0

@@ -76,11 +76,12 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
 
     Next to `loss`, the log has each loss by name (`ntp_loss`, `nsp_loss`: see `losses.py`), `nsp_accuracy` (in-batch
     retrieval accuracy), `num_negatives` (mean per query), `tokens_per_second` (tokens of Gen and Emb_seq, without
-    padding), `padding` (its share of all tokens) and `training_seconds` (without evaluations, in whose log it is too);
-    the last log has `peak_memory`. A figure for which nothing was measured is left out. With `candidates_from` it also
-    has `hit_rate@K` (of questions with answers), `query_recall@K` (of those with provenance) and `num_left_out`
-    (instances that were too long); with a distillation `target_entropy`, `student_entropy` and `target_max`.
-    `evaluate()` returns them too, over a fresh index.
+    padding), `padding` (its share of all tokens) and `training_seconds` (without evaluations and index builds;
+    evaluation logs have it too). The last log has `peak_memory`. A figure for which nothing was measured is left out.
+
+    With `candidates_from`, the log also has `hit_rate@K` (over questions with answers), `query_recall@K` (over
+    questions with provenance) and `num_left_out` (instances that were too long). With a distillation it has
+    `target_entropy`, `student_entropy` and `target_max`. `evaluate()` returns these too, from a fresh index.
 
     `evaluate()` returns `eval_loss`, each loss by name (`eval_ntp_loss`, `eval_nsp_loss`), `eval_query_recall@1`,
     `eval_query_recall@5`, and `eval_nsp_predicted`: how often Gen would write the `[NSP]` of the reference. The NSP
@@ -88,7 +89,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
     embeddings as well. `bf16_full_eval` and `fp16_full_eval` leave the weights as they were.
 
     Args:
-        model (`CoSupForCausalLM` or `str`, *optional*): a model or the name or path of one; or give `model_init`.
+        model (`CoSupForCausalLM` or `str`, *optional*): a model, or its name or path. Give this or `model_init`.
         args ([`CoSupTrainingArguments`], *optional*): defaults to one whose output folder is `cosup`.
         data_collator (`Callable`, *optional*): defaults to [`CoSupDataCollator`].
         train_dataset, eval_dataset (`Dataset`, `IterableDataset`, `list[dict]`, *optional*): instances, or already
@@ -104,11 +105,12 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
         peft_config (`PeftConfig`, *optional*): wraps the model; rows of control tokens are trained too.
         model_init (`Callable`, *optional*): returns a new model, given nothing or the trial. It is called here, and
             again by each `train()`, so by each trial of `hyperparameter_search()`. A trial may change any argument
-            but those that instances were tokenized with.
-        corpus (`list[dict]`, `Dataset`, `str` or [`PassageIndex`], *optional*): where `candidates_from` finds
-            passages, `{"id", "title", "text"}`, or the path of a file of them. An index must be of this model; it is
-            searched until the first refresh, or always if Emb_seq is frozen: then it may be any [`Retriever`]. The
-            index of the last refresh is in `output_dir` while training, and in each checkpoint; it is never pushed.
+            except those that the tokenized instances depend on.
+        corpus (`list[dict]`, `Dataset`, `str` or [`PassageIndex`], *optional*): what `candidates_from` searches:
+            passages `{"id", "title", "text"}`, the path of a file of them, or an index of this model. A given index is
+            searched until the first refresh. If Emb_seq is frozen, it is searched throughout, and may be any
+            [`Retriever`]. The index of the last refresh is in `output_dir` while training, and in each checkpoint; it
+            is never pushed.
 
     Raises:
         `ValueError`: for an invalid instance, naming its row, before training starts, and for arguments that do not
@@ -249,7 +251,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
         return self._sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return `Trainer`'s loader, of NSP batches, which also passes each epoch to a `no_duplicates` sampler."""
+        """Return `Trainer`'s loader, with NSP batches. It also tells a `no_duplicates` sampler each epoch."""
         micro_batch_size = self._train_batch_size
         self._train_batch_size = self._loaded_batch_size
         loader = super().get_train_dataloader()
@@ -265,14 +267,14 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
 
     @property
     def _loaded_batch_size(self) -> int:
-        """Instances that a rank loads at a time. `_train_batch_size`, with `nsp_batch_size`, is the micro-batch's."""
+        """Instances that a rank loads at a time. With `nsp_batch_size`, `_train_batch_size` counts a micro-batch's."""
         return self._train_batch_size if self.args.nsp_batch_size is None else self.args.train_batch_size
 
     def _update_auto_batch_size(self, batch_size: int) -> None:
         """
-        Begin an attempt of `auto_find_batch_size`, the first or one after too little memory.
+        Begin an attempt of `auto_find_batch_size`: the first one, or the next one after running out of memory.
 
-        With `nsp_batch_size`, the micro-batch shrinks; the NSP batch, and so the loss, stay.
+        With `nsp_batch_size`, the micro-batch shrinks. The NSP batch stays the same, and so does the loss.
         """
         if self.args.nsp_batch_size is not None:
             if not isinstance(self.data_collator, CoSupDataCollator):
@@ -335,7 +337,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
         """
         Add each loss by name, and the other running figures, to what `Trainer` logs.
 
-        A sum of no losses is not 0: `loss` and `train_loss` are left out if nothing was measured.
+        `loss` and `train_loss` are left out if no loss was measured: a sum of no losses is not 0.
         """
         if "loss" in logs and self._running.steps:
             self._finite.check()
@@ -374,7 +376,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
         if self.args.control_token_lr is None:
             return prepared_optimizer
         optimizer = prepared_optimizer
-        while isinstance(optimizer, AcceleratedOptimizer):  # of an earlier training; it calls no hooks
+        while isinstance(optimizer, AcceleratedOptimizer):  # left by an earlier training; the wrapper calls no hooks
             optimizer = optimizer.optimizer
         for hook in self._control_token_hooks:
             hook.remove()

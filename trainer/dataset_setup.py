@@ -41,9 +41,10 @@ def tokenize_dataset(
     name: str,
 ) -> datasets.Dataset | datasets.IterableDataset | None:
     """
-    Tokenize instances and drop those longer than `max_length`. Warnings count them, and passages that were cut.
+    Tokenize instances and drop those longer than `max_length`.
 
-    Another counts queries that are too long for the encoder that reads them; they lose their beginning.
+    Warnings count the dropped instances, the passages that were cut, and the queries that are too long for their
+    encoder and lose their beginning.
 
     Args:
         dataset (`Dataset`, `IterableDataset`, `torch.utils.data.Dataset` or `list[dict]`, *optional*): instances, or
@@ -112,7 +113,7 @@ def tokenize_dataset(
 
 
 def _features(config: CoSupConfig, args: CoSupTrainingArguments) -> datasets.Features:
-    """Return the types of a tokenized instance's columns: what the first instances leave empty does not show its."""
+    """Return the types of a tokenized instance's columns: one that the first instances leave empty shows no type."""
     text, tokens = datasets.Value("string"), datasets.List(datasets.Value("int64"))
     count = datasets.Value("int64")
     features = {

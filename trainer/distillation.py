@@ -3,7 +3,7 @@ What a reader teaches a retriever (arXiv 2402.11794; Atlas, arXiv 2208.03299).
 
 1. The reader reads K passages of an instance; `reader_scores` measures how useful each one was for the answer.
 2. [`attention_target`] and [`perplexity_target`] turn these scores into a distribution over the passages.
-3. [`distillation_loss`] draws the retriever's distribution to it. The target is data: it has no gradient.
+3. [`distillation_loss`] pulls the retriever's distribution towards this target. The target has no gradient.
 """
 
 from collections.abc import Sequence
@@ -55,8 +55,9 @@ def perplexity_target(
         temperature (`float`, *optional*): divides the log-likelihoods; `None` leaves them as they are.
         kind (`str`, *optional*, defaults to `"perplexity"`):
 
-            - `"perplexity"`: a passage is as good as it makes the answer likely, alone.
-            - `"leave_one_out"`: it is as good as the answer becomes unlikely without it; needs `leave_one_out=True`.
+            - `"perplexity"`: the likelier a passage alone makes the answer, the better it is.
+            - `"leave_one_out"`: the less likely the answer is without a passage, the better the passage is. Needs
+              log-likelihoods with `leave_one_out=True`.
             - `"emdr"`: the posterior p(passage | answer), with the retriever's distribution as prior. With sums as
               log-likelihoods and no temperature, the gradient of [`distillation_loss`] is that of EMDR's loss
               -log Σ p(passage)·p(answer | passage) (arXiv 2106.05346).
@@ -80,7 +81,7 @@ def perplexity_target(
     if kind == "emdr":
         if student_log_probs is None:
             raise ValueError("kind='emdr' needs student_log_probs, the retriever's distribution.")
-        # in temperatures, so that the prior is not divided
+        # times the temperature, by which all scores are divided below: the prior stays as it is
         scores = scores + temperature * student_log_probs.detach().float().masked_fill(~mask, 0.0)
     return _softmax(scores, mask, temperature, "log-likelihoods of the answer")
 

@@ -16,7 +16,7 @@ def check_candidates(args: Any) -> None:
     Check the arguments of candidates and of distillation, before a model is loaded.
 
     Args:
-        args ([`CoSupTrainingArguments`]): which call this, so that their module cannot be imported here.
+        args ([`CoSupTrainingArguments`]): their module imports this one, so it cannot be imported here.
 
     Raises:
         `ValueError`: naming the argument.

@@ -45,8 +45,8 @@ class Reading:
 
     Args:
         row ([`ReaderRow`]): with all candidates.
-        order (`list[int]`): for each passage of the row, in their order, the number of the candidate that it is.
-        scores (`list[float]`): the reader's, of the passages in the order of the row.
+        order (`list[int]`): for each passage, in the order of the row, its number among the candidates.
+        scores (`list[float]`): the reader's scores of the passages, in the order of the row.
     """
 
     row: ReaderRow
@@ -73,7 +73,7 @@ class Resolution:
 
 
 def mean_names(args: CoSupTrainingArguments) -> list[str]:
-    """Return the names of the figures of gradients, candidates and distillation that are means, as logs have them."""
+    """Return the names, in logs, of the figures that are means: of gradients, candidates and distillation."""
     if args.gradient_cosine_steps is not None:
         return ["gradient_cosine", "gradient_ratio"]
     if args.candidates_from is None:
@@ -200,10 +200,10 @@ def add_scores(resolution: Resolution, sums: Sums | None = None) -> int:
 
     Args:
         resolution ([`Resolution`]): instances that have been read.
-        sums (`dict`, *optional*): shares by place, relative to which scores are; see [`without_bias`].
+        sums (`dict`, *optional*): shares by place. If given, scores become relative to them; see [`without_bias`].
 
     Returns:
-        `int`: instances with candidates that got no scores, because there is nothing to compare these with.
+        `int`: instances with candidates that got no scores, because there is nothing to compare the scores with.
     """
     num_without = 0
     for place, reading in resolution.readings.items():
@@ -253,10 +253,11 @@ class DistillationStepMixin(CandidatesMixin):
 
     def _add_scores(self, resolutions: Sequence[Resolution]) -> int:
         """
-        Add the reader's scores of their candidates to instances, in place; all ranks call this together.
+        Add to instances, in place, the reader's scores of their candidates; all ranks call this together.
 
         With `distillation_target="attention"`, a share is relative to the mean share of its place, over all given
-        instances of all ranks. The only instance with its number of passages gets no scores, and so is not distilled.
+        instances of all ranks. If no other instance has as many passages, an instance gets no scores, and so is not
+        distilled.
 
         Returns:
             `int`: instances with candidates that got no scores.
@@ -310,7 +311,7 @@ class DistillationStepMixin(CandidatesMixin):
                     continue
                 reading = Reading(row, list(range(len(candidates))))
                 if self._corrects_places and not shuffle:
-                    # read best first, the bias for a place could not be told from what the best passages deserve
+                    # if passages were read best first, a place's bias could not be told from what the best deserve
                     reading.order = self._random_order(_id(feature), len(candidates))
                     shuffled = [candidates[number] for number in reading.order]
                     reading.row = row_with_candidates(feature, shuffled, self.cosup_config, separator)
@@ -321,7 +322,7 @@ class DistillationStepMixin(CandidatesMixin):
 
     def _retrieve(self, model: CoSupForCausalLM, features: Sequence[Mapping[str, Any]]) -> list[list[Candidate]]:
         """Return the candidates of instances, the best first."""
-        assert self.candidates is not None  # a dataset with instances that need them is refused without
+        assert self.candidates is not None  # without it, instances that need candidates were refused
         collator = cast(CoSupDataCollator, self.data_collator)
         queries = query_embeddings(model, features, collator.pad_token_id, collator.emb_seq_pad_token_id)
         pools = None
@@ -332,7 +333,7 @@ class DistillationStepMixin(CandidatesMixin):
     def _retrieval_values(
         self, features: Sequence[Mapping[str, Any]], retrieved: Sequence[Sequence[Candidate]]
     ) -> dict[str, list[float]]:
-        """Return whether candidates hold an answer, and whether one is gold, for instances of which that is known."""
+        """Return, for instances where it is known, whether a candidate holds an answer, and whether one is gold."""
         hits, found = [], []
         for feature, candidates in zip(features, retrieved, strict=True):
             if feature.get("answers"):

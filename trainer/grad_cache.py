@@ -8,7 +8,7 @@ micro-batch, with the same gradients.
    its embeddings with their gradients has the gradient of the whole loss.
 
 Gen is causal, so the first pass reads its rows only up to their last `[NSP]`. If dropout is active, both passes read
-whole rows, and the second pass draws the random numbers of the first.
+whole rows, and the second pass draws the same random numbers as the first.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -117,8 +117,8 @@ def second_pass(
 
     Yields:
         `(CoSupOutput, torch.FloatTensor)`: the output of a micro-batch, and the inner product of its embeddings with
-        their gradients: a scalar that has the gradient of the embedding losses. Call backward on both before taking
-        the next pair.
+        their gradients. The gradient of this scalar is that of the embedding losses. Call backward on both before
+        taking the next pair.
     """
     for i, micro_batch in enumerate(micro_batches):
         if states is not None:

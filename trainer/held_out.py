@@ -44,10 +44,10 @@ class EvaluatedBatch:
         query_embeds (`numpy.ndarray` of shape `(N, h)`), passage_embeds (`numpy.ndarray` of shape `(M, h)`): in
             float32.
         num_nsp, num_predicted (`int`): how many `[NSP]` are trained, and where Gen's most likely token is `[NSP]`.
-        query_ids, passage_ids (`list[list[int]]`): the tokens that each was made from; empty unless
+        query_ids, passage_ids (`list[list[int]]`): the tokens that each embedding was made from; empty unless
             `include_for_metrics` asks for them.
         values (`dict[str, list[float]]`): of instances that got candidates, by the name of the figure.
-        distilled (`list[DistilledQuery]`): the queries that the reader has scored candidates of.
+        distilled (`list[DistilledQuery]`): the queries whose candidates the reader has scored.
         num_left_out (`int`): instances that were too long with their candidates.
     """
 
@@ -64,7 +64,7 @@ class EvaluatedBatch:
     num_left_out: int = 0
 
     def add_distilled(self, batch: "EvaluatedBatch") -> None:
-        """Add what was measured of instances that got candidates, whose passages belong to no set."""
+        """Add what was measured on instances that got candidates, except their passages: they are not of the set."""
         self.facts.num_labels += batch.facts.num_labels
         self.num_nsp += batch.num_nsp
         self.num_predicted += batch.num_predicted
@@ -119,8 +119,8 @@ class HeldOutMixin(TrainingStepMixin):
             With `prediction_loss_only=True` only the metrics.
 
         Raises:
-            `ValueError`: if an instance is longer than `max_length`: without it, rows would not be the caller's; if
-                one has no passage; with `supervision="ntp"`, which embeds nothing.
+            `ValueError`: if an instance is longer than `max_length`, because dropping it would shift the rows of the
+                embeddings; if one has no passage; with `supervision="ntp"`, which embeds nothing.
         """
         if not self.args.trains_embeddings:
             raise ValueError(
@@ -229,9 +229,10 @@ class HeldOutMixin(TrainingStepMixin):
         self, model: nn.Module, known: Sequence[Mapping[str, Any]], resolution: Resolution
     ) -> EvaluatedBatch:
         """
-        Return the results of a batch of which some instances got candidates.
+        Return the results of a batch in which some instances got candidates.
 
-        These are a batch of their own: a candidate is no passage of the set, over which recall is measured.
+        These instances are evaluated as a separate batch: recall is measured over the passages of the set, and
+        candidates are not among them.
         """
         evaluated = self._evaluate_batch(model, self.data_collator.collate(known))
         evaluated.values = resolution.values
@@ -276,8 +277,8 @@ class HeldOutMixin(TrainingStepMixin):
         """
         Run `Trainer`'s loop, then compute losses and recall over the whole set, not batch by batch.
 
-        With `bf16_full_eval` or `fp16_full_eval`, `Trainer` converts the weights; afterwards they are what they were.
-        So are the random numbers that training draws next: a loader draws one, and dropout would depend on it.
+        With `bf16_full_eval` or `fp16_full_eval`, `Trainer` converts the weights; afterwards they are restored. So is
+        the random state: a loader draws a number, and the dropout of later training steps would depend on it.
         """
         self._evaluated_batches = []
         start = time.time()

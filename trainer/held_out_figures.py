@@ -62,7 +62,7 @@ def retrieval_metrics(
     Return embedding losses and recall of queries over all distinct passages of a set.
 
     Another passage that is right for a query is neither a negative nor a miss. A tie is a miss. A query without a
-    negative cannot miss, so no figure counts it; nor is there a `query_recall@k` for as many places as passages.
+    negative cannot miss, so no figure counts it. If there are no more than k passages, there is no `query_recall@k`.
 
     Args:
         query_embeds (`numpy.ndarray` of shape `(N, h)`), passage_embeds (`numpy.ndarray` of shape `(M, h)`): of all
@@ -154,7 +154,7 @@ def distillation_metrics(
         queries (`list[DistilledQuery]`): of all batches.
         args ([`CoSupTrainingArguments`]): the target.
         corrects_places (`bool`): shares are relative to the mean share of their place over all these queries, so that
-            the figures do not depend on how a set is cut into batches. The only query with its K is left out.
+            the figures do not depend on how a set is cut into batches. A query is left out if no other has its K.
     """
     students, readers = [], []
     sums = place_sums([query.reader_scores[number] for number in query.order] for query in queries)

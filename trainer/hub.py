@@ -273,7 +273,7 @@ def _changed(folder: Path) -> dict[Path, int]:
 
 
 def _remove_changed(folder: Path, before: Mapping[Path, int]) -> None:
-    """Remove the files of the checkpoint in a folder that a save has written; the rest would be of two saves."""
+    """Remove the files of the checkpoint in a folder that a save has written, so that it does not mix two saves."""
     for path, changed in _changed(folder).items():
         if before.get(path) != changed:
             path.unlink()

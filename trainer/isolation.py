@@ -2,8 +2,8 @@
 Keep the gradient of later tokens from the states at `[NSP]`.
 
 A query embedding is Gen's last state at `[NSP]`. Later tokens read the states below it through attention, as keys and
-values, so their NTP loss shapes the query too. Here these keys and values are constants: the forward is the same, and
-no gradient passes through them, of the NTP loss or of a later query.
+values, so their NTP loss shapes the query too. Here these keys and values are constants: the forward is the same, but
+no gradient passes through them, neither from the NTP loss nor from a later query.
 """
 
 import contextlib

@@ -6,15 +6,15 @@ There are two kinds of losses, because GradCache computes them at different time
 - Token losses depend on Gen's output for one micro-batch. Each is a sum over trained tokens, such as `ntp_loss`
   (Eq. 2).
 - Embedding losses depend on the embeddings of the whole batch, over all ranks. Each has one value per query, such as
-  `nsp_loss` (Eq. 4) and, with `matryoshka_dims`, `matryoshka_loss`. `distillation_loss` is of the queries that have
-  candidates in place of a passage.
+  `nsp_loss` (Eq. 4) and, with `matryoshka_dims`, `matryoshka_loss`. `distillation_loss` has one for each query that
+  has candidates in place of a passage.
 
 Neither kind is averaged here: the caller knows the token and query counts of all ranks.
 
-To add a loss, add it to `token_losses` or to `embedding_losses`, its weight to `loss_weights`, and what it needs of
+To add a loss, add it to `token_losses` or to `embedding_losses`, its weight to `loss_weights`, and what it needs from
 the model to `forward_options`. Its name must end in `_loss`: logs, evaluation, model cards and plots find it by that.
-Its label goes into `judging/figures.py`. Without an edit of this package, override the methods of these names of a
-[`CoSupTrainer`] in a subclass; see docs/extending.md.
+Its label goes into `judging/figures.py`. To add one without editing this package, override `loss_weights`,
+`token_losses` or `embedding_losses` in a subclass of [`CoSupTrainer`]; see docs/extending.md.
 """
 
 from collections.abc import Mapping, Sequence
@@ -60,13 +60,13 @@ class EmbeddingBatch:
 @dataclass
 class ReverseBatch:
     """
-    The queries among which each positive of an [`EmbeddingBatch`] looks for its own.
+    The queries among which each positive of an [`EmbeddingBatch`] looks for its own query.
 
     Args:
         query_embeds (`torch.FloatTensor` of shape `(Q, h)`): of all ranks.
         query_labels (`torch.LongTensor` of shape `(N,)`): the row of `query_embeds` that holds each query.
         same_query (`torch.BoolTensor` of shape `(N, Q)`): which queries are not negatives of a query's positive,
-            because it is right for them too.
+            because the positive is right for them too.
     """
 
     query_embeds: torch.Tensor
@@ -83,7 +83,7 @@ class DistilledBatch:
         query_embeds (`torch.FloatTensor` of shape `(N, h)`), passage_embeds (`torch.FloatTensor` of shape `(M_r, h)`):
             of this rank.
         candidate_rows (`torch.LongTensor` of shape `(N, K)`): rows of `passage_embeds`, -1 for none.
-        candidate_scores (`torch.FloatTensor` of shape `(N, K)`): of the reader: shares of its attention, or
+        candidate_scores (`torch.FloatTensor` of shape `(N, K)`): the reader's scores: shares of its attention, or
             log-likelihoods of the answer.
     """
 
@@ -96,11 +96,13 @@ class DistilledBatch:
 @dataclass
 class Distributions:
     """
-    Over the candidates of each distilled query, `torch.FloatTensor` of shape `(N, K)`, without a graph.
+    The two distributions that a distillation compares, over the candidates of each distilled query.
+
+    Both are `torch.FloatTensor` of shape `(N, K)`, without a graph.
 
     Args:
-        target: of the reader; 0 where there is no candidate.
-        student_log_probs: of the retriever; 0 where there is no candidate.
+        target: the reader's; 0 where there is no candidate.
+        student_log_probs: the retriever's; 0 where there is no candidate.
         mask (`torch.BoolTensor`): where there is a candidate.
     """
 
@@ -140,8 +142,8 @@ def forward_options(micro_batch: dict[str, Any], args: CoSupTrainingArguments, t
     """
     Return the options of a micro-batch's forward, so that it computes only what the losses need.
 
-    It returns no logits, which would be its largest tensor. Labels are smoothed in training alone: the NTP loss of an
-    evaluation can be compared with any other.
+    The forward returns no logits, which would be its largest tensor. Labels are smoothed only in training, so that the
+    NTP losses of evaluations can be compared.
     """
     return {
         "label_smoothing": args.label_smoothing_factor if training else 0.0,
@@ -211,9 +213,9 @@ def reverse_nsp_loss(batch: EmbeddingBatch, reverse: ReverseBatch, config: CoSup
 
 def matryoshka_loss(batch: EmbeddingBatch, config: CoSupConfig, dims: Sequence[int]) -> torch.Tensor:
     """
-    Return the NSP loss of embeddings that are cut to their first dimensions, mean over `dims`.
+    Return the NSP loss of embeddings that are cut to their first dimensions, the mean over `dims`.
 
-    It makes `CoSupConfig.truncate_dim` cheap: the first dimensions learn to do without the others (Matryoshka
+    With it, `CoSupConfig.truncate_dim` costs little: the first dimensions learn to do without the others (Matryoshka
     Representation Learning, arXiv 2205.13147).
 
     Returns:
@@ -261,13 +263,13 @@ def losses_of_scores(
     scores: torch.Tensor, candidate_scores: torch.Tensor, mask: torch.Tensor, args: CoSupTrainingArguments
 ) -> tuple[torch.Tensor, Distributions]:
     """
-    Return what [`distillation_losses`] does, of scores.
+    Return what [`distillation_losses`] returns, given the retriever's scores.
 
     Args:
         scores (`torch.FloatTensor` of shape `(N, K)`): the retriever's, see [`student_scores`].
         candidate_scores (`torch.FloatTensor` of shape `(N, K)`): the reader's.
         mask (`torch.BoolTensor` of shape `(N, K)`): `True` for candidates.
-        args ([`CoSupTrainingArguments`]): the target.
+        args ([`CoSupTrainingArguments`]): say which target.
     """
     log_probs = scores.detach().masked_fill(~mask, -torch.inf).log_softmax(-1).masked_fill(~mask, 0.0)
     name, target_temperature = args.target
@@ -320,7 +322,7 @@ def _taught_by_nsp(
     query_embeds: torch.Tensor, passage_embeds: torch.Tensor, nsp_gradient: str
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Return the embeddings with the gradients that `nsp_gradient` leaves them.
+    Return the embeddings, with constants in place of those that `nsp_gradient` keeps the gradient from.
 
     A constant keeps a graph, with gradient 0: DDP and FSDP expect a gradient of every weight.
     """

@@ -213,4 +213,4 @@ def knn_kl(
     groups = is_new.cumsum(1)  # (n, k): neighbours of one value share a number
     log_knn = torch.zeros_like(weights).scatter_add(1, groups, weights).gather(1, groups).log()
     terms = weights * (log_knn - log_probs.gather(1, values))
-    return terms.masked_fill(weights == 0, 0.0).sum(1)  # far neighbours: 0 · log 0
+    return terms.masked_fill(weights == 0, 0.0).sum(1)  # of far neighbours, where 0 · log 0 would be NaN

@@ -11,7 +11,7 @@ from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
 from modeling_cosup.memory_cosup import target_log_probs
 
 KS = (8, 32, 128, 512, 1024, 2048)  # neighbours that are tried
-LARGEST_WEIGHT = 0.9999  # of a memory that has nothing of some held-out token: at 1 it would be impossible
+LARGEST_WEIGHT = 0.9999  # of a memory that gives some held-out token probability 0: at 1 the mixture would too
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,8 @@ class ShuffledBlocks(Sampler[int]):
         num_rows (`int`): of the datastore.
         held_out (`numpy.ndarray` of shape `(m,)`): sorted rows to leave out.
         seed (`int`): of the order.
-        block_size (`int`): consecutive rows that stay together, `blocks_at_once` (`int`): blocks that are shuffled
-            together.
+        block_size (`int`): consecutive rows that are read together.
+        blocks_at_once (`int`): blocks whose rows are shuffled together.
     """
 
     def __init__(

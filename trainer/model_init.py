@@ -45,7 +45,7 @@ class ModelInitMixin(Trainer):
     _num_parameters: tuple[int, int] | None
 
     def _take_given_tokenizers(self, base: CoSupForCausalLM) -> None:
-        """Replace the tokenizers of a model by those that the caller gave."""
+        """Replace the tokenizers of a model with the ones that the caller gave."""
         tokenizer, emb_seq_tokenizer = self._given_tokenizers
         if tokenizer is not None:
             check_control_tokens(tokenizer, base.config)

@@ -89,7 +89,7 @@ def is_nearest(similarity: torch.Tensor, percentile: int) -> torch.Tensor:
     """
     Return which tokens are at and above a percentile of similarity.
 
-    These are more than the rest above it if tokens tie there, and all if all are alike.
+    All tokens that tie at the percentile are among them; if all tokens are alike, these are all tokens.
 
     Args:
         similarity (`torch.FloatTensor` of shape `(n,)`): at least one token.

@@ -32,8 +32,8 @@ def check_positions(
         The dataset. A stream checks each instance that it yields.
 
     Raises:
-        `ValueError`: naming the `max_length` that works; for a stream or for candidates, where lengths are not known
-            in advance, if its own is larger.
+        `ValueError`: naming the `max_length` that works. With a stream or with candidates, lengths are not known in
+            advance: then a `max_length` above what Gen reads is the error.
     """
     limit = context_length(config.get_text_config())
     gen_reads_nothing = args.supervision == "nsp" and config.query_from != "gen"

@@ -145,7 +145,7 @@ def answer_log_likelihoods(
         rows (`list[ReaderRow]`): instances with their passages.
         pad_token_id (`int`): pads batches.
         max_tokens (`int`): of a forward, with padding and prompts. The result does not depend on it.
-        leave_one_out (`bool`, *optional*, defaults to `False`): after all passages but one instead.
+        leave_one_out (`bool`, *optional*, defaults to `False`): instead of each passage alone, read all but that one.
         reduction (`str`, *optional*, defaults to `"mean"`): over the tokens; EMDR needs `"sum"`, log p(answer).
         share_prompts (`bool`, *optional*, defaults to `True`): `False` reads each prompt K times. So does a Gen with a
             recurrent state, or one that makes its attention masks itself.
@@ -276,7 +276,7 @@ class _Reader:
         chosen = torch.tensor([reading.prompt for reading in readings], device=device)
         ends = torch.tensor([[len(reading.ids) - 1] for reading in readings], device=device)
         mask = self.mask[chosen]
-        # no mask on the right: no token sees the padding there; but Gen needs a position that it has
+        # no mask on the right: no token sees the padding there. But its positions must be ones that Gen has
         full_mask = F.pad(mask, (0, length), value=1)
         positions = mask.sum(1, keepdim=True) + torch.arange(length, device=device).minimum(ends)
         cache = copy.copy(self.cache)

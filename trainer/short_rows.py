@@ -26,7 +26,7 @@ def plain_short_rows(args: TrainingArguments) -> Iterator[None]:
     """
     Let scaled dot product attention (SDPA) compute short rows by plain products, if `args` train in bf16 on a CPU.
 
-    Only the kernel is another one: no model, mask or config is changed.
+    Only the kernel changes: models, masks and configs stay as they are.
     """
     is_transformers_own = ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward  # not a user's, or ours
     if not args.bf16 or args.device.type != "cpu" or not is_transformers_own:
@@ -38,7 +38,7 @@ def plain_short_rows(args: TrainingArguments) -> Iterator[None]:
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # what is registered under this name is found again
+        del ALL_ATTENTION_FUNCTIONS["sdpa"]  # uncovers the function that is registered under this name
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(keeps_bfloat16)
 
 

@@ -62,8 +62,8 @@ def tokenize_instance(
           for and, with `"instance"`, `candidate_pool`, ids of its own candidates
 
     Raises:
-        `ValueError`: if a text holds a special token that the tokenizer cannot read as text, or an instance has
-            answers alone, or no candidates, and needs more.
+        `ValueError`: if a text holds a special token that the tokenizer cannot read as text; if an instance has only
+            answers, without `candidates_from`; or, with `"instance"`, if it has only answers and no candidates.
     """
     needs_candidates = _needs_candidates(instance, candidates_from)
     segments = instance["segments"]

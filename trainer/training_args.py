@@ -44,13 +44,13 @@ SCHEDULE_FREE = "schedule_free_"
 @dataclass
 class CoSupTrainingArguments(AblationArguments, TrainingArguments):
     """
-    [`~transformers.TrainingArguments`], those of [`AblationArguments`], and:
+    The arguments of [`~transformers.TrainingArguments`] and [`AblationArguments`], and these:
 
     Args:
         lr_scheduler_type (`str`), warmup_steps (`int` or `float`): as in `TrainingArguments`, but the default is a
             warm-up of a tenth of all steps, then a cosine schedule; `recipes/benchmarks` says why.
-        max_length (`int`): tokens of an instance, passages included. A longer instance is dropped, counted and
-            reported, never cut. One that is longer than Gen can read must be dropped: otherwise it is an error.
+        max_length (`int`): the most tokens of an instance, passages included. A longer instance is dropped, counted
+            and reported, never cut. It is an error if one remains that is longer than Gen can read.
         train_on_passages (`bool`): also train the tokens of retrieved passages (an ablation of the paper; its main
             result masks them).
         supervision (`str`):
@@ -61,30 +61,32 @@ class CoSupTrainingArguments(AblationArguments, TrainingArguments):
             (the paper's baseline, section 5). The model's `query_from` says whether one encoder reads queries and
             passages, or two (appendix C.1).
             `"attention_distillation"`, `"perplexity_distillation"`: instances whose passage is unknown teach
-            retrieval too. Gen reads `num_candidates` passages with the answer; its attention to each of them
-            (arXiv 2402.11794), or how likely each makes the answer (Atlas, arXiv 2208.03299), is the target of their
-            scores. Adds λ times `distillation_loss`. Instances with a passage are trained as with `"co"` or
-            `"separate"`. Queries come from where `query_from` says. With `freeze_gen` Gen only reads. An instance with
-            a single candidate teaches nothing: there is nothing to compare it with.
-        num_candidates (`int`): passages that an instance without a passage gets, K. They stand in its row as
-            `generate()` with `RetrievalConfig(top_k=K)` would write them.
+            retrieval too. Gen reads `num_candidates` passages with the answer. The target for the retriever's scores
+            is Gen's attention to each passage (arXiv 2402.11794), or how likely each passage makes the answer (Atlas,
+            arXiv 2208.03299). Adds λ times `distillation_loss`. Instances with a passage are trained as with `"co"` or
+            `"separate"`. The model's `query_from` says what makes the queries. With `freeze_gen` Gen only reads. An
+            instance with a single candidate teaches nothing: there is nothing to compare it with.
+        num_candidates (`int`): K, the number of passages that an instance without a passage gets. They stand in its
+            row as `generate()` with `RetrievalConfig(top_k=K)` would write them.
         candidates_from (`str`, *optional*): `"index"` searches an index of the training corpus, which the model
             embeds, for each instance without a passage; `"instance"` searches the instance's own `candidates` alone,
             and leaves segments without candidates free text. Defaults to `"index"` with a distillation. With
             `supervision="ntp"` it trains Gen alone to read what is retrieved.
         refresh_index_steps (`int`): steps after which the corpus is embedded again, unless Emb_seq is frozen.
-        distillation_target (`str`, *optional*): of attention, `"attention"` (default), the shares of attention
-            relative to the mean share of their place in the row, over all instances of the step, of which there must
-            be two, or of an evaluation set (see `position_bias`);
-            or `"attention_shares"`, the shares themselves (Eq. 1 of the paper). Of perplexity, `"perplexity"`
-            (default), the answer's mean log-likelihood with each candidate alone; `"leave_one_out"`, how much likelier
-            the answer is with a candidate than without; or `"emdr"`, the posterior of EMDR² (arXiv 2106.05346).
-        target_temperature (`float`, *optional*): the target is the softmax of this, divided by a temperature; lower is
-            sharper. Defaults to 0.02 for `"attention"`, and to 0.1 for `"perplexity"` and `"leave_one_out"`. The other
-            two are by default as in their papers: shares without a softmax, which are nearly flat and teach little,
-            and a posterior without a temperature.
-        rerank_candidates (`int`, *optional*): retrieve so many passages, embed them with the current weights, and keep
-            the best `num_candidates`.
+        distillation_target (`str`, *optional*): what the target is made of. The first two are for attention, the
+            others for perplexity; the first of each kind is the default.
+            `"attention"`: shares of attention, each relative to the mean share of its place in the row (see
+            `position_bias`). The mean is over all instances of the step, at least two, or of an evaluation set.
+            `"attention_shares"`: the shares themselves (Eq. 1 of the paper).
+            `"perplexity"`: the answer's mean log-likelihood with each candidate alone.
+            `"leave_one_out"`: how much likelier the answer is with a candidate than without.
+            `"emdr"`: the posterior of EMDR² (arXiv 2106.05346).
+        target_temperature (`float`, *optional*): the target is the softmax of these values, divided by this
+            temperature; lower is sharper. Defaults to 0.02 for `"attention"`, and to 0.1 for `"perplexity"` and
+            `"leave_one_out"`. By default, the other two are as in their papers: `"attention_shares"` has no softmax,
+            so it is nearly flat and teaches little, and `"emdr"` has no temperature.
+        rerank_candidates (`int`, *optional*): retrieve this many passages, embed them with the current weights, and
+            keep the best `num_candidates`.
         index_factory (`str`, *optional*): FAISS factory string of an approximate search; exact by default.
         shuffle_candidates (`bool`): put the candidates of a training row in a random order, which depends on `seed`,
             step and instance alone; by default the best is first.
@@ -99,8 +101,8 @@ class CoSupTrainingArguments(AblationArguments, TrainingArguments):
         matryoshka_dims (`list[int]`, *optional*): widths to which embeddings will be cut (`CoSupConfig.truncate_dim`).
             Adds λ times `matryoshka_loss`, the NSP loss of the cut embeddings, mean over these widths.
         gather (`str`):
-            `"global"`: negatives are the passages of all ranks, and gradients reach all of them: W ranks equal one
-            process.
+            `"global"`: negatives are the passages of all ranks, and gradients reach all of them, so W ranks compute
+            what one process would.
             `"detached"`: passages of other ranks are constants, as in the paper's code.
             `"local"`: negatives are this rank's passages alone.
         mask_duplicates (`bool`): encode identical passages of a batch once and never count one as a negative of
@@ -145,7 +147,7 @@ class CoSupTrainingArguments(AblationArguments, TrainingArguments):
     warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps of linear warm-up. Below 1: their share of all steps."}
     )
-    # the default of TrainingArguments where torch is imported, which `--help` does not do
+    # what TrainingArguments defaults to if torch is imported, which `--help` does not do
     optim: OptimizerNames | str = field(default="adamw_torch_fused", metadata={"help": "Optimiser."})
     max_length: int = field(
         default=1024,
@@ -238,7 +240,7 @@ class CoSupTrainingArguments(AblationArguments, TrainingArguments):
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every part of the model takes part in every step
         if self.ddp_broadcast_buffers is None:
-            self.ddp_broadcast_buffers = False  # rotary frequencies: constants
+            self.ddp_broadcast_buffers = False  # they are rotary frequencies, which never change
         super().__post_init__()
         self.check()
         if self.n_gpu > 1:  # DataParallel cannot slice a batch, because its rows share passages
@@ -333,7 +335,7 @@ class CoSupTrainingArguments(AblationArguments, TrainingArguments):
             )
 
     def _check_instances_of_step(self) -> None:
-        """Check that a step has what the attention to a place is compared with."""
+        """Check that a step has several instances, over which the mean attention to a place is taken."""
         if not self.distills or self.target[0] != "attention":
             return
         if self.train_batch_size * self.gradient_accumulation_steps * self.world_size == 1:

@@ -73,7 +73,7 @@ class TrainingStepMixin(DistillationStepMixin):
     _measured_weights: dict[str, float] | None = None  # while the gradient of one loss is measured
 
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Run `Trainer`'s, and begin the log: a trial of a search has set its arguments by now."""
+        """Run `Trainer`'s method, then start the log: by now, a trial of a search has set its arguments."""
         self._candidate_watch = CandidateWatch(self.args, trains_retriever(without_peft(self.model)))
         prepared = super()._prepare_for_training(*args, **kwargs)
         self._running = running_figures(self.loss_weights, self.args)  # its clock starts
@@ -115,10 +115,11 @@ class TrainingStepMixin(DistillationStepMixin):
 
     def _share_facts(self, batches: list[dict[str, Any]]) -> int:
         """
-        Exchange between ranks, from host to host, what the batches hold.
+        Exchange what the batches hold between the hosts of all ranks.
 
         Adds to each batch `global`, the [`GlobalBatch`], and counts over all batches and ranks: `num_labels`,
-        `num_queries` (queries with a passage), `num_compared` (queries with a passage and a negative) and
+        `num_queries` (queries with a passage), `num_compared` (queries with a passage and a negative),
+        `num_reverse_compared` (with `symmetric_nsp`, queries whose passage is wrong for another query) and
         `num_distilled`. Afterwards all ranks have equally many micro-batches, each with an input for every part of the
         model.
 
@@ -298,7 +299,7 @@ class TrainingStepMixin(DistillationStepMixin):
         """
         Return each embedding loss, summed over this rank's queries and divided by the queries of all ranks.
 
-        Queries without a negative are left out of both.
+        Queries without a negative are left out of both the sum and the count.
         """
         labels = inputs["passage_labels"]
         global_facts: GlobalBatch = inputs["global"]
@@ -315,7 +316,7 @@ class TrainingStepMixin(DistillationStepMixin):
             compared_values = values
             if not has_negatives.all():
                 compared_values = values.where(torch.from_numpy(has_negatives).to(values.device), 0.0)
-            # 0 without queries, but with a graph
+            # without queries this is 0, but it still has a graph
             losses[name] = compared_values.sum() / max(1, num_compared_of[name])
             if self.model.training:
                 instance_ids = [[id] for id in inputs["facts"].query_instance_ids]
@@ -329,7 +330,7 @@ class TrainingStepMixin(DistillationStepMixin):
     def _distillation_losses(
         self, inputs: dict[str, Any], query_embeds: torch.Tensor, passage_embeds: torch.Tensor
     ) -> dict[str, torch.Tensor]:
-        """Return the distillation loss: the sum over this rank's queries, divided by the number of all ranks'."""
+        """Return the distillation loss, summed over this rank's queries and divided by the queries of all ranks."""
         batch = distilled_batch(inputs, query_embeds, passage_embeds)
         values, distributions = distillation_losses(batch, self.cosup_config, self.args)
         losses = {"distillation_loss": values.sum() / max(1, inputs["num_distilled"])}
@@ -420,7 +421,7 @@ class TrainingStepMixin(DistillationStepMixin):
 
         Returns:
             The embedding losses, their gradients for the queries and for the passages of each micro-batch, and the
-            random state before each micro-batch.
+            random states that [`first_pass`] returned.
         """
         with self.compute_loss_context_manager():
             query_pieces, passage_pieces, states = first_pass(model, inputs["micro_batches"])
@@ -442,7 +443,7 @@ class TrainingStepMixin(DistillationStepMixin):
         Return the context of every micro-batch but the last.
 
         Under DDP, ranks exchange gradients once, after the last micro-batch. Under FSDP, they exchange them after each
-        one, or every rank would hold the gradients of the whole model.
+        micro-batch: otherwise every rank would hold the gradients of the whole model.
         """
         if self.accelerator.distributed_type == DistributedType.FSDP:
             return contextlib.nullcontext()

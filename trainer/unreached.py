@@ -83,7 +83,7 @@ def _tokens(part: PreTrainedModel | None) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _eager_attention(model: nn.Module) -> Iterator[None]:
-    """Replace attention that may need a GPU and half precision for the moment."""
+    """For the moment, replace attention that may need a GPU and half precision."""
     configs: dict[int, tuple[Any, str]] = {}  # in order, parents first: they pass the setting on
     for module in model.modules():
         config: Any = getattr(module, "config", None)
@@ -116,7 +116,7 @@ def _leaves(outputs: Iterable[torch.Tensor]) -> set[torch.Tensor]:
 
 
 def _idle_experts(model: nn.Module, unreached: list[str]) -> tuple[str, ...]:
-    """Return the prefixes of unreached modules that another text may need: their list has one like them in use."""
+    """Return the prefixes of unreached modules that another text may reach: their list has one like them in use."""
     prefixes = []
     for list_name, modules in model.named_modules():
         if not isinstance(modules, nn.ModuleList):

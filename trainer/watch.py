@@ -106,7 +106,7 @@ def explained_memory_errors(args: "CoSupTrainingArguments") -> Iterator[None]:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         is_memory_error = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        # of a CPU's allocator, and of auto_find_batch_size
+        # what a CPU's allocator and auto_find_batch_size say
         if not is_memory_error and not any(text in str(error) for text in ("allocate memory", "No executable batch")):
             raise
         raise torch.OutOfMemoryError(

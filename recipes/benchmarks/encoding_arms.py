@@ -1,4 +1,4 @@
-"""Encode passages with the same weights by `PassageIndex.build` and by sentence-transformers; and passages for it."""
+"""Encode passages with the same weights by `PassageIndex.build` and by sentence-transformers; make such passages."""
 
 import importlib.util
 from collections.abc import Callable, Sequence

@@ -17,7 +17,7 @@ from serving.engine import EndEvent, Event, RetrievalEvent, TokenEvent
 
 OPENING = "([{«“‘¿¡"  # no space comes after these
 CLOSING = ")]}»”’'.,;:!?%…、。，．！？；："  # nor before these
-# nor between two of these, which are written without: Thai, Lao, Burmese, Khmer, Chinese and Japanese, wide signs
+# nor between two of these scripts, which have no spaces: Thai, Lao, Burmese, Khmer, Chinese and Japanese, wide signs
 WITHOUT_SPACES = re.compile(
     "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u31f0-\u9fff\uf900-\ufaff\uff00-\uff60\U00020000-\U0003ffff]"
 )
@@ -26,8 +26,8 @@ _REMEMBERED = 2**16  # texts of a few token ids
 
 class TokenTexts:
     """
-    Texts of token ids. They are remembered, as the same few ids follow each other again and again: to decode two of
-    them takes as long as to send them.
+    Texts of token ids. They are remembered, because the same few ids follow each other again and again, and decoding
+    two of them takes as long as sending them.
 
     Args:
         tokenizer (`PreTrainedTokenizerBase`): Gen's.

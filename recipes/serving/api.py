@@ -38,7 +38,7 @@ from serving.token_names import TokenNames
 
 logger = logging.getLogger("cosup.serving")
 
-GREEDY_BELOW = 1e-5  # a temperature so low takes the best token; logits divided by it could overflow
+GREEDY_BELOW = 1e-5  # a lower temperature takes the best token: logits divided by it could overflow
 LONG_TEXT = 20_000  # characters; they are encoded in a thread, since other requests must not wait
 COMPLETION_TOKENS = 16  # of a completion without max_tokens, as with OpenAI
 ROUTES = ("/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/health", "/metrics")

@@ -72,7 +72,7 @@ class DecodingProcess:
         self._reading.start()
 
     def check(self, request: GenerationRequest) -> None:
-        """Raise [`UnsupportedSetting`] for what shows without the model and the index; the process checks the rest."""
+        """Raise [`UnsupportedSetting`] for what needs no model and no index to check; the process checks the rest."""
         check_request(request, self.facts.config, self.facts.context_length, self.facts.has_index)
 
     def submit(self, number: int, request: GenerationRequest) -> None:

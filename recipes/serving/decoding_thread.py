@@ -65,7 +65,8 @@ class Delivery:
     Args:
         number (`int`): of the request, or of the texts.
         events (`list[Event]`): new ones.
-        ended (`bool`), error ([`EngineError`], *optional*): nothing follows; because of this error.
+        ended (`bool`): whether this is the last delivery.
+        error ([`EngineError`], *optional*): why it is the last, if something failed.
         embeds (`NDArray[np.float32]`, *optional*): `(N, h)`, of the texts.
     """
 
@@ -190,7 +191,7 @@ class DecodingThread:
         return bool(self._jobs) or self._decoder.has_rows
 
     def _take_messages(self) -> None:
-        """Do what other threads want; without work wait for it."""
+        """Do what other threads ask for; if there is no work, wait until they ask for something."""
         if self._serving and not self._has_work:
             self._messages.get()()
         while not self._messages.empty():

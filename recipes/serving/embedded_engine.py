@@ -45,7 +45,8 @@ class _Stream:
     Args:
         number (`int`): of the request.
         events (`list[Event]`): events that the client has not taken yet.
-        ended (`bool`), error ([`EngineError`], *optional*): no more come; because of this error.
+        ended (`bool`): whether no more events come.
+        error ([`EngineError`], *optional*): why no more come, if something failed.
         news (`asyncio.Event`): is set when one of these changes.
         started (`float`): `time.monotonic()` of the request.
     """

@@ -41,7 +41,7 @@ class ApiError(HTTPException):
     An error for the client.
 
     Args:
-        status (`int`): of HTTP.
+        status (`int`): the HTTP status.
         message (`str`): what is wrong, where, and what was expected.
         param (`str`, *optional*): the field of the body.
         code (`str`, *optional*): a short name of the error for programs.

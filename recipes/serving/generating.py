@@ -170,7 +170,7 @@ class EventStream(StreamingResponse):
         sending_since: float | None = None
 
         def check() -> None:
-            """Give up a client that reads nothing. One timer is for the whole stream: one a token costs too much."""
+            """Give up a client that reads nothing. One timer serves the whole stream: one per token costs too much."""
             nonlocal is_stuck, timer
             seconds_left: float = SEND_TIMEOUT
             if sending_since is not None:

@@ -12,8 +12,8 @@ class PreparedLookup(Lookup):
     """
     Prepares a row at a time, and remembers the last result: the answers of a body share their [`RetrievalConfig`].
 
-    A body may ask for a thousand answers, each of them is checked before it is generated, and to encode passages takes
-    time in which nobody is served.
+    A body may ask for a thousand answers, and each of them is checked before it is generated. While passages are
+    encoded, nobody is served.
     """
 
     def __init__(self, model: Any, retriever: Retriever | None) -> None:

@@ -18,7 +18,7 @@ def chat_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Message]) ->
     A template that refuses a system message gets it at the beginning of the first user message.
 
     Raises:
-        [`ApiError`]: for messages that the template refuses, e.g. two of a user in turn, or that cannot be text.
+        [`ApiError`]: for messages that the template refuses, e.g. two user messages in a row, or that cannot be text.
     """
     chat = []
     for message in messages:

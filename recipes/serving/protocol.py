@@ -139,7 +139,7 @@ class Message(Body):
 
 
 def _stop_strings(value: Any) -> Any:
-    """Return a list of stop strings for one, or for a list."""
+    """Return stop strings as a list, whether one or a list was given."""
     if isinstance(value, str):
         value = [value]
     if value is not None and not isinstance(value, list):
@@ -227,7 +227,7 @@ class RetrievalBody(Body):
 
 
 class GenerationBody(Body):
-    """What bodies of chats and completions share; a default of `None` is the server's."""
+    """What bodies of chats and completions share; `None` stands for the server's default."""
 
     model: Text
     max_tokens: Annotated[int, Field(ge=1)] | None = None

@@ -1,4 +1,4 @@
-"""Embedding the passages of an index on a server of what `save_emb_seq` wrote, in place of this machine."""
+"""Embed the passages of an index on a server that serves what `save_emb_seq` wrote, in place of this machine."""
 
 import asyncio
 from collections.abc import Iterator
@@ -31,7 +31,7 @@ class ServerEncoder:
         batch_size (`int`): passages in a request.
 
     Raises:
-        `ValueError`: for what is no URL.
+        `ValueError`: if `url` is not a URL.
     """
 
     def __init__(self, model: CoSupForCausalLM, url: str, api_key: str | None = None, batch_size: int = 256) -> None:
@@ -46,7 +46,7 @@ class ServerEncoder:
         Yield the rows of `token_ids`, as Emb_seq reads them, and their embeddings `(n, h)`, as they arrive.
 
         Raises:
-            `ConnectionError`: if the server cannot be reached, refuses, or sends what are no finite embeddings.
+            `ConnectionError`: if the server cannot be reached, refuses, or sends anything but finite embeddings.
             `ValueError`: if it serves another model.
         """
         try:

@@ -39,7 +39,7 @@ class VllmClient:
         max_connections (`int`): requests at a time; further ones wait.
 
     Raises:
-        `ValueError`: for what is no URL of an API.
+        `ValueError`: if `url` is not the URL of an API.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class VllmClient:
             session (`str`): the same for requests that share a prefix, for a balancer of replicas.
 
         Raises:
-            [`BackendFailed`]: if the server cannot be reached, refuses, breaks off, or sends what is no answer.
+            [`BackendFailed`]: if the server cannot be reached, refuses, breaks off, or sends anything but an answer.
         """
         body = {
             "model": self.model,
@@ -173,7 +173,7 @@ class VllmClient:
         Return the pooled states `(N, h)` of token ids, not normalised; `session` as in [`~VllmClient.complete`].
 
         Raises:
-            [`BackendFailed`]: if the server cannot be reached, refuses, or sends what are no N finite vectors of one
+            [`BackendFailed`]: if the server cannot be reached, refuses, or sends anything but N finite vectors of one
                 width.
         """
         body = {

@@ -63,7 +63,7 @@ def model_without_weights(name_or_path: str | Path) -> CoSupForCausalLM:
     Load the settings, tokenizers and fingerprint of a checkpoint, but none of its weights.
 
     Raises:
-        `ValueError`: for what is no CoSup checkpoint, or one that stores no fingerprint of Emb_seq.
+        `ValueError`: if this is not a CoSup checkpoint, or one that stores no fingerprint of Emb_seq.
     """
     config = CoSupConfig.from_pretrained(name_or_path)
     if not (config.fingerprint or {}).get("emb_seq"):
@@ -85,10 +85,10 @@ class VllmEngine(BaseEngine):
     Args:
         model ([`CoSupForCausalLM`]): whose parts are served; its weights are not used: [`model_without_weights`].
         index ([`Retriever`], *optional*): a [`PassageIndex`], or one in Milvus.
-        gen_url (`str`): of a server of what `save_gen` wrote, such as `http://host:8001/v1`.
-        query_url (`str`): of a server of the same folder with `--runner pooling --convert embed`; if Emb_seq makes the
-            queries (`query_from="emb_seq"`), of what `save_emb_seq` wrote.
-        encoder_url (`str`, *optional*): of a pooling server of what `save_emb_seq` wrote, to embed passages.
+        gen_url (`str`): of a server that serves what `save_gen` wrote, such as `http://host:8001/v1`.
+        query_url (`str`): of a server that serves the same folder with `--runner pooling --convert embed`; if Emb_seq
+            makes the queries (`query_from="emb_seq"`), it serves what `save_emb_seq` wrote.
+        encoder_url (`str`, *optional*): of a pooling server that serves what `save_emb_seq` wrote, to embed passages.
         api_key (`str`, *optional*): of these servers.
         max_running (`int`), max_waiting (`int`): requests that are answered at a time, and that may wait.
         timeout (`float`): seconds without a sign of a server after which it counts as gone.
@@ -96,7 +96,7 @@ class VllmEngine(BaseEngine):
 
     Raises:
         `ValueError`: for a model without `[NSP]`, an index of another model, settings that vLLM cannot honour, and
-            what is no URL.
+            an address that is not a URL.
     """
 
     def __init__(

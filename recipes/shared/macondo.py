@@ -179,7 +179,7 @@ def _ids_of_children(tokenizer: "PreTrainedTokenizerBase", names: Sequence[str])
 
 
 def single_token_names(tokenizer: "PreTrainedTokenizerBase", taken: Iterable[str]) -> list[str]:
-    """Return the capitalised words, but those in `taken`, that are one token after a space, in the order of ids."""
+    """Return the capitalised words, except those in `taken`, that are one token after a space, in order of ids."""
     excluded = set(taken)
     names = []
     for token in tokenizer.convert_ids_to_tokens(range(len(tokenizer))):

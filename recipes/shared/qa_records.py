@@ -235,7 +235,7 @@ def read_list(text: str) -> list[str]:
 
 
 def read_passages(value: Any, title: str) -> list[dict[str, str]]:
-    """Return the passages in a value, `{"id", "title", "text"}`; `title` is of those that have none themselves."""
+    """Return the passages in a value, `{"id", "title", "text"}`; `title` is for passages without one of their own."""
     if value is None or value == "":
         return []
     if isinstance(value, list | tuple):

@@ -12,8 +12,8 @@ Two things vary: other questions could have been asked, and other seeds could ha
   seeds with replacement and, within each task, as many questions as it has with replacement. Both arms and all drawn
   seeds have the same questions. Its p-value is the share of resampled differences at least as far from D as D is
   from 0. It covers questions well, but with few seeds it is anti-conservative: three seeds have 10 distinct draws, and
-  the variance over them is too small by (S - 1) / S. Where all variation was over seeds, it found a difference that
-  was none in 28 % of 500 simulated experiments with three seeds, and in 15 % with five, in place of 5 %.
+  the variance over them is too small by (S - 1) / S. Where all variation was over seeds, it found a difference where
+  there was none in 28 % of 500 simulated experiments with three seeds, and in 15 % with five, in place of 5 %.
 - The paired t-test over the seed means, T = D / (sd(m) / sqrt(S)) with S - 1 degrees of freedom, is right for seeds,
   however few. But it takes the questions as given. A preference of these questions for one arm is in every m[s], so
   sd(m) does not show it: the "fixed-effect fallacy" (Clark 1973, Journal of Verbal Learning and Verbal Behavior 12).

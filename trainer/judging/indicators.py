@@ -5,9 +5,9 @@ A reader that is worth distilling attends to the passage tokens that are near to
 nouns of the question (Indicator 2). Over the nearest 10 % and 5 % of the passage tokens of an instance, an indicator
 is the mean attention, and Spearman's rho between attention and similarity. [`~trainer.nearest_tokens`] defines both.
 
-The paper leaves open what is chosen here, and can be chosen otherwise: similarity is that of Gen's input embeddings;
-with several target tokens, it is the mean over them; and nouns are what the data says, or else what
-[`~trainer.judging.nouns.nouns_by_rule`] finds.
+The paper leaves three choices open; they are arguments here. By default, similarity is measured between Gen's input
+embeddings; with several target tokens, it is the mean over them; and nouns are the ones that the data names, or else
+those that [`~trainer.judging.nouns.nouns_by_rule`] finds.
 """
 
 import random
@@ -92,8 +92,8 @@ class IndicatorResults:
         left_out (`dict[str, int]`): reason -> number of instances: `"no_passage"`, `"no_answer"`, `"too_long"` for
             Gen; and `"no_noun"`, which are left out of Indicator 2 alone.
         places (`list[float]`): mean share of attention of each place in the row.
-        best_is_gold (`dict[str, Spread]`): `distillation_target` -> how often the passage that it prefers is gold, of
-            the instances with a gold passage among theirs.
+        best_is_gold (`dict[str, Spread]`): `distillation_target` -> how often the passage that it prefers is gold,
+            over the instances that have a gold passage among theirs.
     """
 
     indicators: dict[str, dict[int, Indicator]]
@@ -130,7 +130,8 @@ def indicators(
         instances (sequence of `dict`): evaluation instances. The first answer is read, and is the target of Indicator
             1. Nouns may stand in `"nouns"` or in `"meta": {"nouns": [...]}`.
         passages (sequence of sequences of `dict`): for each instance the passages that are read with it, in order.
-        percentiles (sequence of `int`, *optional*, defaults to `(90, 95)`): the nearest tokens are those at and above.
+        percentiles (sequence of `int`, *optional*, defaults to `(90, 95)`): of similarity; tokens at and above one are
+            the nearest.
         embed (`Callable`, *optional*): maps token ids of Gen `(n,)` to embeddings `(n, h)`; defaults to Gen's input
             embeddings.
         pooling (`str`, *optional*, defaults to `"mean"`): over several target tokens, or `"max"`; see

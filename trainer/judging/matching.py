@@ -9,7 +9,7 @@ from typing import Any
 
 from .correctness import DATASET_METRICS, normalize_answer
 
-VERDICTS = ("yes", "no", "true", "false", "supports", "refutes")  # answers that say nothing of what a passage holds
+VERDICTS = ("yes", "no", "true", "false", "supports", "refutes")  # answers that no passage can be searched for
 LONG_ANSWER_METRICS = ("f1", "rouge_l", "claim_recall")  # as a dataset's metric, they compare whole texts
 
 

@@ -1,4 +1,4 @@
-"""When each figure does not exist."""
+"""The conditions under which a figure does not exist."""
 
 from .figures import RETRIEVAL_WHILE_GENERATING, Figure, Need
 

@@ -83,8 +83,8 @@ def score_text(
     """
     Score documents under Gen alone and under Gen with each memory.
 
-    The probabilities are those of which generate() makes its decisions, before any logits processor: control tokens
-    and ends are in the vocabulary, and no memory changes their probabilities.
+    The probabilities are the ones from which generate() decides, before any logits processor: control tokens and ends
+    are in the vocabulary, and no memory changes their probabilities.
 
     Args:
         model (`PreTrainedModel`): a [`CoSupForCausalLM`] or another causal language model.

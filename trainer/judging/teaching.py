@@ -1,5 +1,5 @@
 """
-Measure what a reader would teach a retriever: how often its best passage is gold, and what a place gets anyway.
+Measure what a reader would teach a retriever: how often its best passage is gold, and how much each place gets anyway.
 
 The targets have the names of `distillation_target`, see [`~trainer.CoSupTrainingArguments`].
 """

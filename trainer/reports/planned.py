@@ -83,7 +83,7 @@ def _compare(results: Results, plan: dict[str, Any]) -> dict[str, Any]:
 
 
 def _missing_runs(results: Results, plan: dict[str, Any]) -> Iterator[str]:
-    """Yield what the plan needs and is not there: an arm that was not evaluated with a seed."""
+    """Yield what the plan needs but lacks: each arm and seed that was not evaluated."""
     evaluated = {(run["arm"], run["seed"]) for run in results.evaluated}
     failed = {(run["arm"], run["seed"]) for run in results.runs if run["failure"]}
     for arm in (plan["arm"], plan["against"]):

@@ -1,4 +1,4 @@
-"""Plots of a report, drawn if matplotlib is installed. All but [`draw_lines`] draw shares, in percent."""
+"""Plots of a report, drawn if matplotlib is installed. [`draw_bars`] and [`draw_curves`] draw shares, in percent."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -127,7 +127,7 @@ def draw_lines(
     panels: Mapping[str, Mapping[str, Mapping[float, tuple[float, float]]]], path: Path, xlabel: str, ylabel: str
 ) -> None:
     """
-    Draw values that are no shares, such as log-likelihoods, as lines over a number, one panel next to another.
+    Draw values that are not shares, such as log-likelihoods, as lines over a number, one panel next to another.
 
     Args:
         panels (`Mapping`): title of a panel -> label of a line -> number -> `(value, deviation)`. The deviation is

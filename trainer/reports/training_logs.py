@@ -100,7 +100,7 @@ def _estimated_seconds(history: list[dict[str, Any]]) -> float | None:
 
 
 def _is_held_out(name: str) -> bool:
-    """Return whether a name in the log is that of a held-out figure of the vocabulary, and no count."""
+    """Return whether a name in the log is a held-out figure of the vocabulary that is not a count."""
     if not name.startswith("eval_"):
         return False
     try:

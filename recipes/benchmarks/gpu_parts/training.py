@@ -23,7 +23,7 @@ What it needs, and how to bring it to a machine without a network:
     packages        `datasets` (with `multiprocess` and `dill`), which the trainer needs; `faiss` is not needed
 
 Checkpoints are in OUT/training/<check>/ (1 GB at most) until their tasks are judged. The results, in
-OUT/training/<check>.json, are of about 20 kB.
+OUT/training/<check>.json, take about 20 kB.
 """
 
 from typing import Any

@@ -138,7 +138,7 @@ def judge_task(model: CoSupForCausalLM, task: Task, tiny: bool) -> dict[str, Any
 
 
 def evenly(questions: list[dict], count: int) -> list[dict]:
-    """Return so many questions, evenly spaced: a file may be sorted, so its beginning may be of one kind."""
+    """Return `count` evenly spaced questions: a file may be sorted, and its first questions all of one kind."""
     if len(questions) <= count:
         return questions
     return [questions[number * len(questions) // count] for number in range(count)]
