@@ -238,7 +238,7 @@ def merge_adapters(model: Any, role: str) -> Any:
         else:
             module.merge(safe_merge=True)
             layer = module.get_base_layer()
-        vars(layer)["_is_hf_initialized"] = True  # or a model that contains this one would draw its weights anew
+        vars(layer)["_is_hf_initialized"] = True  # otherwise a model that contains this one would initialise it again
         if isinstance(layer, nn.Linear):  # PEFT swaps the two for an LM head that it ties
             layer.out_features, layer.in_features = layer.weight.shape
         model.set_submodule(name, layer)

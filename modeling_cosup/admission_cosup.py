@@ -8,15 +8,15 @@ from .settings_cosup import DecodingSettings
 from .slots_cosup import Slots
 from .trace_cosup import Row
 
-_PATIENCE = 8  # passes for which a free slot is kept until there are more of them
+_PATIENCE = 8  # passes after which waiting rows no longer wait for more slots to become free
 
 
 class Admission:
     """
     Waiting rows, first come, first served: none overtakes another, so none waits for ever.
 
-    While rows run, all of them wait for a prefill. So waiting rows are admitted several at a time; a few of them, or
-    rows for which a slot was free for some passes, are admitted at once.
+    Each prefill makes all running rows wait, so waiting rows are admitted several at a time: once a quarter of the
+    slots are free, or enough for all that wait, or after `_PATIENCE` passes with a free slot.
 
     Args:
         config ([`CoSupConfig`]), settings ([`DecodingSettings`]), slots ([`Slots`]): of the decoding loop.

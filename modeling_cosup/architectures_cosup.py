@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
 
-# Model types whose first position is `pad_token_id + 1`: their table of positions has as many rows that nothing reads.
+# Model types whose first position is `pad_token_id + 1`: nothing reads the rows before it in their table of positions.
 COUNTING_FROM_PADDING = (
     *("altclip_text_model", "bridgetower_text_model", "camembert", "clap_text_model", "data2vec-text", "esm"),
     *("ibert", "layoutlmv3", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta", "roberta-prelayernorm"),

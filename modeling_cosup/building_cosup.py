@@ -76,10 +76,10 @@ class BuildingMixin(Base):
                 defaults to the dense layer of a sentence-transformers model that has the right width.
             model_kwargs (`dict`, *optional*): for `from_pretrained` of names and paths, e.g. `{"dtype": "bfloat16"}`.
             nsp_init (`str`, *optional*, defaults to `"mean"`): where a new row of `[NSP]` starts. `"mean"`: at the
-                mean, as all new rows. `"eos"`: in the input embeddings, as the row of the token that ends a passage
-                (EOS, or else SEP). If Emb_seq is a causal Gen or a copy of it, a query at `[NSP]` and a passage at EOS
-                are then the same function before training. An LM head of its own keeps the mean; a head that is tied
-                to the embeddings has the same row, so `[NSP]` starts as likely as EOS.
+                mean, like all new rows. `"eos"`: in the input embeddings, as a copy of the row of the token that ends
+                a passage (EOS, or else SEP). If Emb_seq is a causal Gen or a copy of it, a query at `[NSP]` and a
+                passage at EOS are then the same function before training. A separate LM head keeps the mean; one that
+                is tied to the embeddings has the same row, so `[NSP]` starts as likely as EOS.
             tie_emb_seq (`bool`, *optional*): `True`: one tied model, whose Gen is Emb_seq. `False`: two towers (the
                 paper); without `emb_seq`, Emb_seq starts as a copy of Gen's weights, the paper's best setting. By
                 default the model is tied unless an argument asks for a second one: `emb_seq`, `emb_seq_tokenizer`, a

@@ -179,9 +179,9 @@ class RowCache(Cache):
 
     def grow(self, rows: int, columns: int) -> None:
         """
-        Make room for the first `rows` rows with `columns` columns, which must not be less than are filled.
+        Make room for the first `rows` rows with `columns` columns, no fewer than are filled.
 
-        Both double, so that a long text is copied only a few times, up to `max_rows` and the length of a context.
+        Both grow by doubling, up to `max_rows` and the context length, so that a long text is copied only a few times.
         """
         if rows <= self.rows and columns <= self.columns:
             return
@@ -233,7 +233,7 @@ class RowCache(Cache):
 
 
 def _resized(states: torch.Tensor, rows: int, columns: int, fill: int) -> torch.Tensor:
-    """Return a tensor `(rows, heads, columns, head_dim)` with what has room of `states`, and `fill` elsewhere."""
+    """Return a tensor `(rows, heads, columns, head_dim)`: as much of `states` as fits, and `fill` elsewhere."""
     resized = states.new_full((rows, states.shape[1], columns, states.shape[3]), fill)
     kept = states[:rows, :, :columns]
     resized[: kept.shape[0], :, : kept.shape[2]] = kept
@@ -244,8 +244,8 @@ def cache_for(model: Any, settings: DecodingSettings) -> RowCache:
     """
     Return an empty cache for a decoding loop.
 
-    A static cache has all rows from the start, and is kept on the model for the next call: the captured step uses this
-    cache, and would have to be captured again with another one.
+    A static cache has all rows from the start, and is kept on the model for the next call: a captured step is bound to
+    its cache, and another cache would mean capturing it again.
 
     Args:
         model ([`CoSupForCausalLM`]): keeps the static cache in `_static_row_cache`.

@@ -21,9 +21,10 @@ class RetrievalCall:
     The arguments of one call for the decoding loop, which transformers' generate() passes on to `_sample`.
 
     Args:
-        retriever ([`Retriever`], *optional*), retrieval ([`RetrievalConfig`]): searches the index; how to retrieve.
-        memory ([`Memory`], *optional*), memory_config ([`MemoryConfig`], *optional*): mixed into the logits of every
-            decision; how. Both or neither.
+        retriever ([`Retriever`], *optional*), retrieval ([`RetrievalConfig`]): what searches the index, and how to
+            retrieve.
+        memory ([`Memory`], *optional*), memory_config ([`MemoryConfig`], *optional*): what is mixed into the logits of
+            every decision, and how. Both or neither.
         static (`bool`): the decode step keeps its shapes.
         queue ([`Queue`], *optional*): the prompts of generate_many().
         max_batch_tokens (`int`, *optional*): of generate_many().
@@ -125,7 +126,7 @@ def call_settings(
 
 
 def _num_slots(call: RetrievalCall, num_prompts: int, most_columns: int) -> int:
-    """Return the most rows at a time, of up to `most_columns`; at least one, for a rank without prompts."""
+    """Return the most rows at a time, of up to `most_columns` columns; at least one, for a rank without prompts."""
     if call.queue is None:
         return max(num_prompts, 1)
     limit = call.queue.batch_size

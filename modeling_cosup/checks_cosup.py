@@ -69,7 +69,7 @@ def check_config(config: PreTrainedConfig, role: str) -> None:
 
 def check_weights(model: PreTrainedModel, info: Mapping[str, Collection[str]], name: str) -> None:
     """
-    Check that a checkpoint that was loaded holds the weights of its model, and no others of its layers.
+    Check that a loaded checkpoint holds all weights of its model, and no further ones for the model's layers.
 
     Args:
         model (`PreTrainedModel`): just loaded.
@@ -107,7 +107,7 @@ def _is_of_a_layer(weight: str, modules: Mapping[str, nn.Module]) -> bool:
 
 def check_part(part: PreTrainedModel, role: str) -> None:
     """
-    Check that a model can be a part: a checkpoint, which stores its config, would be loaded with the same class.
+    Check that a model can be a part: loaded again from the config in a checkpoint, it would have the same class.
 
     Args:
         part (`PreTrainedModel`): Gen with its LM head, an encoder without one.
@@ -194,7 +194,7 @@ def _encoders(model: Any) -> Iterator[tuple[str, PreTrainedModel]]:
 
 @torch.no_grad()
 def _check_embeddings(model: Any, encoder: PreTrainedModel, role: str) -> None:
-    """Check that an encoder embeds text, and a short text as it does next to a longer one in a batch."""
+    """Check that an encoder embeds text, and a short text in a batch with a longer one as if it were alone."""
     if encoder.config._attn_implementation not in ("eager", "sdpa"):
         return  # flash kernels may not run on the device on which the model is built
     name = f"{role} ({type(encoder).__name__})"
@@ -217,7 +217,7 @@ def _check_embeddings(model: Any, encoder: PreTrainedModel, role: str) -> None:
 
 
 def _check_reload(part: PreTrainedModel, config: PreTrainedConfig, role: str) -> None:
-    """Check that a model made of the config that is saved has the class and the weights of this part."""
+    """Check that a model made from the saved config has the class of this part, and weights of the same shapes."""
     if getattr(part, "hf_quantizer", None) is not None:
         return  # quantised weights differ in shape from new ones
     name = f"{role} ({type(part).__name__})"

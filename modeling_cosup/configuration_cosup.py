@@ -49,14 +49,15 @@ class CoSupConfig(PreTrainedConfig):
             width. In two towers, `emb_head` maps passages to the width of Gen's queries, so it must be that width. In
             a tied model it maps queries and passages, to any width.
         truncate_dim (`int`, *optional*): keep only the first dimensions of query and passage embeddings, before they
-            get unit length: a smaller index, at some loss. May be set when a checkpoint is loaded; an index holds for
-            one value. See `matryoshka_dims` of `CoSupTrainingArguments`.
-        passage_template (`str`): how a passage is rendered for Gen and Emb_seq; without a title, as its text alone.
-        passage_prompt (`str`): what only Emb_seq reads before every passage; some retrievers need one.
-        query_prompt (`str`): the same before a query, if Emb_seq or a query encoder reads queries.
+            get unit length: a smaller index, at some loss. It may be set when a checkpoint is loaded. An index works
+            only with the value that it was built with. See `matryoshka_dims` of `CoSupTrainingArguments`.
+        passage_template (`str`): how a passage is rendered for Gen and Emb_seq. One without a title is its text alone.
+        passage_prompt (`str`): text that Emb_seq, but not Gen, reads before every passage; some retrievers need one.
+        query_prompt (`str`): text before every query, if Emb_seq or a query encoder reads queries.
         max_passage_length (`int`): tokens of a passage, without the BOS and EOS that Emb_seq also reads; longer
             passages are truncated.
-        load_emb_seq (`bool`): `False` leaves out Emb_seq, which generation from an index does not need. Never saved.
+        load_emb_seq (`bool`): `False` leaves out Emb_seq, which generation from an index does not need. The choice is
+            never saved.
         gen_name_or_path, emb_seq_name_or_path (`str`, *optional*): repositories on the Hub that the two parts were
             made from, for the model card.
         fingerprint (`dict`, *optional*): written by `save_pretrained`; see `CoSupForCausalLM.fingerprint`.
@@ -104,8 +105,8 @@ class CoSupConfig(PreTrainedConfig):
         Return the content of a checkpoint's `config.json`, and the unused `kwargs`.
 
         Raises:
-            `ValueError`: for a folder or repository without a CoSup model: its parts would be made up; and for another
-                `tie_emb_seq` than the checkpoint's, which holds the weights of one model, or of two.
+            `ValueError`: for a folder or repository without a CoSup model, whose parts would be made up; and for a
+                `tie_emb_seq` that differs from the checkpoint's, which holds the weights of one model or of two.
         """
         name = pretrained_model_name_or_path
         config, unused_kwargs = super().get_config_dict(name, **kwargs)
@@ -182,7 +183,7 @@ class CoSupConfig(PreTrainedConfig):
 
     def check_tied(self) -> None:
         """
-        Check that nothing else than Gen's body would make the embeddings of a tied model.
+        Check that in a tied model nothing but Gen's body makes the embeddings.
 
         Raises:
             `ValueError`: names the setting.
@@ -246,7 +247,7 @@ class CoSupConfig(PreTrainedConfig):
 
     @property
     def full_embedding_size(self) -> int:
-        """Their width before `truncate_dim`: Gen's if two towers meet there, else `emb_head`'s or Emb_seq's."""
+        """Width before `truncate_dim`: Gen's if it makes the queries of two towers, else `emb_head`'s or Emb_seq's."""
         if self.query_from == "gen" and not self.tie_emb_seq:
             return self.gen_config.get_text_config().hidden_size
         return self.emb_head_size or self.emb_seq_config.get_text_config().hidden_size
@@ -260,7 +261,7 @@ class CoSupConfig(PreTrainedConfig):
 
     @property
     def embedding_settings(self) -> dict[str, str | int | None]:
-        """Settings that decide a passage embedding; an index compares them (see `PassageIndex.check_model`)."""
+        """Settings that passage embeddings depend on; an index compares them (see `PassageIndex.check_model`)."""
         names = ["similarity", "emb_seq_pooling", "passage_template", "max_passage_length"]
         names += EARLIER_EMBEDDING_SETTINGS.keys()
         return {name: getattr(self, name) for name in names}

@@ -28,10 +28,10 @@ def read_files(
 
     Args:
         paths (iterable of `str` or `Path`): the files.
-        columns (sequence of `str`, *optional*): what is read of a Parquet file, besides `OPTIONAL_COLUMNS`; a name
-            that nearly is one of these is an error.
-        on_bad_row (`Callable`, *optional*): gets the place and the error of a row that cannot be read, and the next
-            row follows; by default the error is raised.
+        columns (sequence of `str`, *optional*): what is read of a Parquet file, besides `OPTIONAL_COLUMNS`. A
+            misspelt one is an error.
+        on_bad_row (`Callable`, *optional*): gets the place and the error of a row that cannot be read. Reading goes on
+            with the next row. By default the error is raised.
 
     Yields:
         `(str, dict)`: the place, for error messages, and the row.
@@ -86,7 +86,7 @@ def read_parquet(
 
 
 def _rows(batch: "RecordBatch") -> list[dict | Exception]:
-    """Return the rows of a batch; the error of a row that Python cannot hold, such as a text that is not UTF-8."""
+    """Return the rows of a batch. In place of a row that Python cannot hold, such as text not in UTF-8: its error."""
     try:
         return batch.to_pylist()
     except (ValueError, OverflowError):  # of one of the rows

@@ -20,15 +20,16 @@ from .names_cosup import refuse_misspelt
 from .passages_cosup import check_text, dataset_rows, read_corpus, shown
 from .token_keys_cosup import encode_documents, ffn_name, gen_of, token_states, window_size
 
-CHARACTERS_PER_KEY = 4  # about; so that no process tokenizes the shards of others
+CHARACTERS_PER_KEY = 4  # roughly; shards are measured in characters, so that no process tokenizes those of others
 
 
 class KeyBuilder:
     """
-    A maker of shards from texts.
+    Builds shards from texts.
 
     Args:
-        model ([`CoSupForCausalLM`] or `PreTrainedModel`): with or of Gen; used on its device and in its dtype.
+        model ([`CoSupForCausalLM`] or `PreTrainedModel`): Gen, or the model that has it; used on its device and in its
+            dtype.
         tokenizer (`PreTrainedTokenizerBase`): Gen's.
         dtype (`str`): of the stored keys.
         batch_size (`int`): windows in a forward.
@@ -60,7 +61,7 @@ class KeyBuilder:
         return (keys_file(number),)
 
     def room_for(self, num_items: int) -> str:
-        """Say how much room the shards of so many texts take."""
+        """Say how much room the shards of `num_items` texts take."""
         return f"{self.key_size * self.dtype.itemsize + 8:,} bytes for each token of the {num_items:,} remaining texts"
 
     def make(self, texts: list[str], bar: tqdm, paths: tuple[Path, ...] | None = None) -> KeyShard:
@@ -102,7 +103,7 @@ def split_texts(source: Any, shard_size: int) -> Iterator[list[str]]:
     Split texts into shards of about `shard_size` keys, see [`read_texts`]; at least one text each.
 
     Raises:
-        `ValueError`: names the place of what is no text; or that there is none.
+        `ValueError`: names the place of a value that is not a text.
     """
     if shard_size < 1:
         raise ValueError(f"shard_size is {shard_size}, expected at least 1.")
@@ -127,7 +128,7 @@ def read_texts(source: Any) -> Iterator[str]:
             or of such rows, e.g. a `datasets` dataset, streamed or not.
 
     Raises:
-        `ValueError`: names the place of what is no text.
+        `ValueError`: names the place of a value that is not a text.
     """
     if isinstance(source, str | Path):
         pairs = read_corpus(source)

@@ -57,8 +57,8 @@ class KNNMemory(SearchableKeys):
     """
     A token memory of entries: keys, which are states of Gen, and values, the tokens that came next.
 
-    p_mem(v) is proportional to the sum of exp(-d²/T) over the k entries nearest to the state, of value v, where d is
-    the L2 distance and T the temperature (arXiv 2311.09615, section 2).
+    p_mem(v) is proportional to the sum of exp(-d²/T) over those of the k nearest entries whose value is v. d is the L2
+    distance from the state to the key, and T the temperature (arXiv 2311.09615, section 2).
 
     Made by [`KNNMemory.build`], [`KNNMemory.from_tensors`] or [`KNNMemory.from_pretrained`]. An entry's row is its
     place in the texts.
@@ -79,7 +79,7 @@ class KNNMemory(SearchableKeys):
         memory_config: MemoryConfig | None = None,
     ) -> "KNNMemory":
         """
-        Make a memory in memory.
+        Make a memory from tensors. It is in RAM, not in a folder.
 
         Args:
             keys (`torch.Tensor` of shape `(N, d)`): any float dtype and device; copied to the CPU.
@@ -136,7 +136,7 @@ class KNNMemory(SearchableKeys):
         show_progress_bar: bool = True,
     ) -> "KNNMemory | Any":  # None with several processes; Any, so that other callers need no check
         """
-        Store every token of texts but the first, which nothing predicts. Only Gen's body runs, without its LM head.
+        Store every token of each text but the first, which nothing predicts. Only Gen's body runs, not its LM head.
 
         With `save_directory` the memory is built there shard by shard, in the memory of one shard. After a crash the
         same call resumes at the first incomplete shard. The folder gets its name when it is complete; an earlier
@@ -146,7 +146,7 @@ class KNNMemory(SearchableKeys):
             model ([`CoSupForCausalLM`] or `PreTrainedModel`): Gen, used on its device and in its dtype.
             texts: the path of a file with a `text` in each row, JSON Lines (`.gz`) or Parquet; or an iterable of
                 strings or of such rows, e.g. a `datasets` dataset, streamed or not. Never all in memory.
-            save_directory (`str` or `Path`, *optional*): folder of the memory; without it the memory is in memory.
+            save_directory (`str` or `Path`, *optional*): folder of the memory; without it the memory is in RAM.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): of a plain language model; a CoSup model gives its own.
             dtype (`str`, *optional*, defaults to `"float16"`): of the stored keys: `"float32"`, `"float16"` or
                 `"bfloat16"`, which cannot overflow.
@@ -154,8 +154,8 @@ class KNNMemory(SearchableKeys):
             stride (`int`, *optional*): tokens from one window to the next, see [`~token_keys_cosup.windows`]; defaults
                 to half of `max_length`.
             batch_size (`int`, *optional*, defaults to 8): windows in a forward.
-            shard_size (`int`, *optional*, defaults to 262144): keys per shard, about: a shard ends after the text with
-                which it has four characters for each.
+            shard_size (`int`, *optional*, defaults to 262144): keys per shard, roughly: a shard ends after the text
+                that brings it to four characters per key.
             memory_config ([`MemoryConfig`], *optional*): how the memory is used unless a call says otherwise.
             num_processes (`int`, *optional*, defaults to 1): number of processes that build this memory together, in a
                 `save_directory` that all can access. When all are done, one of them calls [`KNNMemory.merge`].
@@ -166,9 +166,9 @@ class KNNMemory(SearchableKeys):
             [`KNNMemory`], or `None` with several processes.
 
         Raises:
-            `ValueError`: for what is no text (names its place), for texts without a token to predict, for keys that
-                are not finite or overflow `dtype`, or if the unfinished build was begun by another model or with other
-                settings (names the differences).
+            `ValueError`: for a value that is not a text (names its place), for texts without a token to predict, for
+                keys that are not finite or overflow `dtype`, or if the unfinished build was begun by another model or
+                with other settings (names the differences).
             `OSError`: if the folder cannot be written, or the disk is full.
             `ImportError`: in a process that has only a checkpoint's code.
         """
@@ -239,11 +239,11 @@ class KNNMemory(SearchableKeys):
             n (`int`, *optional*, defaults to 8): entries for each state, the nearest first; at most `k` of the config.
             model ([`CoSupForCausalLM`] or `PreTrainedModel`, *optional*): computes the state after a text.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): decodes the stored text; a CoSup model gives its own.
-            config ([`MemoryConfig`], *optional*): defaults to the memory's; the shares are among its `k` entries.
+            config ([`MemoryConfig`], *optional*): defaults to the memory's; weights are shares among its `k` entries.
             num_tokens (`int`, *optional*, defaults to 24): tokens before an entry that are decoded.
 
         Returns:
-            `list[list[Entry]]`: for each of the R states, [`Entry`]; with their texts if there is a tokenizer.
+            `list[list[Entry]]`: the entries for each of the R states; with their texts if there is a tokenizer.
 
         Raises:
             `ValueError`: for a text without a model, or another model than the memory's.

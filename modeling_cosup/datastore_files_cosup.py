@@ -77,7 +77,7 @@ def content_digest(shards: list[KeyShard]) -> str:
 
 
 def _needed_files(config: Config) -> list[tuple[str, str]]:
-    """Return the kind and name of every file that a config needs, apart from its list of files."""
+    """Return the kind and name of every file that a config needs, whether or not its list of files has it."""
     needed = [("keys", keys_file(number)) for number in range(len(config["shards"]))]
     if config["approximate"] is not None:
         needed.append(("index", config["approximate"].get("file")))

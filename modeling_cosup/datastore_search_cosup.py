@@ -246,7 +246,7 @@ def recompute(
     Args:
         queries (`torch.FloatTensor` of shape `(n, d)`), distances (`torch.FloatTensor` of shape `(n, k)`), rows
             (`torch.LongTensor` of shape `(n, k)`).
-        which (`torch.BoolTensor` of shape `(n, k)`): the distances to compute; of row -1, none is.
+        which (`torch.BoolTensor` of shape `(n, k)`): the distances to compute; row -1 is left out.
     """
     query, column = (which & (rows >= 0)).nonzero().T
     step = max(1, PAIRS // queries.shape[1])

@@ -216,7 +216,7 @@ class SearchableKeys(FolderStore):
             keys (`torch.Tensor` of shape `(n, d)`): states of Gen.
             targets (`torch.LongTensor` of shape `(n,)`): token ids.
             config ([`MemoryConfig`]): its `k` and `temperature` are used.
-            kept_ids (`torch.LongTensor` of shape `(C,)`, *optional*): ids of which the mass is wanted too.
+            kept_ids (`torch.LongTensor` of shape `(C,)`, *optional*): ids whose total probability is wanted too.
 
         Returns:
             `torch.FloatTensor` of shape `(n,)`; -inf where no neighbour has this value. With `kept_ids` a tuple: also
@@ -234,8 +234,8 @@ class SearchableKeys(FolderStore):
         Return the n entries nearest to each of R states, for the trace of generate().
 
         Args:
-            states (`dict[str, torch.Tensor]`), config ([`MemoryConfig`]): as in `log_probs`; the shares of the entries
-                are among the `k` of the config.
+            states (`dict[str, torch.Tensor]`), config ([`MemoryConfig`]): as in `log_probs`; the weights of entries
+                are shares among the `k` nearest.
             n (`int`): entries for each state, at most `k`; fewer if an approximate search found fewer.
         """
         neighbors = self.search(states[self.states[0]], config.k)
@@ -273,8 +273,8 @@ class SearchableKeys(FolderStore):
             keys (`torch.Tensor` of shape `(n, d)`), targets (`torch.LongTensor` of shape `(n,)`), *optional*: states
                 of Gen on held-out text, and the tokens after them, on which both searches are compared. By default 200
                 random entries, each of which may not find itself.
-            lm_log_probs (`torch.FloatTensor` of shape `(n,)`, *optional*): Gen's, of the targets. Defaults to a
-                uniform distribution in place of Gen's.
+            lm_log_probs (`torch.FloatTensor` of shape `(n,)`, *optional*): Gen's log-probabilities of the targets. By
+                default those of a uniform distribution.
             recompute_distances (`bool`, *optional*, defaults to `True`): compute the distances of the rows found from
                 the stored keys. A compressed index gives inexact distances, and so an inexact p_mem.
             **search_options: `nprobe` (lists that IVF searches), `efSearch` (for HNSW), …

@@ -1,6 +1,6 @@
 """
 The decoding loop of generate(), generate_many() and servers. Rows generate, retrieve and end independently, in one
-batch; each has its own settings (`RowSettings`), and those of a call share them.
+batch. Each row has settings (`RowSettings`); all rows of one call have the same.
 
 A row (`Row`) is one sequence that is being generated. A slot (`Slots`) is a place in the batch: a row of the KV cache
 and of all other state. A row takes a free slot and leaves it when it ends; then the last row moves into the gap,
@@ -14,9 +14,9 @@ decides one token for every row:
 3. Prefill. New rows forward their prompts, and rows that recompute forward their grounded text again, without its
    passage: one ragged chunk, padded on the right (`Forwards.prefill`). These rows take no part in the decode step.
 4. Retrieve. Rows whose last token is `[NSP]` have just forwarded it, and the hidden state there is their query. They
-   search together, add to their traces, and forward passage and `[Cs]` as a second chunk (`_retrieve`). If nothing is
-   found for a row, it takes its `[NSP]` back: it decides again from the logits before it (`Row.logits_before_nsp`),
-   with `[NSP]` banned once.
+   search together, add to their traces, and forward passage and `[Cs]` as a second chunk (`_retrieve`). A row for
+   which nothing is found takes its `[NSP]` back. It decides again from the logits before that `[NSP]`
+   (`Row.logits_before_nsp`), this once without `[NSP]`.
 5. Decide. Every row now has the logits at its last token, from the decode step or from a chunk; a memory, if there is
    one, is mixed into them. Bans, logits processors and warpers turn them into scores; argmax or sampling gives the
    next token (`_decide`). The next pass forwards it.
@@ -58,7 +58,7 @@ _FAILED = 2  # state of a rank whose search failed; 1 if it needs a forward, 0 i
 
 class Decoder:
     """
-    A decoding loop: of one call of generate() or generate_many(), or of a server.
+    The decoding loop of one call of generate() or generate_many(), or of a server.
 
     Args:
         model ([`CoSupForCausalLM`]), settings ([`DecodingSettings`]): the model, and what is the same for all rows.
@@ -151,7 +151,7 @@ class Decoder:
         return bool(self.admission.waiting) or bool(self.slots.occupied.any())
 
     def _has_unfinished_rows(self) -> bool:
-        """Return whether this rank, or with `synced_gpus` any, has rows that are not finished."""
+        """Return whether this rank has rows that are not finished; with `synced_gpus`, whether any rank has."""
         return self.model._has_unfinished_sequences(not self.has_rows, self.synced_gpus, self.slots.device)
 
     # ------------------------------------------------------------------ one pass
@@ -208,10 +208,10 @@ class Decoder:
 
     def _sync_ranks(self, needs_forward: bool, error: RetrievalError | None = None) -> bool:
         """
-        Return `needs_forward`: whether this rank has something to forward.
+        Return `needs_forward`, which says whether this rank has something to forward, once all ranks are in step.
 
-        With `synced_gpus` all ranks call this together. If one of them needs a forward, those that do not run a dummy
-        forward. If one of them has an error, all raise.
+        With `synced_gpus` all ranks call this together. If any of them needs a forward, the others run a dummy
+        forward. If any of them has an error, all raise.
         """
         state = _FAILED if error is not None else int(needs_forward)
         if self.synced_gpus:
@@ -225,7 +225,7 @@ class Decoder:
         return needs_forward
 
     def _admit(self) -> list[Row]:
-        """Give free slots to waiting rows, and return these rows, without those that were set aside and now go on."""
+        """Give free slots to waiting rows. Return the new ones, not those that were set aside and now go on."""
         admitted = self.admission.admit()
         new = [row for row in admitted if row.set_aside is None]
         if admitted:
@@ -311,7 +311,7 @@ class Decoder:
             self._finish_row(row, last_ids)
 
     def _keep_neighbors(self, neighbors: dict[int, TokenNeighbors]) -> None:
-        """Add to each row the memory's entries next to the token that it just decided, if the call wants them."""
+        """Add to each row the memory's entries nearest to the state of its last decision, if the call wants them."""
         for slot, entry in neighbors.items():
             row = self.slots.rows[slot] if slot < len(self.slots) else None
             if row is not None:
@@ -402,7 +402,7 @@ class Decoder:
             self.recomputing.append(row)
 
     def _drop_masked_passages(self) -> None:
-        """Remove passages whose `[CE]` was just forwarded from the cache; later tokens keep their positions."""
+        """Remove from the cache the passages whose `[CE]` was just forwarded; later tokens keep their positions."""
         for row in self.masking:
             cached_ids = self._cached_ids(row)
             start, end = row.forget(cached_ids)
@@ -417,7 +417,7 @@ class Decoder:
     # ------------------------------------------------------------------ ending
 
     def _finish_row(self, row: Row, last_ids: list[int]) -> None:
-        """Complete the ids and the trace of a row, with `last_ids` that were not forwarded, and free its slot."""
+        """Complete the ids and the trace of a row and free its slot; `last_ids` were decided but not forwarded."""
         row.num_generated_tokens = int(self.slots.generated[row.slot])
         row.finish(self._cached_ids(row) + last_ids, self.stops)
         self.ended.append(row)

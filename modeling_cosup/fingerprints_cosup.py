@@ -67,7 +67,7 @@ def check_memory_fingerprint(
 
 @torch.no_grad()
 def hash_parameters(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return the SHA-256 (hex) of names, shapes and up to 8,192 weights of each, evenly spread, in bfloat16."""
+    """Return the SHA-256 (hex) of each parameter's name, shape and up to 8,192 evenly spread weights, in bfloat16."""
     digest = hashlib.sha256()
     for name, parameter in parameters:
         weights = parameter.detach()
@@ -86,7 +86,7 @@ def can_be_hashed(module: torch.nn.Module, state_dict: dict[str, torch.Tensor] |
     """
     Return whether weights are complete, here or in a `state_dict`, and in a dtype that keeps their hash.
 
-    A cast between float32 and bfloat16 keeps it; float16 and quantised weights do not.
+    A cast between float32 and bfloat16 keeps the hash. Weights in float16, or quantised ones, have another hash.
     """
     weights = list(module.parameters())
     if state_dict is None and any(is_elsewhere(weight) for weight in weights):

@@ -80,7 +80,7 @@ class FolderStore:
             raise ValueError(f"{folder} was changed by another process: load it again.")
 
     def _next_config(self) -> Config:
-        """Return a copy of the config for the next generation, after which its new files are named."""
+        """Return a copy of the config for the next generation, whose number is in the names of new files."""
         return {**self.config, "generation": self.config["generation"] + 1, "files": dict(self.config["files"])}
 
     def _write_file(self, folder: Path, config: Config, name: str, write: Callable[[Path], object]) -> str:

@@ -100,7 +100,7 @@ def create_tensors(path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torc
 
     Raises:
         `OSError`: if the disk is full. The whole file is allocated now, because writing to a mapped page for which
-            there is no room would end the process by a signal.
+            there is no room would kill the process with a signal.
     """
     header: dict[str, dict[str, Any]] = {}
     size = 0
@@ -307,7 +307,7 @@ def _is_ours(path: Path, form: FolderFormat) -> bool:
 
 
 def put_in_place(unfinished: Path, save_directory: Path) -> None:
-    """Rename a complete folder to its final name; one of that name is replaced, or stays if this fails."""
+    """Rename a complete folder to its final name. An earlier folder is replaced, or stays if this fails."""
     replaced = unfinished.with_suffix(".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
     if save_directory.exists():

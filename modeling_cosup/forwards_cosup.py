@@ -19,7 +19,7 @@ from .trace_cosup import Row
 @dataclass
 class Outputs:
     """
-    The results of one pass so far, by slot. Ignore the rows of slots that were not forwarded.
+    The results of one pass so far, by slot. Ignore those of slots that were not forwarded.
 
     Args:
         logits (`torch.Tensor` of shape `(n, V)`): at the last token of each row, mixed with the memory; `None` before
@@ -183,7 +183,7 @@ class Forwards:
         self.model(input_ids=token, use_cache=False, output_query_embeds=False)
 
     def _memory_weight(self, row_slots: NDArray[np.int64], row_slots_on_device: torch.Tensor) -> float | torch.Tensor:
-        """Return the memory's weight in rows, by their slots `(R,)`: one for all of them, or `(R, 1)`."""
+        """Return the memory's weight for the rows in these slots `(R,)`: one number for all of them, or `(R, 1)`."""
         config = self.settings.memory_config
         if self.memory is None or config is None:
             return 0.0
@@ -205,11 +205,11 @@ class Forwards:
         Args:
             logits (`torch.Tensor` of shape `(R, V)`): Gen's, at one token of each row.
             states (`dict[str, torch.Tensor]`, *optional*): what entered Gen's submodules there.
-            weight (`float` or `torch.FloatTensor` of shape `(R, 1)`): of the memory; it is not asked for 0.
+            weight (`float` or `torch.FloatTensor` of shape `(R, 1)`): of the memory, which is not asked if this is 0.
         """
         if self.memory is None:
             return logits
-        logits = logits.float()  # in one pass, other rows may have another weight
+        logits = logits.float()  # also at weight 0: other rows of this pass may be mixed, in float32
         if isinstance(weight, float | int) and weight == 0:
             return logits
         log_probs = self.memory.log_probs(states or {}, self.settings.memory_config)
@@ -218,7 +218,7 @@ class Forwards:
     def _add_neighbors(
         self, outputs: Outputs, states: dict[str, torch.Tensor] | None, row_slots: NDArray[np.int64]
     ) -> None:
-        """Ask the memory for its entries next to `states`, if the call wants them, and put them into `outputs`."""
+        """Ask the memory for its entries nearest to `states`, if the call wants them, and put them into `outputs`."""
         config = self.settings.memory_config
         if self.memory is None or config is None or not config.output_neighbors:
             return

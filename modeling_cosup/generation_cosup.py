@@ -62,8 +62,8 @@ class RetrievalGenerationMixin(RefusalsMixin):
 
         Args:
             inputs (`torch.LongTensor` of shape `(B, T)`, *optional*): prompts, padded on the left. For a prompt that
-                ends in `[NSP]`, a passage is retrieved first. What a tokenizer returns (`input_ids` and
-                `attention_mask`) may be given whole.
+                ends in `[NSP]`, a passage is retrieved first. The output of a tokenizer (`input_ids` and
+                `attention_mask`) may be passed as it is.
             generation_config (`GenerationConfig`, *optional*): as always. Budgets such as `max_new_tokens` count the
                 decoded tokens of each row. With `cache_implementation="static"` the decode step keeps its shapes; if
                 transformers compiles for a static cache (on a GPU, or with `compile_config`), the step is captured.
@@ -71,17 +71,17 @@ class RetrievalGenerationMixin(RefusalsMixin):
             retrieval_config ([`RetrievalConfig`], *optional*): how to retrieve.
             max_retrievals (`int`, *optional*): per row; replaces `retrieval_config.max_retrievals`.
             memory ([`Memory`], *optional*): e.g. a [`KNNMemory`] or an [`MLPMemory`]: mixed into Gen's distribution at
-                every decision, with a retriever or without one. Control tokens and ends keep their probabilities.
+                every decision, with a retriever or without. Control tokens and end tokens keep their probabilities.
             memory_config ([`MemoryConfig`], *optional*): weight and temperature of the memory; defaults to
                 `memory.memory_config`.
             nsp_token_id (`None`, *optional*): `None` makes the call plain Gen: nothing is suppressed or retrieved.
 
         Returns:
-            `torch.LongTensor`, or with `return_dict_in_generate=True` and a retriever or memory a
+            `torch.LongTensor`; with `return_dict_in_generate=True` and a retriever or a memory, a
             [`CoSupGenerateOutput`].
 
         Raises:
-            `TypeError`: for prompts that are not token ids, and a retriever, memory or config of another kind.
+            `TypeError`: for prompts that are not token ids, and for a retriever, memory or config of the wrong kind.
             `ValueError`: for an index or a memory of another model, a `memory_config` without a memory, a prompt that
                 is empty, fills the context or holds unknown token ids, and for everything that cannot be combined with
                 a retriever or a memory: beam search, assisted decoding, a given cache, `use_cache=False`, per-step
@@ -144,16 +144,16 @@ class RetrievalGenerationMixin(RefusalsMixin):
                 one entry per prompt. Logits processors and stopping criteria see the current rows of the batch, which
                 change places: they must not remember which row is which.
             batch_size (`int`): the most rows at a time.
-            max_batch_tokens (`int`, *optional*): limit the rows so that their KV caches have no more columns than this
-                together; one row always runs. A row starts with room for its prompt, `max_new_tokens`, and
-                `max_retrievals` (one, if there is no limit) passages of full length. If rows retrieve more often, the
-                latest ones wait, and go on unchanged. A static cache keeps its rows, so without `max_retrievals` each
-                counts with a full context.
+            max_batch_tokens (`int`, *optional*): the most columns that the KV caches of all rows may have together;
+                one row always runs. A row starts with room for its prompt, `max_new_tokens`, and `max_retrievals`
+                (one, if there is no limit) passages of full length. If rows retrieve more often, the latest rows wait,
+                and go on unchanged later. In a static cache no row waits like this, so without `max_retrievals` each
+                counts as a full context.
             output_file (`str` or `Path`, *optional*): JSON Lines. Each answer is appended as soon as it is finished;
                 prompts whose answers the file already holds are skipped.
             on_completion (`Callable`, *optional*): gets each [`Completion`] as soon as it is finished, except answers
                 that `output_file` already held. It returns a `dict` to show after the progress bar, or `None`.
-            show_progress_bar (`bool`), description (`str`): show a tqdm bar over prompts; the text before it.
+            show_progress_bar (`bool`), description (`str`): whether to show a tqdm bar, and the text before it.
 
         Returns:
             `list[Completion]`: in the order of the prompts.
@@ -215,14 +215,15 @@ class RetrievalGenerationMixin(RefusalsMixin):
         **kwargs: Any,
     ) -> tuple[DecodingSettings, RowSettings]:
         """
-        Return what [`generate`] would set for one prompt, for a [`Decoder`] that serves prompts as they come.
+        Return the settings that [`generate`] would use for one prompt, for a [`Decoder`] that serves prompts as they
+        come.
 
         Args:
             prompt_length (`int`): of the prompt, in tokens.
             generation_config, retriever, memory, memory_config, **kwargs: as in [`generate`], e.g. `max_new_tokens`.
 
         Raises:
-            `ValueError`: as [`generate`], but for what depends on the tokens of the prompt.
+            `ValueError`: as in [`generate`], except for what depends on the tokens of the prompt.
         """
         call = self._retrieval_call(retriever, None, None, memory, memory_config) or RetrievalCall()
         call.only_settings = True

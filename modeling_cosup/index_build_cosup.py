@@ -1,4 +1,4 @@
-"""Embedding a corpus into shards, in the memory of one shard and 8 bytes per passage to find duplicate ids."""
+"""Embedding a corpus into shards. It takes the memory of one shard, and 8 bytes per passage to find duplicate ids."""
 
 import functools
 import itertools
@@ -29,21 +29,21 @@ except ImportError:
 logger = logging.get_logger(__name__)
 
 TOKENIZER_BATCH = 2048  # passages per call: enough for the threads of a tokenizer
-# Least length of a batch's passages, relative to its longest: otherwise small batches would be mostly padding
+# Lower limit for the shortest passage of a batch, relative to the longest: otherwise small batches are mostly padding
 MIN_LENGTH_RATIO = 0.75
 
 Passages: TypeAlias = list[dict[str, Any]]
 PlacedPassages: TypeAlias = list[tuple[str, dict[str, Any]]]  # (place in the corpus, for errors; passage)
 FindKnownIds: TypeAlias = Callable[[list[str]], list[str]]  # given ids, returns the ones already in the index
-# given what Emb_seq reads of each passage, yields rows of that list and their embeddings (n, h), of any length, until
-# all rows are done
+# given the token ids that Emb_seq reads of each passage, yields rows of that list and their embeddings (n, h), of any
+# norm, until all rows are done
 Encoder: TypeAlias = Callable[[list[NDArray[np.int32]]], Iterator[tuple[NDArray[np.int64], torch.Tensor]]]
 T = TypeVar("T")
 
 
 class ShardBuilder:
     """
-    A maker of shards from passages.
+    Builds shards from passages.
 
     Args:
         model ([`CoSupForCausalLM`]): with Emb_seq in memory, unless there is an `encoder`; used on its device and in
@@ -77,7 +77,7 @@ class ShardBuilder:
         return shard_files(number)
 
     def room_for(self, num_items: int) -> str:
-        """Say how much room the shards of so many passages take at least."""
+        """Say how much room the shards of `num_items` passages take at least."""
         size = num_items * self.model.config.embedding_size * self.dtype.itemsize
         what = f"{size / 1e6:,.1f} MB for the embeddings of the {num_items:,} remaining passages"
         return f"{what}, and room for their texts"
@@ -153,7 +153,7 @@ class ShardBuilder:
             self._store(passage_ids, rows, self.model._normalize(embeds), embeddings, bar)
 
     def _encode(self, token_ids: list[NDArray[np.int32]]) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
-        """Yield rows and their embeddings: a batch after the next one is queued, so a GPU never waits for us."""
+        """Yield rows and their embeddings, each batch once the next one is queued, so a GPU never waits for us."""
         queued = None
         for rows in self._batches(token_ids):
             ids, mask = pad_rows([token_ids[row] for row in rows], device=self.model._input_device())

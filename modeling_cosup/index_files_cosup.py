@@ -140,8 +140,8 @@ def map_passages(path: Path, full: bool = False) -> "pa.RecordBatch":
     """
     Map the record batch of an Arrow file.
 
-    With `full` every offset is checked, because a wrong one would end the process by a signal. Otherwise only lengths
-    and the last offsets are checked, which takes no time.
+    With `full` every offset is checked, because a wrong one would kill the process with a signal. Otherwise only
+    lengths and the last offsets are checked, which takes no time.
     """
     reader = pa.ipc.open_file(pa.memory_map(str(path)))
     if reader.num_record_batches != 1:
@@ -165,7 +165,7 @@ def map_shard(folder: Path, number: int, full: bool = False) -> Shard:
 
 
 def _needed_files(config: Config) -> list[tuple[str, str]]:
-    """Return the kind and name of every file that a config needs, apart from its list of files."""
+    """Return the kind and name of every file that a config needs, whether or not its list of files has it."""
     needed = []
     for number in range(len(config["shards"])):
         embeddings, passages = shard_files(number)

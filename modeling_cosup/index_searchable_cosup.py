@@ -62,7 +62,7 @@ class SearchableStore(PassageStore):
             query_embeds (`torch.Tensor` of shape `(N, h)`): by the model that built the index; any float dtype and
                 device. N may be 0.
             k (`int`, *optional*, defaults to 1): passages per query, at most as many as the index holds.
-            candidates (`list`, *optional*): one entry per query. `None` searches the whole index, an int64 array of
+            candidates (`list`, *optional*): one entry per query. `None` searches the whole index. An int64 array of
                 rows searches only these rows, always exactly.
 
         Returns:
@@ -147,7 +147,7 @@ class SearchableStore(PassageStore):
 
         Args:
             index_factory (`str`): for `faiss.index_factory`. `"HNSW32"` holds a copy of all embeddings in memory;
-                `"IVF1024,Flat"` does too until it is loaded again, mapped; `"OPQ16_64,IVF1024,PQ16"` is small.
+                `"IVF1024,Flat"` does too, until it is loaded again and mapped; `"OPQ16_64,IVF1024,PQ16"` is small.
             train_size (`int`, *optional*, defaults to 65536): number of embeddings in the sample, which is held in
                 memory in float32. IVF needs at least 39 for each list.
             seed (`int`, *optional*, defaults to 0): seed of the sample.

@@ -24,8 +24,8 @@ def lines_with_places(path: str | Path, on_bad_row: BadRow | None = None) -> Ite
 
     Args:
         path (`str` or `Path`): the file.
-        on_bad_row (`Callable`, *optional*): gets the place and the error of a line that cannot be read, and the next
-            line follows; by default the error is raised.
+        on_bad_row (`Callable`, *optional*): gets the place and the error of a line that cannot be read. Reading goes
+            on with the next line. By default the error is raised.
 
     Yields:
         `(str, dict)`: `"file, line n"` and the object. Blank lines are skipped.

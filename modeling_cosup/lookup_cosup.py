@@ -115,7 +115,7 @@ class Lookup:
             query_embeds_of (`Callable`): returns the query embeddings `(R, h)` of some of them.
             isolates_failures (`bool`): if the search fails, search for each row alone. A row for which that fails too
                 gets the `error`, and is left out of the result. After a `ConnectionError` no row searches again: each
-                would wait as long for a server that is gone. Otherwise all errors are raised.
+                would wait as long for a server that is gone. `False` raises all errors.
         """
         is_gone = None
         try:
@@ -175,7 +175,7 @@ class Lookup:
     def _search(self, rows: list[Row], query_embeds: torch.Tensor) -> list[ScoredPassages]:
         """Return the passages and scores for each row: from one search for each k, and one fetch of all passages."""
         assert self.retriever is not None  # checked by `prepare`
-        # an approximate index may rank differently for another k, so a row must not get that of others
+        # an approximate index may rank differently for another k, so no row is searched with the k of other rows
         rows_by_k: dict[int, list[int]] = {}
         for i, row in enumerate(rows):
             k = row.settings.retrieval.top_k

@@ -21,7 +21,7 @@ def similarity_scores(
     Returns:
         `torch.FloatTensor` of shape `(N, M)`.
     """
-    # under autocast .float() @ .float() is still bf16: steps of 8 at a score of 1,150
+    # under autocast even .float() @ .float() is computed in bf16, which rounds a score of 1,150 to a multiple of 8
     with torch.autocast(query_embeds.device.type, enabled=False):
         return query_embeds.float() @ passage_embeds.float().T / temperature
 

@@ -27,7 +27,7 @@ class MemoryConfig:
     How a memory joins Gen's distribution.
 
     Args:
-        weight (`float`): of the memory, from 0 (Gen alone) to 1. A weight of 0 asks the memory nothing.
+        weight (`float`): of the memory, from 0 (Gen alone) to 1. At 0 the memory is not asked.
         k (`int`): neighbours of a [`KNNMemory`]; all of its entries if it has fewer. An [`MLPMemory`] has none.
         temperature (`float`): divides the squared distances of a [`KNNMemory`], or the logits of an [`MLPMemory`].
         grounded_weight (`float`, *optional*): the weight between `[Cs]` and `[CE]`, where the text rests on a passage.
@@ -87,9 +87,9 @@ class Memory(Protocol):
     """
     Interface of the memory that `generate()` and `generate_many()` take: any object with these members.
 
-    The loop asks `log_probs` once for every decision and mixes the result into Gen's distribution, before logits
-    processors and warpers: for the one token that a row forwarded, or for the last token of a prompt, a passage or a
-    text that it read. A row that takes its `[NSP]` back decides again from the same mixture.
+    The loop asks `log_probs` once for every decision: for the one token that a row forwarded, or for the last token of
+    a prompt, a passage or a text that it read. The result is mixed into Gen's distribution before logits processors
+    and warpers. A row that takes its `[NSP]` back decides again from the same mixture.
 
     A memory with entries also has a method `nearest(states, n, config)`, for `MemoryConfig(output_neighbors=n)`: it
     takes what `log_probs` takes and returns a list of R [`TokenNeighbors`].
@@ -122,7 +122,7 @@ class Memory(Protocol):
         ...
 
     def check_model(self, model: Any) -> None:
-        """Raise a `ValueError` that names what differs unless the memory was made of this model's Gen."""
+        """Raise a `ValueError` that names what differs, unless the memory was made for this model's Gen."""
         ...
 
 
@@ -154,8 +154,8 @@ def checked_memory_config(memory: Any, config: MemoryConfig | None) -> MemoryCon
     Check that `memory` has the members of [`Memory`], and return the config of a call: `config`, or the memory's.
 
     Raises:
-        `TypeError`: for what is no memory.
-        `ValueError`: for neighbours of a memory without entries.
+        `TypeError`: for an object that is not a memory.
+        `ValueError`: when the config wants neighbours and the memory has no entries.
     """
     _check_memory(memory)
     if config is None:
@@ -211,7 +211,7 @@ def mix(
     memory_mass = memory.logsumexp(1, keepdim=True)  # (R, 1)
     has_entries = memory_mass > float("-inf")
     memory_mass = memory_mass.masked_fill(~has_entries, 0.0)
-    # summed, not 1 - P(C): where [NSP] is certain and banned, the rest decides
+    # summed, since 1 - P(C) would round to 0 where [NSP] is certain; if it is banned there, the rest decides
     rest = lm.index_fill(1, kept_ids, float("-inf")).logsumexp(1, keepdim=True)  # log(1 - P_LM(C))
     weight = torch.as_tensor(weight, dtype=torch.float32, device=lm.device) * has_entries  # (R, 1)
     mixture = torch.logaddexp(torch.log1p(-weight) + lm, weight.log() + rest + memory - memory_mass)
@@ -265,7 +265,7 @@ def mixed_logits(
     """
     Return logits of the mixture, on the scale of Gen's: the logits of kept ids stay, and so do rows of weight 0.
 
-    A processor that looks at the sign of a logit, such as the repetition penalty, does to these what it always does.
+    So a processor that looks at the sign of a logit, such as the repetition penalty, acts as it does without a memory.
 
     Args: `logits` `(R, V)` of Gen, in float32; the others as in [`mix`].
 
@@ -281,4 +281,4 @@ def mixed_logits(
     device = logits.device
     mixture = mix(logits - scale, memory_log_probs.to(device), weight, kept_ids.to(device)) + scale
     weight = torch.as_tensor(weight, dtype=torch.float32, device=device)
-    return torch.where(weight > 0, mixture, logits)  # not a rounding away from Gen's
+    return torch.where(weight > 0, mixture, logits)  # at weight 0 exactly Gen's, without rounding

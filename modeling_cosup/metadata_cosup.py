@@ -13,7 +13,7 @@ def check_metadata(value: object, where: str) -> dict[str, Any] | None:
     """
     Return the metadata of a passage, a copy of JSON values; `None` if there is none.
 
-    A key with `None` counts as missing, as Arrow fills in `None`.
+    A key with `None` counts as missing, since Arrow fills in `None`.
 
     Raises:
         `ValueError`: unless it is an object of finite numbers, encodable texts, lists and objects, of at most

@@ -135,7 +135,7 @@ class MilvusPassageIndex:
         search_params: dict[str, Any] | None = None,
     ) -> "MilvusPassageIndex":
         """
-        Upload an index to a new collection, by inner product, and open it.
+        Upload an index to a new collection, which is searched by inner product, and open it.
 
         The upload is done in batches. If it is interrupted, the same call resumes it; until it is complete, the
         collection cannot be opened.

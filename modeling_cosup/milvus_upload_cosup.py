@@ -48,7 +48,7 @@ def prepare_upload(
         connection.call("load_collection", "loading the collection")
     except ConnectionError:
         raise
-    except OSError:  # Milvus Lite refuses a half-written index file, as it leaves when it is killed
+    except OSError:  # Milvus Lite refuses a half-written index file, which it leaves behind when it is killed
         # one call drops all indexes of Milvus Lite, but one index of a server
         while names := connection.call("list_indexes", "listing the indexes"):
             connection.call("drop_index", "dropping an index", index_name=names[0])

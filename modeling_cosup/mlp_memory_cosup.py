@@ -91,7 +91,7 @@ class MLPMemory(nn.Module):
 
         Raises:
             `ValueError`: for an architecture whose key is not known, and for an LM head that is quantised, not loaded,
-                or as wide as no key.
+                or of another width than the key.
         """
         fingerprint = memory_fingerprint(gen, tokenizer)
         head = gen.get_output_embeddings()
@@ -156,7 +156,7 @@ class MLPMemory(nn.Module):
             keys (`torch.Tensor` of shape `(n, d)`), targets (`torch.LongTensor` of shape `(n,)`): keys, and the tokens
                 after them.
             config ([`MemoryConfig`]): its `temperature` divides the logits.
-            kept_ids (`torch.LongTensor` of shape `(C,)`, *optional*): ids of which the mass is wanted too.
+            kept_ids (`torch.LongTensor` of shape `(C,)`, *optional*): ids whose total probability is wanted too.
 
         Returns:
             `torch.FloatTensor` of shape `(n,)`: on the device of `keys`. With `kept_ids` a tuple: also log P_mem of

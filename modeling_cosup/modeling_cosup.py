@@ -39,8 +39,8 @@ class CoSupOutput(ModelOutput):
     Args:
         loss (`torch.FloatTensor` of shape `()`): `ntp_loss + nsp_loss_weight * nsp_loss`.
         ntp_loss (`torch.FloatTensor` of shape `()`): next token prediction.
-        nsp_loss (`torch.FloatTensor` of shape `()`): next sequence prediction over the passages of this call; `None`
-            without `[NSP]`, and with fewer than two passages, of which none could be a negative.
+        nsp_loss (`torch.FloatTensor` of shape `()`): next sequence prediction over the passages of this call. `None`
+            without an `[NSP]`, and with fewer than two passages, since nothing would then be a negative.
         logits (`torch.Tensor` of shape `(B, T, V)`): not computed with `labels` unless `return_logits=True`.
         query_embeds (`torch.FloatTensor` of shape `(N, h)`): one per `[NSP]` of `input_ids`, row by row.
         passage_embeds (`torch.FloatTensor` of shape `(M, h)`): one per row of `passage_input_ids`.
@@ -102,7 +102,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
                 f"config is of a {config.model_type} model, expected a CoSupConfig; from_gen_and_emb_seq builds a"
                 " CoSup model of plain ones."
             )
-        # hidden for the moment: transformers would read the temperature of the NSP loss as a sampling temperature
+        # hidden from transformers, which would take the temperature of the NSP loss for a sampling temperature
         temperature = config.temperature
         config.temperature = None
         config.check_tied()  # `from_pretrained` may have changed settings
@@ -156,7 +156,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         self._modules["emb_seq"] = emb_seq
 
     def _emb_seq_prefix(self) -> str:
-        """Return what the names of Emb_seq's weights begin with."""
+        """Return the prefix of the names of Emb_seq's weights."""
         return f"gen.{self.gen.base_model_prefix}." if self.config.tie_emb_seq else "emb_seq."
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -173,8 +173,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         Load a checkpoint; the arguments are the same as for `PreTrainedModel.from_pretrained`.
 
         Raises:
-            `ValueError`: for a plain language model or encoder, before anything is allocated, and for a checkpoint
-                that lacks weights: they would be random.
+            `ValueError`: for a plain language model or encoder, before anything is allocated; and for a checkpoint
+                that lacks weights, which would then be random.
         """
         config = kwargs.get("config")
         if config is not None and name_or_path is not None:
@@ -235,9 +235,9 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
                 row, from the left) the row of `passage_input_ids` that is its positive; -100 for none.
             num_items_in_batch (`int` or `torch.Tensor`, *optional*): global number of trained tokens. The NTP loss is
                 the sum divided by it; by default the mean over the trained tokens of this call.
-            label_smoothing (`float`): of the NTP loss, see [`~loss_cosup.chunked_cross_entropy`]; NSP has none.
-            compute_nsp_loss (`bool`): `False` returns the embeddings and leaves the NSP loss, and the sum of both, to
-                the caller.
+            label_smoothing (`float`): for the NTP loss only, see [`~loss_cosup.chunked_cross_entropy`].
+            compute_nsp_loss (`bool`): `False` returns the embeddings; the caller then computes the NSP loss and adds
+                it to the NTP loss.
             return_logits (`bool`, *optional*): defaults to `True` without labels, `False` with.
             output_query_embeds (`bool`): `False` skips the search for `[NSP]`, which decoding does not need.
             nsp_positions (`torch.LongTensor` of shape `(N,)`, *optional*): positions of `[NSP]` in the flattened
@@ -266,7 +266,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         nsp_token_id = kwargs.pop("nsp_token_id", self.config.nsp_token_id)
         return_dict = kwargs.pop("return_dict", None)
         passage_embeds = query_embeds = None
-        if self.training:  # not for logits that are computed without no_grad
+        if self.training:  # in evaluation mode nothing is trained, even with gradients enabled
             self._forget_trained_gen()
             if self.config.tie_emb_seq:
                 self._forget_trained_emb_seq()
@@ -376,8 +376,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
                 `search_params`.
 
         Raises:
-            `ValueError`: when another model built the index, with what differs; for an option that an index in Milvus
-                does not have.
+            `ValueError`: when another model built the index (names what differs), and for an option that an index in
+                Milvus does not have.
             `ImportError`: for an index in Milvus when the package `cosup` is not installed: the code for it does not
                 come with a checkpoint.
         """
@@ -406,8 +406,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
             **kwargs: for `from_pretrained` of [`KNNMemory`] or [`MLPMemory`], e.g. `revision`.
 
         Raises:
-            `FileNotFoundError`: for what is no memory.
-            `ValueError`: for damaged files, and for a memory of another model, with what differs.
+            `FileNotFoundError`: when the folder or repository holds no memory.
+            `ValueError`: for damaged files, and for a memory of another model (names what differs).
         """
         memory = load_memory(name_or_path, **kwargs)
         memory.check_model(self)

@@ -15,10 +15,10 @@ def nearest_name(name: str, names: tuple[str, ...]) -> str | None:
 
 def refuse_misspelt(value: Mapping[str, Any], names: tuple[str, ...], where: str, field: str = "") -> None:
     """
-    Raise `ValueError` if one of `names` is missing and another key nearly is it, such as "titel" for "title".
+    Raise `ValueError` if one of `names` is missing and another key is nearly the same, such as "titel" for "title".
 
-    Other keys are allowed, since datasets have further columns. A key with `None` counts as missing, as Arrow fills in
-    `None`.
+    Other keys are allowed, since datasets have further columns. A key with `None` counts as missing, since Arrow fills
+    in `None`.
     """
     if None not in map(value.get, names):
         return

@@ -1,4 +1,4 @@
-"""Indexes that are opened by a URI, and memories whose files say of which kind they are."""
+"""Opening an index by a URI, and a token memory of either kind: its files say which."""
 
 import inspect
 import os
@@ -53,7 +53,7 @@ def load_memory(name_or_path: str | os.PathLike[str], **kwargs: Any) -> KNNMemor
         **kwargs: for `from_pretrained` of its kind.
 
     Raises:
-        `FileNotFoundError`: for what is no memory.
+        `FileNotFoundError`: when the folder or repository holds no memory.
         `ValueError`: for damaged files.
     """
     path = Path(name_or_path) / CONFIG_FILE

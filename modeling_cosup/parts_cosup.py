@@ -217,7 +217,7 @@ def passage_tokenizer(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -
 
 
 def _split_special_tokens(backend: Tokenizer, ids: frozenset[int]) -> None:
-    """Let the special tokens that a vocabulary reads as words be split as `tokenization_cosup.encode_texts` does."""
+    """Split special tokens that the vocabulary reads as words, in the way of `tokenization_cosup.encode_texts`."""
     words: list[str] = []
     for id in sorted(ids):
         token = cast(str, backend.id_to_token(id))

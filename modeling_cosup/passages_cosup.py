@@ -52,7 +52,7 @@ def _read_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, object]]:
             " checkpoint."
         ) from None
     for path in paths:
-        if not os.path.isfile(path):  # a text that is too long for a name of a file, too
+        if not os.path.isfile(path):  # also for a text that is too long to be a file name
             raise FileNotFoundError(
                 f"{_SHORT.repr(str(path))[1:-1]} is not a file. A passage is an object with id, title and text."
             )

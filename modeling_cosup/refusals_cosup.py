@@ -175,8 +175,9 @@ def check_configs(
     Check the configs of a call.
 
     Raises:
-        `TypeError`: for one of another kind (one of the installed package fits a model of its copy), and for a field
-            of [`RetrievalConfig`] among the names of the other arguments.
+        `TypeError`: for a config of the wrong kind, and for a field of [`RetrievalConfig`] among the names of the
+            other arguments. Kinds are compared by name: a model that runs its checkpoint's code also takes the
+            installed package's configs.
     """
     given = {"GenerationConfig": generation_config, "RetrievalConfig": retrieval_config, "MemoryConfig": memory_config}
     for name, config in given.items():
@@ -212,8 +213,8 @@ def listed_prompts(prompts: Any) -> list[list[int]]:
     Return the prompts of generate_many() as lists of token ids.
 
     Args:
-        prompts (iterable of `list[int]`, or mapping): token ids, of each prompt also a tensor or an array; or what a
-            tokenizer returns for a list of texts, whose padding is left out.
+        prompts (iterable of `list[int]`, or mapping): the token ids of each prompt, as a list, a tensor or an array;
+            or what a tokenizer returns for a list of texts, whose padding is left out.
 
     Raises:
         `TypeError`: for texts, and for everything else that is not token ids.

@@ -81,10 +81,10 @@ class PassageIndex(SearchableStore):
         it is complete; an earlier index of that name stays until then.
 
         Args:
-            passages: each a dictionary `{"id", "title", "text"}`; `title` may be empty or missing, and `"metadata"`, a
-                JSON object, says where the passage comes from. A list or another iterable, a `datasets` dataset,
-                streamed or not, or the path of a file: JSON Lines (`.gz`) or Parquet. A corpus that can be read twice
-                is checked before anything is embedded, any other as it streams.
+            passages: dictionaries `{"id", "title", "text"}`. `title` may be empty or missing. A JSON object
+                `"metadata"` may say where a passage comes from. They come as a list or another iterable, as a
+                `datasets` dataset, streamed or not, or as the path of a file: JSON Lines (`.gz`) or Parquet. A corpus
+                that can be read twice is checked before anything is embedded, any other as it streams.
             model ([`CoSupForCausalLM`]): with Emb_seq in memory; used on its device and in its dtype. With an
                 `encoder`, only its settings, tokenizers and fingerprint are used.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): becomes the model's tokenizer; defaults to its own.

@@ -51,8 +51,8 @@ class Retriever(Protocol):
         Args:
             query_embeds (`torch.Tensor` of shape `(N, h)`): any float dtype and device. N may be 0.
             k (`int`, *optional*, defaults to 1): passages per query.
-            candidates (`list`, *optional*): one entry per query. `None` searches the whole index, rows search only
-                these rows, always exactly.
+            candidates (`list`, *optional*): one entry per query. `None` searches the whole index. An entry with rows
+                searches only these rows, always exactly.
 
         Returns:
             `(scores, rows)`: `numpy.ndarray` of float32 and int64, both `(N, min(k, len(self)))`, best first;

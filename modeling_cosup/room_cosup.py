@@ -42,7 +42,7 @@ def has_room(
 
 
 def set_latest_aside(decoder: Any) -> None:
-    """Let the row of a [`Decoder`] that came last wait, before all rows that did not run yet, and go on later."""
+    """Set aside the row of a [`Decoder`] that came last. It goes on later, ahead of all rows that have not run yet."""
     row = max((row for row in decoder.slots.rows if row is not None), key=lambda row: row.arrival)
     tasks = []
     for task in _TASKS:

@@ -96,10 +96,10 @@ class RowScores:
         self.slots = slots
         self.cache = cache
         self.nsp_token_id = nsp_token_id
-        # of the rows that are there since `_version` of the slots
+        # these hold for one version of the slots
         self._version = -1
         self._groups: list[_Group] = []
-        self._drawn_alone: list[tuple[int, torch.Generator]] = []  # slots of rows with a generator, and these
+        self._drawn_alone: list[tuple[int, torch.Generator]] = []  # slots of rows with a generator, and the generators
         self._with_logprobs: list[Row] = []  # rows that keep log-probabilities
 
     def decision_scores(self, logits: torch.Tensor) -> torch.Tensor:

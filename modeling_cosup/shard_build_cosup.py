@@ -2,7 +2,8 @@
 Building a folder shard by shard: in the memory of one shard, by several processes, resumed after a crash.
 
 A build has its own folder next to the final one, `.<name>.unfinished`. `build.json` holds the settings, and a shard is
-complete once its marker `shard-00000.json` has been renamed into place. A killed build resumes after those.
+complete once its marker `shard-00000.json` has been renamed into place. A killed build resumes after its complete
+shards.
 """
 
 import errno
@@ -40,7 +41,7 @@ class Builder(Protocol):
         ...
 
     def room_for(self, num_items: int) -> str:
-        """Say how much room the shards of so many items take at least."""
+        """Say how much room the shards of `num_items` items take at least."""
         ...
 
 

@@ -18,13 +18,13 @@ class Slots:
 
     Host and device. The loop branches on the state of rows, so that state is in NumPy on the host, where reading it
     waits for nothing. Forwards and decisions compute with state on the device, since a copy from the host in every
-    pass would make the device wait. Tokens are on the device only, rows, `generated` and `budgets` on the host only.
-    Five arrays are on both:
+    pass would make the device wait. Tokens are only on the device. Rows, `generated` and `budgets` are only on the
+    host. Five arrays are on both:
 
     - `occupied`, `banned` and `grounded` seldom change, and only for one slot at a time: host and device are written
       together.
-    - `columns` and `positions` change in every pass. If every row takes a decode step, both sides count on and nothing
-      is copied. Any other event (a chunk was forwarded, a passage dropped, a row came or went, a row sat out the step)
+    - `columns` and `positions` change in every pass. If every row takes a decode step, both sides add 1 and nothing is
+      copied. Any other event (a chunk was forwarded, a passage dropped, a row came or went, a row sat out the step)
       changes the host only and sets `stale`; the next step copies the arrays to the device. So the host is always
       right, and the device unless `stale`.
 
@@ -43,7 +43,7 @@ class Slots:
         occupied, banned, grounded (`numpy.ndarray` of bool and shape `(count,)`): slots with a row, slots that may not
             decide `[NSP]` next, and slots whose next token is grounded text.
         tokens (`torch.LongTensor` of shape `(count,)`): the last decision, which is not forwarded yet.
-        occupied_on_device, banned_on_device, grounded_on_device (`torch.BoolTensor` of shape `(count,)`): the same.
+        occupied_on_device, banned_on_device, grounded_on_device (`torch.BoolTensor` of shape `(count,)`): copies.
         columns_and_positions_on_device (`torch.LongTensor` of shape `(2, count)`): `columns` and `positions`.
         order (`torch.LongTensor` of shape `(n,)`, *optional*): the row of the batch in each slot, once a row has left;
             until then `None`.

@@ -52,7 +52,7 @@ class SourceFiles:
             raise ValueError(f"{self.name}: {file} is not valid JSON: {error}") from error
 
     def known_to_lack(self, file: str) -> bool:
-        """Return whether a file that was not found does not exist; without the Hub, the cache may not know."""
+        """Return whether a file that was not found is known not to exist; without the Hub, the cache may not know."""
         if Path(self.name).is_dir():
             return True
         options = {name: self.options[name] for name in ("revision", "cache_dir") if name in self.options}

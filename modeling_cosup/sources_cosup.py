@@ -176,7 +176,7 @@ def read_query_encoder(
     subfolder = "" if facts is None else facts.subfolder
     try:
         tokenizer = load_tokenizer(name, subfolder, hub_options)
-    except (OSError, ValueError):  # it has none, and reads the tokens of Emb_seq's
+    except (OSError, ValueError):  # it has none, and reads the tokens of Emb_seq's tokenizer
         tokenizer = emb_seq_tokenizer
     query_prompt = None
     if facts is not None:

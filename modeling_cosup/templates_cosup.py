@@ -1,4 +1,4 @@
-"""Chat templates, settled when Gen takes over a tokenizer: plain messages come out of them, and the date is fixed."""
+"""Chat templates, changed where Gen's tokenizer needs it: plain messages come out of them, and the date is fixed."""
 
 from typing import cast
 
@@ -60,7 +60,7 @@ def settle_chat_template(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 def _what_comes_out(tokenizer: PreTrainedTokenizerBase, template: str) -> tuple[int, int]:
-    """Return how often a question and an answer come out of the template, 0 or 1 each."""
+    """Return whether a question and an answer come out of the template, as 0 or 1 each."""
     question = {"role": "user", "content": "question-probe"}
     answer = {"role": "assistant", "content": "answer-probe"}
     comes_out = []

@@ -58,7 +58,7 @@ class TokenStates:
 
 
 def gen_of(model: Any) -> PreTrainedModel:
-    """Return the Gen of a [`CoSupForCausalLM`]; a plain causal language model is its own."""
+    """Return the Gen of a [`CoSupForCausalLM`]; a plain causal language model is returned as it is."""
     return model.gen if model.config.model_type == "cosup" else model
 
 
@@ -124,7 +124,7 @@ def windows(length: int, max_length: int, stride: int) -> Iterator[tuple[int, in
 
 def window_size(model: Any, max_length: int | None, stride: int | None) -> tuple[int, int]:
     """
-    Return length and stride of the windows of a model, where they are not given.
+    Return the length and the stride of a model's windows, with defaults for what is not given.
 
     Args:
         model (`PreTrainedModel`): a [`CoSupForCausalLM`] or another causal language model.

@@ -112,7 +112,7 @@ def _special_ids(tokenizer: PreTrainedTokenizerBase, size: int, names: str) -> f
 
 def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int], specials: frozenset[int], name: str) -> list[int]:
     """
-    Return `ids`, read from text, with the tokens of its characters for each special token.
+    Return `ids`, which were read from text, with each special token replaced by the tokens of its characters.
 
     A Unigram vocabulary reads "</s>" in a text as one word. Here its first character is read alone, then the rest.
     """
@@ -123,7 +123,7 @@ def _spelled_out(tokenizer: PreTrainedTokenizerBase, ids: list[int], specials: f
             continue
         token = cast(str, tokenizer.convert_ids_to_tokens(id))
         for piece in (token[:1], token[1:]):
-            if tokenizer.is_fast:  # by the bare model: the pre-tokenizer might begin a word
+            if tokenizer.is_fast:  # by the bare model: the pre-tokenizer might mark the piece as the start of a word
                 spelled += [part.id for part in tokenizer.backend_tokenizer.model.tokenize(piece)]
             else:
                 spelled += _encode_without_added_tokens(tokenizer, piece)
@@ -237,7 +237,8 @@ def encode_queries_for_emb_seq(
         `ValueError`: when the query prompt leaves no room for a query.
     """
     queries = [list(row) for row in rows]
-    starts, num_last = [row[:1] for row in queries], 1  # what each query keeps at its start; and tokens at its end
+    # what a query that is too long keeps of its start, and the fewest tokens that it keeps of its end
+    starts, num_last = [row[:1] for row in queries], 1
     if emb_seq_tokenizer is not tokenizer or config.query_prompt:
         bos, eos = added_tokens(emb_seq_tokenizer, config)
         texts = [f"{config.query_prompt}{tokenizer.decode(row, skip_special_tokens=True)}" for row in queries]
@@ -256,7 +257,7 @@ def encode_queries_for_emb_seq(
 
 
 def query_length(emb_seq_tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -> int:
-    """Return how many tokens the encoder of queries reads, with BOS and EOS: as many as its tokenizer also allows."""
+    """Return how many tokens the encoder of queries reads, BOS and EOS included, within its tokenizer's limit."""
     encoder_config = config.query_encoder_config if config.query_from == "query_encoder" else config.emb_seq_config
     positions = num_positions(encoder_config)
     if positions is None:
@@ -379,8 +380,8 @@ def end_of_turn_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """
     Return the id that ends an assistant's turn.
 
-    It is the first special token that the chat template writes after an answer, or EOS if there is none. The last one
-    before a question begins turns: unless it is EOS, it ends none.
+    It is the first special token that the chat template writes after an answer, or EOS if there is none. The last
+    special token before a question begins a turn. It is skipped, unless it is EOS.
 
     Raises:
         `ValueError`: when there is neither.
@@ -413,7 +414,7 @@ def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBa
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return a hash (hex) of the vocabulary, the ids of a probe text, BOS and EOS, which saving does not change."""
+    """Return a hash (hex) of what saving does not change: vocabulary, ids of a probe text, BOS and EOS."""
     digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())
     digest.update(repr(encode_texts(tokenizer, [_PROBE])).encode())
     digest.update(repr(bos_and_eos(tokenizer)).encode())

@@ -1,4 +1,4 @@
-"""Saving a tokenizer so that `AutoTokenizer`, which chooses its class by rules of its own, reads text as it does."""
+"""Saving a tokenizer so that `AutoTokenizer`, which chooses a class by its own rules, loads one that reads alike."""
 
 import copy
 import os
@@ -28,7 +28,7 @@ def class_to_save(
         tokenizer (`PreTrainedTokenizerBase`): the tokenizer to save.
         config (`PreTrainedConfig`): of the model that is saved in the same folder.
         classes (`Sequence[str | None]`): names to save, `None` for the tokenizer's own class.
-        advice (`str`): end of the error.
+        advice (`str`): what to do about it, at the end of the error message.
 
     Raises:
         `ValueError`: if none of them does.

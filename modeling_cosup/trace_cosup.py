@@ -14,7 +14,7 @@ from .memory_cosup import TokenNeighbors
 from .metadata_cosup import source_text
 from .settings_cosup import RowSettings
 
-# of the decided token, and `(token id, log-probability)` of the most likely ones, best first
+# the log-probability of the decided token, and `(token id, log-probability)` of the most likely ones, best first
 Logprobs: TypeAlias = tuple[float, list[tuple[int, float]]]
 
 
@@ -26,7 +26,7 @@ class Retrieval:
     Args:
         row (`int`): number of the row in the batch, or of the prompt of `generate_many`.
         position (`int`): index of `[NSP]` in the row's token ids; in `sequences` its column.
-        passages (`list[dict]`): `{"id", "title", "text"}`, and `"metadata"` of a passage that has some, best first.
+        passages (`list[dict]`): best first, each `{"id", "title", "text"}`, with `"metadata"` if the passage has some.
         scores (`list[float | None]`): inner product of query and passage embedding (the cosine, if that is the
             similarity); `None` for passages that were given, not searched for.
         grounded_span (`tuple[int, int]`): positions `[start, end)` of the text between `[Cs]` and `[CE]`. Without
@@ -75,7 +75,7 @@ class Listener(Protocol):
     """What the decoding loop tells about one row, as it happens. A row without a listener costs nothing."""
 
     def on_token(self, token: int, logprobs: Logprobs | None) -> None:
-        """Take a decided token. An `[NSP]` comes after its search, and only if it retrieved nothing and stays."""
+        """Take a decided token. An `[NSP]` comes only after its search, and only if it stays without a passage."""
         ...
 
     def on_retrieval(self, retrieval: Retrieval, nsp_ids: list[int], passage_ids: list[int]) -> None:
@@ -237,7 +237,7 @@ class Row:
         self.logits_before_nsp = None
         self.passage_columns = None
         for entries in (self.neighbors, self.logprobs):
-            del entries[self.num_generated_tokens :]  # of a token for which there was no room
+            del entries[self.num_generated_tokens :]  # those of a token for which there was no room
         for retrieval in self.retrievals:
             start = end = retrieval.grounded_span[0]
             while end < len(ids) and ids[end] not in stops:
