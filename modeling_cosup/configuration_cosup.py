@@ -54,8 +54,8 @@ class CoSupConfig(PreTrainedConfig):
         passage_template (`str`): how a passage is rendered for Gen and Emb_seq. One without a title is its text alone.
         passage_prompt (`str`): text that Emb_seq, but not Gen, reads before every passage; some retrievers need one.
         query_prompt (`str`): text before every query, if Emb_seq or a query encoder reads queries.
-        max_passage_length (`int`): tokens of a passage, without the BOS and EOS that Emb_seq also reads; longer
-            passages are truncated.
+        max_passage_length (`int`): the most tokens of a passage; longer ones are truncated. For Emb_seq the tokens of
+            `passage_prompt` count, but BOS and EOS do not.
         load_emb_seq (`bool`): `False` leaves out Emb_seq, which generation from an index does not need. The choice is
             never saved.
         gen_name_or_path, emb_seq_name_or_path (`str`, *optional*): repositories on the Hub that the two parts were

@@ -84,7 +84,7 @@ class SearchableKeys(FolderStore):
 
     @property
     def fingerprint(self) -> str:
-        """Hash of the entries, the model and the approximate search: it tells this memory from any other."""
+        """Hash of values and norms, the model and the approximate search: it tells this memory from any other."""
         if self.config["content"] is None:
             self.config = {**self.config, "content": content_digest(self._shards)}
         return digest({name: self.config[name] for name in ("content", "fingerprint", "approximate")})

@@ -31,7 +31,7 @@ columns in one forward. Logits processors and stopping criteria see each row as 
 
 Host and device synchronize in two places. Host to device: after a chunk, or when rows have moved, columns and
 positions are copied (`Slots` says when). Device to host: once per pass, `_decide` asks whether any token is special. A
-pass in which nothing happens waits for this one bit, copies nothing else, and does no work row by row.
+pass in which nothing happens waits for this one bit, unless rows have listeners, log-probabilities or processors.
 """
 
 from collections.abc import Callable, Iterable

@@ -2,8 +2,8 @@
 Searching an index by inner product: exactly over mapped files (FAISS; torch where that is missing) or on a device
 (torch), or approximately through any FAISS index.
 
-Every searcher has `search(queries, k) -> (scores, rows)`, both `numpy.ndarray` `(N, k)`, best first. Deleted rows are
-among the results; if fewer than k rows are found, the rest is -inf and -1.
+Every searcher has `search(queries, k) -> (scores, rows)`, both `numpy.ndarray` `(N, k)`, best first, or narrower if
+the index has fewer than k rows. Deleted rows are among the results. Places without a result hold -inf and -1.
 """
 
 from collections.abc import Callable, Iterator

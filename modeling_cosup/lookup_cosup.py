@@ -71,7 +71,7 @@ class Lookup:
         Return an oracle's passages in the form of the index: `{"id", "title", "text", "input_ids"}`.
 
         Args:
-            passages (`list[str | dict]`): each an id of the index, or `{"title", "text"}`.
+            passages (`list[str | dict]`): each an id of the index, or a `dict` with `text` and perhaps `title`.
 
         Raises:
             `ValueError`: for an id without a retriever, and for what is neither an id nor a passage with a text.

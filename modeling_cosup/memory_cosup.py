@@ -227,7 +227,8 @@ def target_log_probs(
     is_kept: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """
-    Return what [`mix`] gives for one target of each row, without a buffer of V columns.
+    Return what [`mix`] gives for one target of each row, without a buffer of V columns. It computes 1 - P(C), which
+    loses digits where the kept ids C are nearly certain.
 
     Without `lm_kept` and `memory_kept` no id is kept: log((1 - w) p_LM(y) + w p_mem(y)), the formula of kNN-LM.
 

@@ -40,7 +40,7 @@ class CoSupOutput(ModelOutput):
         loss (`torch.FloatTensor` of shape `()`): `ntp_loss + nsp_loss_weight * nsp_loss`.
         ntp_loss (`torch.FloatTensor` of shape `()`): next token prediction.
         nsp_loss (`torch.FloatTensor` of shape `()`): next sequence prediction over the passages of this call. `None`
-            without an `[NSP]`, and with fewer than two passages, since nothing would then be a negative.
+            without `passage_labels`, without an `[NSP]`, and with fewer than two passages: nothing is a negative then.
         logits (`torch.Tensor` of shape `(B, T, V)`): not computed with `labels` unless `return_logits=True`.
         query_embeds (`torch.FloatTensor` of shape `(N, h)`): one per `[NSP]` of `input_ids`, row by row.
         passage_embeds (`torch.FloatTensor` of shape `(M, h)`): one per row of `passage_input_ids`.

@@ -26,8 +26,8 @@ class RetrievalConfig:
         candidates (`list[list[str] | None]`, *optional*): for each prompt, the ids of the passages that it may
             retrieve; `None` for all passages.
         passages (`list[list[str | dict]]`, *optional*): an oracle: for each prompt, the passages of its `[NSP]`s, in
-            order, in place of a search; ids of the index or `{"id", "title", "text"}`. When they are used up, `[NSP]`
-            cannot be emitted.
+            order, in place of a search. Each is an id of the index, or a `dict` with `text` and perhaps `title` and
+            `id`. When they are used up, `[NSP]` cannot be emitted.
         min_score (`float`, *optional*): the lowest score of a passage that is retrieved. A row for which nothing is
             found takes its `[NSP]` back and decides again without it; the `[NSP]` at the end of a prompt stays.
         no_repeat_passages (`bool`): a row never gets the same passage twice.

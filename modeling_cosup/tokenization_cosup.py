@@ -188,8 +188,8 @@ def encode_passages_for_emb_seq(
     Return token ids of passages as Emb_seq reads them: BOS, `config.passage_prompt` and the passage, EOS.
 
     BOS and EOS fall back to CLS and SEP; `config.emb_seq_add_bos_token` and `config.emb_seq_add_eos_token` leave them
-    out. The passage is first truncated to `config.max_passage_length`, to keep the EOS, which gives the embedding;
-    `cut`, if given, gets the numbers of the passages that were longer.
+    out. Prompt and passage are first truncated to `config.max_passage_length` tokens, to keep the EOS, which gives the
+    embedding. `cut`, if given, gets the numbers of the passages that were longer.
 
     Raises:
         `ValueError`: when pooling is `"eos"` and the tokenizer has neither an EOS nor a SEP token.

@@ -75,7 +75,7 @@ class Listener(Protocol):
     """What the decoding loop tells about one row, as it happens. A row without a listener costs nothing."""
 
     def on_token(self, token: int, logprobs: Logprobs | None) -> None:
-        """Take a decided token. An `[NSP]` comes only after its search, and only if it stays without a passage."""
+        """Take a decided token. An `[NSP]` comes only if it gets no passage, because the row ends there."""
         ...
 
     def on_retrieval(self, retrieval: Retrieval, nsp_ids: list[int], passage_ids: list[int]) -> None:
