@@ -147,15 +147,16 @@ class Forwards:
         width = int((first_columns + np.minimum(lengths + 1, longest)).max())
         self.cache.grow(len(slots), width)
         # one copy to the device for all four
-        state = torch.from_numpy(np.stack([row_slots, lengths, first_columns, first_positions])).to(device)
-        row_slots_on_device, counts = state[0], state[1, :, None]  # (R,), (R, 1)
-        offsets = torch.arange(longest, device=device)
-        columns = state[2, :, None] + torch.minimum(offsets, counts)  # (R, W)
-        positions = state[3, :, None] + torch.minimum(offsets, counts - 1)  # (R, W); padding repeats the last one
+        on_device = torch.from_numpy(np.stack([row_slots, lengths, first_columns, first_positions])).to(device)
+        row_slots_on_device, counts, start_columns, start_positions = on_device.unbind()  # (R,) each
+        offsets = torch.arange(longest, device=device)  # (W,)
+        columns = start_columns[:, None] + torch.minimum(offsets, counts[:, None])  # (R, W)
+        # padding repeats the last position
+        positions = start_positions[:, None] + torch.minimum(offsets, counts[:, None] - 1)  # (R, W)
         are_first_slots = (row_slots == np.arange(num_rows)).all()
         cache_slots = num_rows if are_first_slots else row_slots_on_device
         self.cache.begin(cache_slots, columns, ids, torch.where(mask.bool(), positions, EMPTY), width)
-        last_tokens = torch.arange(num_rows, device=device) * longest + counts[:, 0] - 1  # of (R · W)
+        last_tokens = torch.arange(num_rows, device=device) * longest + counts - 1  # (R,), of (R · W)
         # all chunks of one length and at the same column, which is their position: no mask is needed
         even = (lengths == longest).all() and (first_columns == width - longest).all()
         even = even and (first_positions == first_columns).all()
