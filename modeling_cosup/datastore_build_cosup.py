@@ -20,7 +20,7 @@ from .names_cosup import refuse_misspelt
 from .passages_cosup import check_text, dataset_rows, read_corpus, shown
 from .token_keys_cosup import encode_documents, ffn_name, gen_of, token_states, window_size
 
-CHARACTERS_PER_KEY = 4  # roughly; shards are measured in characters, so that no process tokenizes those of others
+CHARACTERS_PER_KEY = 4  # roughly; shards are measured in characters, so that no process tokenizes another's
 
 
 class KeyBuilder:

@@ -57,7 +57,7 @@ class KNNMemory(SearchableKeys):
     """
     A token memory of entries: keys, which are states of Gen, and values, the tokens that came next.
 
-    p_mem(v) is proportional to the sum of exp(-d²/T) over those of the k nearest entries whose value is v. d is the L2
+    p_mem(v) is proportional to the sum of exp(-d²/T) over the entries with value v among the k nearest. d is the L2
     distance from the state to the key, and T the temperature (arXiv 2311.09615, section 2).
 
     Made by [`KNNMemory.build`], [`KNNMemory.from_tensors`] or [`KNNMemory.from_pretrained`]. An entry's row is its

@@ -273,8 +273,8 @@ class SearchableKeys(FolderStore):
             keys (`torch.Tensor` of shape `(n, d)`), targets (`torch.LongTensor` of shape `(n,)`), *optional*: states
                 of Gen on held-out text, and the tokens after them, on which both searches are compared. By default 200
                 random entries, each of which may not find itself.
-            lm_log_probs (`torch.FloatTensor` of shape `(n,)`, *optional*): Gen's log-probabilities of the targets. By
-                default those of a uniform distribution.
+            lm_log_probs (`torch.FloatTensor` of shape `(n,)`, *optional*): Gen's log-probabilities of the targets. The
+                default is a uniform distribution.
             recompute_distances (`bool`, *optional*, defaults to `True`): compute the distances of the rows found from
                 the stored keys. A compressed index gives inexact distances, and so an inexact p_mem.
             **search_options: `nprobe` (lists that IVF searches), `efSearch` (for HNSW), …

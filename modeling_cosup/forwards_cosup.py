@@ -19,7 +19,7 @@ from .trace_cosup import Row
 @dataclass
 class Outputs:
     """
-    The results of one pass so far, by slot. Ignore those of slots that were not forwarded.
+    The results of one pass so far, by slot. Slots that were not forwarded hold nothing of use.
 
     Args:
         logits (`torch.Tensor` of shape `(n, V)`): at the last token of each row, mixed with the memory; `None` before
