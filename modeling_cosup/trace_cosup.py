@@ -237,7 +237,7 @@ class Row:
         self.logits_before_nsp = None
         self.passage_columns = None
         for entries in (self.neighbors, self.logprobs):
-            del entries[self.num_generated_tokens :]  # those of a token for which there was no room
+            del entries[self.num_generated_tokens :]  # the last token had no room
         for retrieval in self.retrievals:
             start = end = retrieval.grounded_span[0]
             while end < len(ids) and ids[end] not in stops:

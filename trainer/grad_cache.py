@@ -117,7 +117,7 @@ def second_pass(
 
     Yields:
         `(CoSupOutput, torch.FloatTensor)`: the output of a micro-batch, and the inner product of its embeddings with
-        their gradients. The gradient of this scalar is that of the embedding losses. Call backward on both before
+        their gradients. This scalar has the same gradient as the embedding losses. Call backward on both before
         taking the next pair.
     """
     for i, micro_batch in enumerate(micro_batches):

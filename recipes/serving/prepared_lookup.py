@@ -13,7 +13,7 @@ class PreparedLookup(Lookup):
     Prepares a row at a time, and remembers the last result: the answers of a body share their [`RetrievalConfig`].
 
     A body may ask for a thousand answers, and each of them is checked before it is generated. While passages are
-    encoded, nobody is served.
+    encoded, all other requests wait.
     """
 
     def __init__(self, model: Any, retriever: Retriever | None) -> None:
