@@ -1,5 +1,5 @@
 """
-Files: JSON that is written completely or not at all, digests, and locks.
+Files that are written completely or not at all, JSON, digests, and locks.
 
 Locks call `flock` directly: `filelock` unlocks explicitly on release, which would also drop a lock that a child
 process inherited.
@@ -72,18 +72,29 @@ def read_json(path: str | Path) -> Any:
 
 def write_json(path: str | Path, value: Any) -> None:
     """Write JSON. Even after a crash or a power cut, `path` holds either its old content or all of `value`."""
+    with replacing_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def replacing_file(path: str | Path) -> Iterator[Path]:
+    """
+    Yield an empty file next to `path`, which takes its place when the block ends without an error.
+
+    Processes that write the same file at once do not disturb each other: the last one to end replaces it.
+    """
     path = Path(path)
-    descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent)
+    os.close(descriptor)
+    unfinished = Path(name)
     try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(unfinished, 0o644)  # mkstemp makes its file private
-        os.replace(unfinished, path)
-    except BaseException:
-        Path(unfinished).unlink(missing_ok=True)
-        raise
+        yield unfinished
+        unfinished.chmod(0o644)  # mkstemp makes its file private
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 # ---------------------------------------------------------------------- digests

@@ -13,7 +13,7 @@ from io import BufferedIOBase
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from .files_cosup import byte_lines, parse_json
+from .files_cosup import byte_lines, parse_json, replacing_file
 
 BadRow: TypeAlias = Callable[[str, ValueError], object]  # gets the place of a row, and why it cannot be read
 
@@ -81,17 +81,12 @@ def writing_bytes(path: str | Path) -> Iterator[BufferedIOBase]:
     """Yield a file for bytes, compressed if `path` ends in `.gz`; it appears when the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    try:
-        with unfinished.open("wb") as raw, contextlib.ExitStack() as stack:
-            file: BufferedIOBase = raw
-            if path.suffix == ".gz":
-                # without a file name and a time in the header, the same lines always give the same bytes
-                file = stack.enter_context(gzip.GzipFile("", "wb", 6, raw, mtime=0))
-            yield file
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing_file(path) as unfinished, contextlib.ExitStack() as stack:
+        file: BufferedIOBase = stack.enter_context(unfinished.open("wb"))
+        if path.suffix == ".gz":
+            # without a file name and a time in the header, the same lines always give the same bytes
+            file = stack.enter_context(gzip.GzipFile("", "wb", 6, file, mtime=0))
+        yield file
 
 
 def write_lines(path: str | Path, values: Iterable[Any]) -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
 
-from .files_cosup import digest, read_json, write_json
+from .files_cosup import digest, read_json, replacing_file, write_json
 from .fingerprints_cosup import check_memory_fingerprint, hash_parameters, memory_fingerprint
 from .hub_cosup import CARD_FILE, make_repo, push_files
 from .memory_cosup import MemoryConfig
@@ -211,12 +211,8 @@ class MLPMemory(nn.Module):
         if path.exists() and read_json(path).get("memory_type") != MEMORY_TYPE:
             raise FileExistsError(f"{folder} holds a memory of another kind; choose another folder.")
         weights = {name: weight.detach().contiguous() for name, weight in self.state_dict().items()}
-        unfinished = folder / f".{WEIGHTS_FILE}.unfinished"
-        try:
+        with replacing_file(folder / WEIGHTS_FILE) as unfinished:
             save_file(weights, unfinished, {"format": "pt"})
-            os.replace(unfinished, folder / WEIGHTS_FILE)
-        finally:
-            unfinished.unlink(missing_ok=True)
         write_json(path, self._config())
 
     def _config(self) -> dict[str, Any]:

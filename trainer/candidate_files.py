@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.encoding_cosup import evaluating
+from modeling_cosup.files_cosup import replacing_file
 from modeling_cosup.folders_cosup import (
     FileFacts,
     create_tensors,
@@ -153,9 +154,8 @@ class IndexFolders:
             rows = emb_seq_ids(model, shard.passages.select(["title", "text", "input_ids"]).to_pylist())
             lengths = torch.tensor([len(row) for row in rows])
             flat = torch.from_numpy(np.concatenate([np.array(row, np.int32) for row in rows]))
-            unfinished = path.with_suffix(".unfinished")
-            write_tensors(unfinished, {"lengths": lengths, "ids": flat})
-            os.replace(unfinished, path)
+            with replacing_file(path) as unfinished:
+                write_tensors(unfinished, {"lengths": lengths, "ids": flat})
         tokens = read_tensors(path)
         ends = tokens["lengths"].numpy().cumsum()
         return np.split(tokens["ids"].numpy(), ends[:-1])

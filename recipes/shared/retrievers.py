@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM, PassageIndex
-from modeling_cosup.files_cosup import digest, digest_all
+from modeling_cosup.files_cosup import digest, digest_all, replacing_file
 from modeling_cosup.folders_cosup import read_tensors, write_tensors
 from modeling_cosup.index_search_cosup import DeviceSearch, ExactSearch
 from modeling_cosup.passages_cosup import checked_passages, read_corpus
@@ -183,9 +183,8 @@ class SentenceRetriever:
         else:
             embeddings = self.encode(passages, bar)
             folder.mkdir(parents=True, exist_ok=True)
-            unfinished = path.with_suffix(".unfinished")
-            write_tensors(unfinished, {"embeddings": embeddings})
-            unfinished.replace(path)
+            with replacing_file(path) as unfinished:
+                write_tensors(unfinished, {"embeddings": embeddings})
         return read_tensors(path)["embeddings"]
 
     def encode(self, passages: list[dict[str, str]], bar: tqdm) -> torch.Tensor:

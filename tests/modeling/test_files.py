@@ -56,6 +56,20 @@ def test_a_file_that_was_not_completely_written_is_not_there(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
 
 
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])
+def test_two_writers_of_one_file_do_not_disturb_each_other(name, tmp_path):
+    path = tmp_path / name
+    with writing_lines(path) as first:
+        first({"writer": 1})
+        with writing_lines(path) as second:
+            second({"writer": 2})
+        assert read_lines(path) == [{"writer": 2}]
+        first({"writer": 1})
+    assert read_lines(path) == [{"writer": 1}, {"writer": 1}]
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert [file.name for file in tmp_path.iterdir()] == [name]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

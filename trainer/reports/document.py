@@ -16,6 +16,8 @@ from typing import Any, TypeAlias
 import jinja2
 from markupsafe import Markup
 
+from modeling_cosup.files_cosup import replacing_file
+
 TEMPLATES = Path(__file__).with_name("templates")
 
 Cell: TypeAlias = "str | tuple[str, str]"  # a text, or a text and a small text below it
@@ -98,9 +100,8 @@ def write_document(blocks: Sequence[Block], folder: str | Path, name: str, title
     folder = Path(folder)
     texts = {".md": to_markdown(blocks), ".html": to_html(blocks, folder, title)}
     for suffix, text in texts.items():
-        unfinished = folder / f".{name}{suffix}.unfinished"
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(folder / f"{name}{suffix}")
+        with replacing_file(folder / f"{name}{suffix}") as unfinished:
+            unfinished.write_text(text, encoding="utf-8")
 
 
 def to_markdown(blocks: Sequence[Block]) -> str:

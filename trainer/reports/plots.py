@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 
+from modeling_cosup.files_cosup import replacing_file
+
 from ..judging.figures import Measured
 
 try:
@@ -244,9 +246,8 @@ def _add_legend(picture: Figure, axes: "Axes") -> None:
 
 def _save(picture: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}")
-    picture.savefig(unfinished, format="png", dpi=130)
-    unfinished.replace(path)
+    with replacing_file(path) as unfinished:
+        picture.savefig(unfinished, format="png", dpi=130)
 
 
 def _safe(text: str) -> str:

@@ -1,12 +1,10 @@
 """Write `report.md` and `results.json` from the records of all parts. Needs no torch."""
 
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
-from modeling_cosup.files_cosup import write_json
+from modeling_cosup.files_cosup import replacing_file, write_json
 
 from gpu_parts.records import Record, read_part
 
@@ -19,7 +17,8 @@ def write_report(output_dir: str | Path) -> None:
     """Write the report and the file with all results, each completely or not at all."""
     records = {part: read_part(output_dir, part) for part in PARTS}
     write_json(Path(output_dir, "results.json"), {part: [small(record) for record in records[part]] for part in PARTS})
-    write_text(Path(output_dir, "report.md"), report(records))
+    with replacing_file(Path(output_dir, "report.md")) as unfinished:
+        unfinished.write_text(report(records), encoding="utf-8")
 
 
 def small(record: Record) -> Record:
@@ -94,12 +93,3 @@ def table(header: list[str], rows: list[list[Any]]) -> list[str]:
         texts = [str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells]
         lines.append(f"| {' | '.join(texts)} |")
     return lines
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a text file, completely or not at all."""
-    descriptor, unfinished = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-    os.chmod(unfinished, 0o644)  # mkstemp makes its file private
-    os.replace(unfinished, path)
