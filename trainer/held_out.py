@@ -19,6 +19,7 @@ from modeling_cosup import CoSupOutput
 
 from .batching import BatchFacts, CoSupDataCollator, UnresolvedBatch, needs_candidates
 from .candidate_watch import LEFT_OUT
+from .cpu_attention import cpu_attention
 from .dataset_setup import tokenize_dataset
 from .distillation_step import Resolution, add_scores
 from .distributed import gather_objects, world_size
@@ -198,7 +199,12 @@ class HeldOutMixin(TrainingStepMixin):
         inputs = self._prepare_inputs(inputs)
         if world_size() > 1 and self.args.candidates_from is None:
             self._share_facts([inputs])  # a sharded model needs the same calls on all ranks
-        with explained_memory_errors(self.args), torch.no_grad(), self.compute_loss_context_manager():
+        with (
+            explained_memory_errors(self.args),
+            torch.no_grad(),
+            cpu_attention(self.args),
+            self.compute_loss_context_manager(),
+        ):
             outputs = []
             for micro_batch in inputs["micro_batches"]:
                 outputs.append(self._forward(model, micro_batch, **self._options_for_nsp_logits(micro_batch)))

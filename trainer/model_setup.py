@@ -186,12 +186,7 @@ def default_collator(
     """Return the collator that suits model, device and arguments."""
     config = model.config
     tokenizer, emb_seq_tokenizer = tokenizers
-    can_pack_passages = model.find_causal_encoders() and config.emb_seq_pooling in ("eos", "lasttoken")
-    if args.padding_free is None:
-        padding_free = keeps_packed_rows_apart(model.gen)
-        padding_free_passages = keeps_packed_rows_apart(model.emb_seq)
-    else:
-        padding_free = padding_free_passages = args.padding_free
+    packs_gen, packs_passages = _packs_rows(model, args)
     cached = args.nsp_batch_size is not None
     draws_noise = has_dropout(model) or args.neftune_noise_alpha is not None
     return CoSupDataCollator(
@@ -204,10 +199,20 @@ def default_collator(
         max_instances=args.per_device_train_batch_size if cached else None,
         max_tokens=args.max_tokens_per_micro_batch,
         call_overhead=_call_overhead(model, args.device),
-        padding_free=padding_free,
-        padding_free_passages=padding_free_passages and can_pack_passages,
+        padding_free=packs_gen,
+        padding_free_passages=packs_passages,
         shorten_first_pass=cached and not draws_noise,
     )
+
+
+def _packs_rows(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> tuple[bool, bool]:
+    """Return whether rows of Gen, and rows of the encoders, are packed into one row without padding."""
+    encoders = [encoder for encoder in (model.emb_seq, model.query_encoder) if encoder is not None]
+    can_pack_passages = model.find_causal_encoders() and model.config.emb_seq_pooling in ("eos", "lasttoken")
+    if args.padding_free is not None:
+        return args.padding_free, args.padding_free and can_pack_passages
+    packs_gen = keeps_packed_rows_apart(model.gen, args)
+    return packs_gen, can_pack_passages and all(keeps_packed_rows_apart(encoder, args) for encoder in encoders)
 
 
 def _collated_supervision(args: CoSupTrainingArguments) -> str:

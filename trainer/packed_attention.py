@@ -4,13 +4,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel, TrainingArguments
 from transformers.integrations.flex_attention import flex_attention_forward
 
+from .cpu_attention import keeps_packed_rows_apart_on_cpu
 
-def keeps_packed_rows_apart(part: Any) -> bool:
+
+def keeps_packed_rows_apart(part: PreTrainedModel, args: TrainingArguments) -> bool:
     """Return whether the attention of a part handles packed rows without a dense mask."""
-    return (part.config._attn_implementation or "").startswith(("flash", "flex"))
+    if (part.config._attn_implementation or "").startswith(("flash", "flex")):
+        return True
+    return keeps_packed_rows_apart_on_cpu(part, args)
 
 
 def _flex_attention(

@@ -111,8 +111,8 @@ class CoSupTrainingArguments(AblationArguments, TrainingArguments):
             included, by id and by content) is named twice, as long as such batches are left. `"batch_sampler"` does
             not look at passages.
         padding_free (`bool`, *optional*): a micro-batch is one row without padding. Defaults to `True` if the
-            attention implementation keeps the parts of a row apart without a dense mask (flash and flex attention).
-            With others, rows of similar length share a micro-batch.
+            attention implementation keeps the parts of a row apart without a dense mask: flash and flex attention, and
+            SDPA on a CPU if the model has no sliding window. With others, rows of similar length share a micro-batch.
         freeze_gen, freeze_emb_seq (`bool`): train only the other model; a tied model is one. With a frozen Emb_seq
             (and `emb_head`) an index stays valid.
         lr_decay_per_epoch (`float`, *optional*): multiply the learning rate by this after every epoch, in place of
@@ -212,7 +212,7 @@ class CoSupTrainingArguments(AblationArguments, TrainingArguments):
     )
     padding_free: bool | None = field(
         default=None,
-        metadata={"help": "Pack a micro-batch into one row without padding. Default: with flash or flex attention."},
+        metadata={"help": "Pack rows, without padding. Default: on a CPU, and with flash or flex attention."},
     )
     freeze_gen: bool = field(default=False, metadata={"help": "Do not train Gen."})
     freeze_emb_seq: bool = field(default=False, metadata={"help": "Do not train Emb_seq. An index stays valid."})

@@ -28,6 +28,7 @@ from modeling_cosup import CoSupConfig, CoSupForCausalLM, CoSupOutput
 
 from .batching import BatchFacts
 from .candidate_watch import CandidateWatch
+from .cpu_attention import cpu_attention
 from .distillation_step import DistillationStepMixin, running_figures
 from .distributed import gather_objects
 from .duplicates import GlobalBatch, global_batch
@@ -48,7 +49,6 @@ from .losses import (
 from .micro_batches import forward_arguments
 from .model_setup import trains_retriever, without_peft
 from .running import RunningFigures, logged_seconds
-from .short_rows import plain_short_rows
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses, lone_queries
 
@@ -180,7 +180,7 @@ class TrainingStepMixin(DistillationStepMixin):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: torch.Tensor | int | None = None
     ) -> torch.Tensor:
         """Run `Trainer.training_step` or, with `nsp_batch_size`, the two passes of GradCache (see `grad_cache`)."""
-        with plain_short_rows(self.args):
+        with cpu_attention(self.args):
             if self.args.nsp_batch_size is None:
                 return super().training_step(model, inputs, num_items_in_batch)
             assert num_items_in_batch is not None  # get_batch_samples counts them

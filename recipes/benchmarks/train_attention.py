@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from trainer.cpu_attention import plain_products
 
 from measuring import print_table
 
@@ -22,13 +23,8 @@ def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
 
 
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return the same by two products and a softmax, as `trainer.short_rows` computes it."""
-    keeps_bfloat16 = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    with sdpa_kernel(SDPBackend.MATH):
-        output = fused(query, key, value)
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(keeps_bfloat16)
-    return output
+    """Return the same by two products and a softmax, as `CoSupTrainer` computes it."""
+    return plain_products(query, key, value).transpose(1, 2)
 
 
 def cpu_seconds(attention: Attention, inputs: list[torch.Tensor], gradient: torch.Tensor, repeats: int) -> float:

@@ -37,14 +37,16 @@ def section_step(model: CoSupForCausalLM, instances: list[dict], script: Any, fo
     ours = Ours(model, folder, instances, script)
     rows = ours.trainer.train_dataset
     cached = {"nsp_batch_size": script.batch_size, "max_tokens_per_micro_batch": script.micro_batch_tokens}
-    uncut = Ours(model, folder, rows, script)
+    padded = Ours(model, folder, rows, script, padding_free=False)
+    uncut = Ours(model, folder, rows, script, padding_free=False)
     uncut.trainer.data_collator.call_overhead = None
     arms: dict[str, Step] = {
         "padded baseline": partial(padded_baseline, model, autocast=autocast),
         "ours": ours.step,
         "ours, duplicates encoded": Ours(model, folder, rows, script, mask_duplicates=False).step,
         "ours, GradCache": Ours(model, folder, rows, script, **cached).step,
-        "ours, one padded micro-batch": uncut.step,
+        "ours, padded, rows of similar length": padded.step,
+        "ours, padded, one micro-batch": uncut.step,
     }
     if script.torch_compile:
         arms["ours, compiled layers"] = CompiledOurs(model, folder, rows, script).step
@@ -66,7 +68,8 @@ def section_step(model: CoSupForCausalLM, instances: list[dict], script: Any, fo
         "matmul_peak": measured_peak,
         "duplicate_rate": 1 - num_distinct / num_named,
         "padding": {
-            "one padded micro-batch": statistics.mean(uncut.padding(batch) for batch in batches),
+            "one micro-batch": statistics.mean(uncut.padding(batch) for batch in batches),
+            "rows of similar length": statistics.mean(padded.padding(batch) for batch in batches),
             "ours": statistics.mean(ours.padding(batch) for batch in batches),
         },
         "arms": {},
@@ -267,7 +270,7 @@ def against_plain_trainer(
 ) -> dict[str, Any]:
     """Compare `supervision="ntp"` with transformers' Trainer on Gen alone, on the same micro-batches."""
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    ours = Ours(model, folder, rows, script, supervision="ntp")
+    ours = Ours(model, folder, rows, script, supervision="ntp", padding_free=False)  # which Trainer cannot read
     use_cpu = model.device.type == "cpu"
     plain_args = TrainingArguments(folder, report_to="none", bf16=script.bf16, use_cpu=use_cpu)
     plain = PlainTrainer(model.gen, plain_args)

@@ -213,6 +213,7 @@ def test_smoothed_labels_are_those_of_transformers(tmp_path, options):
 @pytest.mark.parametrize(("value", "counted"), [(True, "all"), ("non_padding", "non_padding")])
 def test_the_tokens_seen_are_those_of_gen_and_emb_seq(tmp_path, value, counted):
     options = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2, "max_steps": 2}
+    options["padding_free"] = False
     args = arguments(tmp_path, include_num_input_tokens_seen=value, train_sampling_strategy="sequential", **options)
     trainer = CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:16]))
     trainer.data_collator.call_overhead = None  # do not cut batches, so that padding can be counted here

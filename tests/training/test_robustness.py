@@ -281,7 +281,7 @@ def test_finding_a_batch_size_keeps_the_nsp_batch(tmp_path):
     whole = CoSupTrainer(copy.deepcopy(model), args, train_dataset=world(NAMES[:16]))
     whole.train()
     counts = out_of_memory_above(model, 2)
-    options |= {"auto_find_batch_size": True, "save_strategy": "steps", "save_steps": 1}
+    options |= {"auto_find_batch_size": True, "save_strategy": "steps", "save_steps": 1, "padding_free": False}
     args = arguments(tmp_path, per_device_train_batch_size=4, **options)
     trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:16]))
     trainer.train()
@@ -308,7 +308,8 @@ def test_a_smaller_batch_that_was_found_is_sampled_and_shown(tmp_path):
     """Without `nsp_batch_size` the batch itself shrinks, and its sampler and card follow."""
     model = make_model()
     out_of_memory_above(model, 6)
-    args = arguments(tmp_path, auto_find_batch_size=True, batch_sampler="no_duplicates", max_steps=1)
+    options = {"auto_find_batch_size": True, "batch_sampler": "no_duplicates", "padding_free": False}
+    args = arguments(tmp_path, max_steps=1, **options)
     trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:16]))
     trainer.data_collator.call_overhead = None
     trainer.train()

@@ -1,0 +1,174 @@
+"""Attention on a CPU: packed rows are computed as if alone, short rows by plain products, and nothing else changes."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from support.models import make_model
+from support.training import arguments, world
+from trainer import CoSupTrainer
+from trainer import cpu_attention as attention_module
+from trainer.cpu_attention import cpu_attention, keeps_packed_rows_apart_on_cpu
+
+IN_BF16 = SimpleNamespace(bf16=True, device=torch.device("cpu"))
+IN_FLOAT32 = SimpleNamespace(bf16=False, device=torch.device("cpu"))
+IN_BF16_ON_GPU = SimpleNamespace(bf16=True, device=torch.device("cuda"))
+
+
+def outputs_and_gradients(model, passages):
+    """Return embeddings, the NTP loss and all gradients for two rows and these passages."""
+    generator = torch.Generator().manual_seed(0)
+    input_ids = torch.randint(4, 300, (2, 12), generator=generator)
+    input_ids[:, 5] = model.config.nsp_token_id
+    model.zero_grad()
+    outputs = model(input_ids=input_ids, labels=input_ids, compute_nsp_loss=False, **passages)
+    (outputs.ntp_loss + outputs.query_embeds.sum() + outputs.passage_embeds.square().sum()).backward()
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    return [outputs.query_embeds, outputs.passage_embeds, outputs.ntp_loss, *gradients]
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Return a list that each call of attention by plain products is added to."""
+    calls = []
+
+    def counted(function):
+        def counted_function(*args):
+            calls.append(function)
+            return function(*args)
+
+        return counted_function
+
+    for name in ("sdpa_kernel", "plain_products"):
+        monkeypatch.setattr(attention_module, name, counted(getattr(attention_module, name)))
+    return calls
+
+
+@pytest.mark.parametrize("longest", [512, 11, 0])
+@pytest.mark.parametrize(("gen", "emb_seq"), [("mistral", "bert"), ("gpt2", "qwen3")])
+def test_plain_products_equal_fused_attention(monkeypatch, calls, gen, emb_seq, longest):
+    monkeypatch.setattr(attention_module, "LONGEST_PLAIN", longest)
+    options = {"attn_implementation": "sdpa"}
+    model = make_model(gen, emb_seq, gen_kwargs=options, emb_seq_kwargs=options)
+    mask = torch.ones(2, 10, dtype=torch.long)
+    mask[1, 6:] = 0
+    passages = {"passage_input_ids": torch.arange(20).view(2, 10) + 5, "passage_attention_mask": mask}
+    expected = outputs_and_gradients(model, passages)
+    assert not calls
+    with cpu_attention(IN_BF16):
+        actual = outputs_and_gradients(model, passages)
+    layers = model.gen.config.num_hidden_layers + model.emb_seq.config.num_hidden_layers
+    assert len(calls) == {512: layers, 11: layers // 2, 0: 0}[longest]  # Gen's rows have 12 tokens, passages 10
+    for value, expected_value in zip(actual, expected, strict=True):
+        torch.testing.assert_close(value, expected_value, rtol=1e-4, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- packed rows
+
+
+@pytest.fixture
+def masks(monkeypatch):
+    """Return a list that each mask is added to."""
+    masks = []
+    make_mask = attention_module._mask
+
+    def recorded(**kwargs):
+        masks.append(make_mask(**kwargs))
+        return masks[-1]
+
+    monkeypatch.setattr(attention_module, "_mask", recorded)
+    return masks
+
+
+@pytest.mark.parametrize("args", [IN_BF16, IN_FLOAT32], ids=["bf16", "float32"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "mixtral"])
+def test_packed_rows_are_computed_as_if_alone(monkeypatch, masks, calls, kind, args):
+    monkeypatch.setattr(attention_module, "LONGEST_PLAIN", 12)
+    body = make_model(kind, gen_kwargs={"attn_implementation": "sdpa"}).gen.base_model.eval()
+    generator = torch.Generator().manual_seed(0)
+    lengths = [9, 1, 17, 12, 2, 10]
+    rows = [torch.randint(4, 300, (1, length), generator=generator) for length in lengths]
+    weights = torch.randn(1, sum(lengths), body.config.hidden_size, generator=generator)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+
+    alone = torch.cat([body(input_ids=row, use_cache=False).last_hidden_state for row in rows], 1)
+    expected = torch.autograd.grad((alone * weights).sum(), list(body.parameters()), allow_unused=True)
+    with cpu_attention(args):
+        packed = body(input_ids=torch.cat(rows, 1), position_ids=positions, use_cache=False).last_hidden_state
+    gradients = torch.autograd.grad((packed * weights).sum(), list(body.parameters()), allow_unused=True)
+    assert [mask.tolist() for mask in masks] == [[0, 9, 10, 27, 39, 41]]  # the starts, in place of a dense mask
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+    for gradient, expected_gradient in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-4)
+    assert bool(calls) == args.bf16
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [
+        ("llama", True),
+        ("gpt2", True),
+        ("mistral", False),  # a sliding window needs a dense mask
+        ("gemma3", False),  # so does that of some layers
+        ("mamba", False),  # its state passes from row to row
+        ("bert", False),  # sees later tokens
+    ],
+)
+def test_only_parts_that_keep_packed_rows_apart_are_packed(kind, expected):
+    options = {} if kind == "mamba" else {"attn_implementation": "sdpa"}
+    part = make_model(emb_seq=kind, emb_seq_kwargs=options).emb_seq
+    assert keeps_packed_rows_apart_on_cpu(part, IN_FLOAT32) == expected
+    assert not keeps_packed_rows_apart_on_cpu(part, IN_BF16_ON_GPU)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_the_trainer_packs_rows_on_a_cpu_by_default(tmp_path, attention):
+    options = {"attn_implementation": attention}
+    model = make_model(gen_kwargs=options, emb_seq="llama", emb_seq_kwargs=options)
+    for padding_free in (None, False):
+        args = arguments(tmp_path, padding_free=padding_free)
+        collator = CoSupTrainer(model, args, train_dataset=world(["Ann", "Bob"])).data_collator
+        is_packed = attention == "sdpa" and padding_free is None
+        assert (collator.padding_free, collator.padding_free_passages) == (is_packed, is_packed)
+
+
+# ---------------------------------------------------------------------- what is left alone
+
+
+def test_other_devices_are_left_alone():
+    with cpu_attention(IN_BF16_ON_GPU):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+        assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+
+
+def test_a_function_that_replaces_sdpa_is_left_alone(monkeypatch):
+    def users_own():
+        """Stand for an attention function."""
+
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._local_mapping, "sdpa", users_own)
+    with cpu_attention(IN_BF16):
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is users_own
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is users_own
+
+
+def test_everything_is_restored_after_nested_use_and_an_error():
+    with pytest.raises(KeyError, match="inside"), cpu_attention(IN_BF16):
+        with cpu_attention(IN_BF16):
+            assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward
+        assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not sdpa_attention_forward
+        assert torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+        raise KeyError("inside")
+    assert ALL_ATTENTION_FUNCTIONS["sdpa"] is sdpa_attention_forward
+    assert not torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize("options", [{}, {"nsp_batch_size": 4}, {"isolate_queries": True}])
+def test_training_in_bfloat16_takes_plain_products(tmp_path, calls, options, bf16):
+    args = arguments(tmp_path, max_steps=1, per_device_train_batch_size=2, bf16=bf16, **options)
+    trainer = CoSupTrainer(make_model(), args, train_dataset=world(["Ann", "Bob", "Cid", "Dan"]))
+    trainer.train()
+    assert bool(calls) == bf16
