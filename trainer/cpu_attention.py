@@ -28,6 +28,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from modeling_cosup.encoding_cosup import evaluating
 
 LONGEST_PLAIN = 512
+NOT_PLAIN = ("position_bias", "softcap")  # arguments of SDPA that change scores
 NEARLY_AS_LONG = 0.75  # a row shares a group with rows that are longer by up to a third
 
 
@@ -154,10 +155,11 @@ def _packed_attention(
     layout = _layout(tuple(starts.tolist()), query.shape[2])
     # under autocast, rotary positions leave queries and keys in float32
     by_token = [tensor[0].transpose(0, 1).to(value.dtype) for tensor in (query, key, value)]  # (L, heads, d)
+    are_plain = not kwargs.get("dropout") and all(kwargs.get(name) is None for name in NOT_PLAIN)
     outputs = []
     for columns in layout.groups:
         rows = [tensor[columns].transpose(1, 2) for tensor in by_token]  # (rows, heads, T, d)
-        if columns.shape[1] <= longest_plain and not kwargs.get("dropout"):
+        if columns.shape[1] <= longest_plain and are_plain:
             output = plain_products(*rows, kwargs.get("scaling"))
         else:
             output, _ = sdpa_attention_forward(module, *rows, None, **kwargs)

@@ -16,7 +16,7 @@ from transformers.utils import logging
 from modeling_cosup.names_cosup import nearest_name
 
 from .ablation_args import GRADIENTS, AblationArguments, check_ablations
-from .distillation_args import DISTILLATIONS, SOURCES, check_candidates
+from .distillation_args import DISTILLATIONS, SOURCES, DistillationArguments, check_candidates
 
 logger = logging.get_logger(__name__)
 
@@ -42,9 +42,9 @@ SCHEDULE_FREE = "schedule_free_"
 
 
 @dataclass
-class CoSupTrainingArguments(AblationArguments, TrainingArguments):
+class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingArguments):
     """
-    The arguments of [`~transformers.TrainingArguments`] and [`AblationArguments`], and these:
+    The arguments of [`~transformers.TrainingArguments`], [`AblationArguments`], [`DistillationArguments`], and these:
 
     Args:
         lr_scheduler_type (`str`), warmup_steps (`int` or `float`): as in `TrainingArguments`, but the default is a
@@ -66,31 +66,6 @@ class CoSupTrainingArguments(AblationArguments, TrainingArguments):
             arXiv 2208.03299). Adds λ times `distillation_loss`. Instances with a passage are trained as with `"co"` or
             `"separate"`. The model's `query_from` says what makes the queries. With `freeze_gen` Gen only reads. An
             instance with a single candidate teaches nothing: there is nothing to compare it with.
-        num_candidates (`int`): K, the number of passages that an instance without a passage gets. They stand in its
-            row as `generate()` with `RetrievalConfig(top_k=K)` would write them.
-        candidates_from (`str`, *optional*): `"index"` searches an index of the training corpus, which the model
-            embeds, for each instance without a passage; `"instance"` searches the instance's own `candidates` alone,
-            and leaves segments without candidates free text. Defaults to `"index"` with a distillation. With
-            `supervision="ntp"` it trains Gen alone to read what is retrieved.
-        refresh_index_steps (`int`): steps after which the corpus is embedded again, unless Emb_seq is frozen.
-        distillation_target (`str`, *optional*): what the target is made of. The first two are for attention, the
-            others for perplexity; the first of each kind is the default.
-            `"attention"`: shares of attention, each relative to the mean share of its place in the row (see
-            `position_bias`). The mean is over all instances of the step, at least two, or of an evaluation set.
-            `"attention_shares"`: the shares themselves (Eq. 1 of the paper).
-            `"perplexity"`: the answer's mean log-likelihood with each candidate alone.
-            `"leave_one_out"`: how much likelier the answer is with a candidate than without.
-            `"emdr"`: the posterior of EMDR² (arXiv 2106.05346).
-        target_temperature (`float`, *optional*): the target is the softmax of these values, divided by this
-            temperature; lower is sharper. Defaults to 0.02 for `"attention"`, and to 0.1 for `"perplexity"` and
-            `"leave_one_out"`. By default, the other two are as in their papers: `"attention_shares"` has no softmax,
-            so it is nearly flat and teaches little, and `"emdr"` has no temperature.
-        rerank_candidates (`int`, *optional*): retrieve this many passages, embed them with the current weights, and
-            keep the best `num_candidates`.
-        index_factory (`str`, *optional*): FAISS factory string of an approximate search; exact by default.
-        shuffle_candidates (`bool`): put the candidates of a training row in a random order, which depends on `seed`,
-            step and instance alone; by default the best is first.
-        log_indicators (`bool`): also log `indicator_1`, Gen's attention to the tokens nearest to the answer.
         nsp_batch_size (`int`, *optional*): instances, over all ranks, whose passages are each other's negatives. Turns
             on GradCache: the NSP loss sees all of them in the memory of a micro-batch of
             `per_device_train_batch_size`, with the same gradients. One optimiser step is `gradient_accumulation_steps`
@@ -159,36 +134,6 @@ class CoSupTrainingArguments(AblationArguments, TrainingArguments):
     supervision: str = field(
         default="co",
         metadata={"help": "co, ntp, nsp, separate, attention_distillation or perplexity_distillation."},
-    )
-    num_candidates: int = field(
-        default=5, metadata={"help": "Passages given to an instance whose passage is unknown."}
-    )
-    candidates_from: str | None = field(
-        default=None,
-        metadata={"help": "Where these come from: index (of the corpus) or instance. Distillation: index."},
-    )
-    refresh_index_steps: int = field(
-        default=100, metadata={"help": "Steps after which the corpus of candidates is embedded again."}
-    )
-    distillation_target: str | None = field(
-        default=None,
-        metadata={"help": "attention or attention_shares; perplexity, leave_one_out or emdr. Default: the first."},
-    )
-    target_temperature: float | None = field(
-        default=None, metadata={"help": "Temperature of the target: lower is sharper. Default: depends on the target."}
-    )
-    rerank_candidates: int | None = field(
-        default=None, metadata={"help": "Retrieve this many, embed them again, and keep the best num_candidates."}
-    )
-    index_factory: str | None = field(
-        default=None,
-        metadata={"help": "FAISS factory string: approximate search of candidates. Default: exact search."},
-    )
-    shuffle_candidates: bool = field(
-        default=False, metadata={"help": "Put the candidates of a training row in random order. Default: best first."}
-    )
-    log_indicators: bool = field(
-        default=False, metadata={"help": "Also log indicator_1: Gen's attention to the tokens nearest to the answer."}
     )
     nsp_batch_size: int | None = field(
         default=None,
