@@ -12,9 +12,10 @@ import datasets
 import torch
 from accelerate.data_loader import DataLoaderShard
 from accelerate.optimizer import AcceleratedOptimizer
-from accelerate.utils import DynamoBackend
+from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from torch.distributed.tensor import DTensor
+from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Sampler
@@ -405,10 +406,20 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
         return self.lr_scheduler
 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
-        if not self.args.clip_gen_only:
-            return super()._clip_grad_norm(model)
         gen = without_peft(self.accelerator.unwrap_model(model)).gen
-        return self.accelerator.clip_grad_norm_(gen.parameters(), self.args.max_grad_norm)
+        if self.args.clip_gen_only:
+            return self.accelerator.clip_grad_norm_(gen.parameters(), self.args.max_grad_norm)
+        distributed_type = self.accelerator.distributed_type
+        is_fsdp1 = distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2
+        if self.args.supervision != "separate" or is_fsdp1 or distributed_type == DistributedType.DEEPSPEED:
+            return super()._clip_grad_norm(model)
+        self.accelerator.unscale_gradients()
+        of_gen = set(gen.parameters())
+        of_retriever = [parameter for parameter in model.parameters() if parameter not in of_gen]
+        # two trainings: a large gradient of one model does not shrink the step of the other
+        norms = [clip_grad_norm_(parameters, self.args.max_grad_norm) for parameters in (of_gen, of_retriever)]
+        whole_norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
+        return torch.linalg.vector_norm(torch.stack(whole_norms))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)

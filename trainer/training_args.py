@@ -59,7 +59,8 @@ class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingA
             `"nsp"`: next passages alone. If an encoder makes the queries, Gen is not run: this trains a retriever.
             `"separate"`: Gen learns next tokens, and Emb_seq learns next passages from queries that it encodes itself
             (the paper's baseline, section 5). The model's `query_from` says whether one encoder reads queries and
-            passages, or two (appendix C.1).
+            passages, or two (appendix C.1). Gradients of Gen and of the encoders are clipped apart, so this is two
+            trainings in one; under FSDP1 and DeepSpeed one norm clips all.
             `"attention_distillation"`, `"perplexity_distillation"`: instances whose passage is unknown teach
             retrieval too. Gen reads `num_candidates` passages with the answer. The target for the retriever's scores
             is Gen's attention to each passage (arXiv 2402.11794), or how likely each passage makes the answer (Atlas,

@@ -17,6 +17,7 @@ CHECKPOINTING = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs"
 CACHED = {"nsp_batch_size": 12, "per_device_train_batch_size": 2}
 BUDGET = {"nsp_batch_size": 12, "max_tokens_per_micro_batch": 150}
 CLIPPED = {"clip_gen_only": True, "max_grad_norm": 0.01}
+SEPARATE = {"supervision": "separate", "model": {"query_from": "emb_seq"}, "max_grad_norm": 0.01}
 TIED = {"model": {"tie_emb_seq": True, "emb_head_size": 24}}
 # no passage is on two ranks, where it would be read, and counted, twice
 SMOOTHED = {
@@ -45,12 +46,13 @@ CASES = {
     "cached, budget": BUDGET,
     "cached, accumulated": CACHED | {"nsp_batch_size": 6, "accumulation": 2, "per_device_train_batch_size": 1},
     "cached, zero": CACHED | {"pattern": "zero"},
+    "padded": {"padding_free": False},
     "packed": {"padding_free": True},
     "cached, packed": CACHED | {"padding_free": True},
     "clipped": CLIPPED,
     "control tokens": {"control_token_lr": 10.0},
-    "separate": {"supervision": "separate", "model": {"query_from": "emb_seq"}},
-    "cached, separate": CACHED | {"supervision": "separate", "model": {"query_from": "emb_seq"}},
+    "separate": SEPARATE,
+    "cached, separate": CACHED | SEPARATE,
     "counted duplicates": {"mask_duplicates": False},
     "nsp": {"supervision": "nsp"},
     "lone": {"pattern": "lone", "accumulation": 2},
@@ -75,6 +77,7 @@ REFERENCES = {
     "cached, checkpointed": "ragged",
     "cached, budget": "ragged",
     "checkpointed": "ragged",
+    "padded": "ragged",
     "packed": "ragged",
     "cached, packed": "ragged",
     "evaluated first": "ragged",

@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from modeling_cosup import CoSupForCausalLM
-from support.models import make_model, make_tokenizer, plain_batch
+from support.models import make_emb_seq, make_model, make_tokenizer, plain_batch
 from support.training import NAMES, SYLLABLES, arguments, world
 from trainer import CoSupTrainer
 from trainer.judging.figures import figure
@@ -303,6 +303,26 @@ def test_the_papers_optimiser(tmp_path):
     assert {round(rate, 8) for rate in rates} >= {0.01, 0.0085, 0.007225}
     assert norms["gen"] == pytest.approx(1e-3, rel=1e-2)
     assert norms["emb_seq"] > 1e-2
+
+
+@pytest.mark.parametrize("query_from", ["emb_seq", "query_encoder"])
+def test_separate_supervision_is_two_trainings(tmp_path, query_from):
+    """Gen becomes what NTP alone makes of it, and the encoders what NSP alone makes of them."""
+    query_encoder = make_emb_seq(seed=4) if query_from == "query_encoder" else None
+    start = make_model(query_from=query_from, query_encoder=query_encoder)
+    models = {}
+    norms = {}
+    for supervision in ("separate", "ntp", "nsp"):
+        models[supervision] = copy.deepcopy(start)
+        options = {"optim": "sgd", "learning_rate": 0.5, "max_grad_norm": 0.1, "max_steps": 3}
+        args = arguments(tmp_path, supervision=supervision, **options)
+        logs = trained(CoSupTrainer(models[supervision], args, train_dataset=world(NAMES[:24])))
+        norms[supervision] = torch.tensor([entry["grad_norm"] for entry in logs])
+    assert norms["ntp"].min() > 0.1 and norms["nsp"].min() > 0.1  # all steps are clipped
+    torch.testing.assert_close(norms["separate"], torch.hypot(norms["ntp"], norms["nsp"]), rtol=1e-3, atol=0)
+    for name, parameter in models["separate"].named_parameters():
+        alone = models["ntp" if name.startswith("gen.") else "nsp"].get_parameter(name)
+        torch.testing.assert_close(parameter, alone, rtol=1e-4, atol=1e-6)
 
 
 def test_model_without_emb_seq_cannot_be_trained(tmp_path):
