@@ -158,11 +158,11 @@ def _packed_attention(
     are_plain = not kwargs.get("dropout") and all(kwargs.get(name) is None for name in NOT_PLAIN)
     outputs = []
     for columns in layout.groups:
-        rows = [tensor[columns].transpose(1, 2) for tensor in by_token]  # (rows, heads, T, d)
+        queries, keys, values = (tensor[columns].transpose(1, 2) for tensor in by_token)  # (rows, heads, T, d)
         if columns.shape[1] <= longest_plain and are_plain:
-            output = plain_products(*rows, kwargs.get("scaling"))
+            output = plain_products(queries, keys, values, kwargs.get("scaling"))
         else:
-            output, _ = sdpa_attention_forward(module, *rows, None, **kwargs)
+            output, _ = sdpa_attention_forward(module, queries, keys, values, None, **kwargs)
         outputs.append(output.flatten(0, 1))
     return torch.cat(outputs)[layout.places][None]
 
