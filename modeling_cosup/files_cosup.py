@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import json
 import os
-import tempfile
+import secrets
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -86,12 +86,10 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     Processes that write the same file at once do not disturb each other: the last one to end replaces it.
     """
     path = Path(path)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".unfinished", dir=path.parent)
-    os.close(descriptor)
-    unfinished = Path(name)
+    unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
+    unfinished.touch(exist_ok=False)  # not a private file, as those of tempfile are
     try:
         yield unfinished
-        unfinished.chmod(0o644)  # mkstemp makes its file private
         unfinished.replace(path)
     finally:
         unfinished.unlink(missing_ok=True)

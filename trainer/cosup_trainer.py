@@ -414,12 +414,14 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
         if self.args.supervision != "separate" or is_fsdp1 or distributed_type == DistributedType.DEEPSPEED:
             return super()._clip_grad_norm(model)
         self.accelerator.unscale_gradients()
-        of_gen = set(gen.parameters())
-        of_retriever = [parameter for parameter in model.parameters() if parameter not in of_gen]
+        of_gen = list(gen.parameters())  # in the same order on all ranks, so that all compute the same norm
+        members = set(of_gen)
+        of_retriever = [parameter for parameter in model.parameters() if parameter not in members]
         # two trainings: a large gradient of one model does not shrink the step of the other
         norms = [clip_grad_norm_(parameters, self.args.max_grad_norm) for parameters in (of_gen, of_retriever)]
         whole_norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms]
-        return torch.linalg.vector_norm(torch.stack(whole_norms))
+        # the norm of no gradients is on the CPU
+        return torch.linalg.vector_norm(torch.stack([norm.to(self.args.device) for norm in whole_norms]))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         grad_norm = super()._get_grad_norm(model, grad_norm)

@@ -86,7 +86,10 @@ def _isolating(implementation: str) -> str:
             function = eager_attention(module) if is_eager else ALL_ATTENTION_FUNCTIONS[implementation]
             return function(module, query, key, value, *args, **kwargs)
 
+        def mask(*args: Any, **kwargs: Any) -> Any:
+            return ALL_MASK_ATTENTION_FUNCTIONS[implementation](*args, **kwargs)  # what it is at this moment
+
         AttentionInterface.register(name, attention)
         # without a mask function, transformers would pass no mask: sliding windows and padding would vanish silently
-        AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[implementation])
+        AttentionMaskInterface.register(name, mask)
     return name

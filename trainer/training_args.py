@@ -158,7 +158,9 @@ class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingA
     )
     padding_free: bool | None = field(
         default=None,
-        metadata={"help": "Pack rows, without padding. Default: on a CPU, and with flash or flex attention."},
+        metadata={
+            "help": "Pack rows into one, without padding. Default: if attention can keep them apart without a mask."
+        },
     )
     freeze_gen: bool = field(default=False, metadata={"help": "Do not train Gen."})
     freeze_emb_seq: bool = field(default=False, metadata={"help": "Do not train Emb_seq. An index stays valid."})

@@ -23,7 +23,7 @@ def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
 
 
 def plain(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Return the same by two products and a softmax, as `CoSupTrainer` computes it."""
+    """Return the same by two products and a softmax, as `CoSupTrainer` computes packed rows."""
     return plain_products(query, key, value).transpose(1, 2)
 
 

@@ -1,10 +1,13 @@
 """Attention on a CPU: packed rows are computed as if alone, short rows by plain products, and nothing else changes."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from support.models import make_model
@@ -133,6 +136,35 @@ def test_the_trainer_packs_rows_on_a_cpu_by_default(tmp_path, attention):
         collator = CoSupTrainer(model, args, train_dataset=world(["Ann", "Bob"])).data_collator
         is_packed = attention == "sdpa" and padding_free is None
         assert (collator.padding_free, collator.padding_free_passages) == (is_packed, is_packed)
+
+
+def test_a_single_row_has_the_mask_of_transformers():
+    """Some architectures always ask for a mask."""
+    body = make_model("llama", gen_kwargs={"attn_implementation": "sdpa"}).gen.base_model
+    states = torch.zeros(1, 6, body.config.hidden_size)
+    positions = torch.arange(6)[None]
+    with cpu_attention(IN_FLOAT32):
+        mask = create_causal_mask(body.config, states, None, None, positions, allow_is_causal_skip=False)
+    assert torch.equal(mask, torch.ones(1, 1, 6, 6, dtype=torch.bool).tril())
+
+
+def test_plain_products_take_values_of_another_width():
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(2, n, 7, width, generator=generator) for n, width in ((6, 8), (3, 8), (3, 4)))
+    expected = scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(attention_module.plain_products(query, key, value), expected.transpose(1, 2))
+
+
+def test_isolated_queries_are_packed_too_inside_and_outside_of_a_step(tmp_path):
+    args = arguments(tmp_path, isolate_queries=True)
+    trainer = CoSupTrainer(make_model(), args, train_dataset=world(["Ann", "Bob", "Cid"]))
+    assert trainer.data_collator.padding_free
+    batch = trainer.data_collator([dict(row) for row in trainer.train_dataset])
+    losses = []
+    for context in (cpu_attention(args), contextlib.nullcontext(), cpu_attention(args)):
+        with context:
+            losses.append(float(trainer.compute_loss(trainer.model.train(), dict(batch))))
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
 
 
 # ---------------------------------------------------------------------- what is left alone
