@@ -33,7 +33,9 @@ from .recording import without_compilation
 logger = logging.get_logger(__name__)
 
 LONGEST_PLAIN = 512
-NEARLY_AS_LONG = 0.75  # a row shares a group with rows that are longer by up to a third
+# a row shares a group with rows that are longer by up to a third, or by up to 32 tokens
+NEARLY_AS_LONG = 0.75
+FEW_TOKENS = 32
 
 
 @contextlib.contextmanager
@@ -232,7 +234,8 @@ def _layout(starts: tuple[int, ...], length: int) -> _Layout:
     num_places = 0
     while longest_first:
         width = longest_first[0][1] - longest_first[0][0]
-        members = [(start, end) for start, end in longest_first if end - start >= NEARLY_AS_LONG * width]
+        shortest = min(NEARLY_AS_LONG * width, width - FEW_TOKENS)
+        members = [(start, end) for start, end in longest_first if end - start >= shortest]
         longest_first = longest_first[len(members) :]
         columns = torch.zeros(len(members), width, dtype=torch.long)
         for i, (start, end) in enumerate(members):
