@@ -89,10 +89,10 @@ def masks(monkeypatch):
 @pytest.mark.parametrize("args", [IN_BF16, IN_FLOAT32], ids=["bf16", "float32"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3", "mixtral"])
 def test_packed_rows_are_computed_as_if_alone(monkeypatch, masks, calls, kind, args):
-    monkeypatch.setattr(attention_module, "LONGEST_PLAIN", 12)
+    monkeypatch.setattr(attention_module, "LONGEST_PLAIN", 40)
     body = make_model(kind, gen_kwargs={"attn_implementation": "sdpa"}).gen.base_model.eval()
     generator = torch.Generator().manual_seed(0)
-    lengths = [9, 1, 17, 12, 2, 10]
+    lengths = [9, 1, 60, 12, 2, 10]  # two groups: the row of 60 tokens, and the others
     rows = [torch.randint(4, 300, (1, length), generator=generator) for length in lengths]
     weights = torch.randn(1, sum(lengths), body.config.hidden_size, generator=generator)
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
@@ -102,7 +102,7 @@ def test_packed_rows_are_computed_as_if_alone(monkeypatch, masks, calls, kind, a
     with cpu_attention(args):
         packed = body(input_ids=torch.cat(rows, 1), position_ids=positions, use_cache=False).last_hidden_state
     gradients = torch.autograd.grad((packed * weights).sum(), list(body.parameters()), allow_unused=True)
-    assert [mask.tolist() for mask in masks] == [[0, 9, 10, 27, 39, 41]]  # the starts, in place of a dense mask
+    assert [mask.tolist() for mask in masks] == [[0, 9, 10, 70, 82, 84]]  # the starts, in place of a dense mask
     torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
     for gradient, expected_gradient in zip(gradients, expected, strict=True):
         torch.testing.assert_close(gradient, expected_gradient, rtol=1e-3, atol=1e-4)
