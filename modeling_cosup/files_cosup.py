@@ -87,7 +87,7 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
     """
     path = Path(path)
     unfinished = path.with_name(f".{path.name}.{secrets.token_hex(4)}.unfinished")
-    unfinished.touch(exist_ok=False)  # not a private file, as those of tempfile are
+    unfinished.touch(exist_ok=False)  # tempfile would make it private
     try:
         yield unfinished
         unfinished.replace(path)

@@ -115,7 +115,7 @@ def test_packed_rows_are_computed_as_if_alone(monkeypatch, masks, calls, kind, a
         ("llama", True),
         ("gpt2", True),
         ("mistral", False),  # a sliding window needs a dense mask
-        ("gemma3", False),  # so does that of some layers
+        ("gemma3", False),  # some layers have a sliding window
         ("mamba", False),  # its state passes from row to row
         ("bert", False),  # sees later tokens
     ],
