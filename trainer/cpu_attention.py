@@ -103,8 +103,8 @@ def _mask(**kwargs: Any) -> torch.Tensor | None:
     """
     Return transformers' mask, or of packed rows their starts: `torch.LongTensor` of shape `(R,)`.
 
-    The arguments are those of [`~transformers.masking_utils.sdpa_mask`]. If a mask of packed rows does more than keep
-    them apart and causal, as a sliding window does, it stays dense.
+    It takes the arguments of [`~transformers.masking_utils.sdpa_mask`]. A mask that does more than separate causal
+    rows, such as a sliding window, stays dense.
     """
     is_packed = not kwargs.get("allow_is_causal_skip", True) and kwargs["batch_size"] == 1
     has_window = kwargs.get("local_size") is not None
