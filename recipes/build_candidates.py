@@ -35,7 +35,7 @@ from modeling_cosup.lines_cosup import writing_lines
 from trainer.data import load_evaluation_set, read_rows
 from trainer.judging.figures import figure, figure_line
 from trainer.judging.intervals import Rate
-from trainer.judging.matching import gold_ids
+from trainer.questions import gold_ids
 
 from shared.indexes import check_index_options
 from shared.retrievers import CoSupRetriever, SentenceRetriever, is_cosup

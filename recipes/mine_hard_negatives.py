@@ -27,8 +27,8 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
 from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.tokenization_cosup import render_passage
 from trainer.data import content_id, load_corpus, load_instances
-from trainer.judging.correctness import normalize_answer
 from trainer.passage_contents import PassageContents
+from trainer.questions import normalize_answer
 
 CANDIDATES_PER_NEGATIVE = 4  # more than one, because some may be right and are left out
 

@@ -25,7 +25,7 @@ from modeling_cosup.files_cosup import read_json
 from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.passages_cosup import check_id, check_text
 from trainer.data import content_id, read_rows
-from trainer.judging.correctness import normalize_answer
+from trainer.questions import normalize_answer
 
 from shared.data_files import distinct, instruction_of, read_passages
 

@@ -47,8 +47,8 @@ from tqdm import tqdm
 from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.passages_cosup import hash_id
 from trainer.data import content_id
-from trainer.judging.correctness import normalize_answer
 from trainer.judging.grounding import split_sentences
+from trainer.questions import normalize_answer
 
 from shared.data_files import distinct
 from shared.qa_records import Columns, Record, Refused, check_given, find_columns, read_record

@@ -29,8 +29,8 @@ from modeling_cosup.files_cosup import write_json
 from trainer import load_evaluation_set
 from trainer.judging.indicators import candidate_passages, indicators
 from trainer.judging.judge import command_line, environment
-from trainer.judging.matching import provenance_unknown
 from trainer.judging.results import FORMAT
+from trainer.questions import provenance_unknown
 from trainer.reports.indicators import (
     column_title,
     columns,

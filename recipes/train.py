@@ -44,9 +44,9 @@ from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_inst
 from trainer.card import complete_card, held_out_group, write_card
 from trainer.hub import push_checkpoint
 from trainer.judging.figures import Measured
-from trainer.judging.matching import gold_ids, ranking_can_be_judged
 from trainer.judging.results import FORMAT
 from trainer.model_setup import trains_passages, without_peft
+from trainer.questions import gold_ids, ranking_can_be_judged
 from trainer.watch import is_full_disk
 
 from shared.indexes import check_index_options, close_index, open_index

@@ -52,11 +52,11 @@ from transformers import (
 )
 
 from trainer.data import load_instances
-from trainer.judging.correctness import normalize_answer
 from trainer.judging.figures import figure_line
 from trainer.judging.grounding import check_hypothesis, premise
 from trainer.judging.intervals import Rate
 from trainer.judging.nli import entailment_label
+from trainer.questions import normalize_answer
 
 Pair = tuple[str, str, str]  # premise, hypothesis, kind
 Segment = tuple[str, dict]  # question, and the segment of an instance

@@ -27,10 +27,10 @@ from .candidate_refresh import CandidatesMixin
 from .candidate_watch import FLATNESS, LEFT_OUT, UNTAUGHT
 from .candidates import Candidate
 from .distributed import gather_objects
-from .judging.matching import gold_ids, has_answer
 from .model_setup import without_peft
 from .nearest_tokens import indicator_1, target_token_ids
 from .position_bias import Sums, added, by_candidate, place_sums, without_bias
+from .questions import gold_ids, has_answer
 from .reader_scores import MAX_TOKENS, answer_log_likelihoods, passage_shares, token_attention
 from .reading import ReaderRow, batches_by_length, reader_row
 from .recording import without_compilation

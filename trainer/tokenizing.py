@@ -16,7 +16,7 @@ from modeling_cosup.tokenization_cosup import (
 )
 
 from .data import candidate_ids, has_passage
-from .judging.matching import answers_to_find
+from .questions import answers_to_find
 
 
 def tokenize_instance(

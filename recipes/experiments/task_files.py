@@ -8,8 +8,8 @@ from typing import Any, Protocol, TypeAlias
 from modeling_cosup.files_cosup import digest, digest_file
 from modeling_cosup.lines_cosup import write_lines
 from trainer import load_corpus, load_evaluation_set
-from trainer.judging.matching import gold_ids
 from trainer.judging.tasks import read_tasks
+from trainer.questions import gold_ids
 
 Entry: TypeAlias = dict[str, Any]  # a task as in a config of run_evaluation.py
 Meaning: TypeAlias = dict[str, dict[str, Any]]  # name of an entry -> its task, setting, size and split

@@ -15,10 +15,10 @@ from trainer.card import evaluation_groups
 from trainer.judging.answers import ntp_loss, rank_passages, reference_instances
 from trainer.judging.figures import MODES, QUERY, Measured, figure, figure_line
 from trainer.judging.judge import evaluate_tasks
-from trainer.judging.matching import provenance_unknown, ranking_can_be_judged
 from trainer.judging.retrieval import Ranking
 from trainer.judging.scoring import check_questions, measure, score_rankings
 from trainer.judging.tasks import Task, task_name
+from trainer.questions import provenance_unknown, ranking_can_be_judged
 
 from shared.arguments import ScriptArguments
 

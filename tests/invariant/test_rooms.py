@@ -8,11 +8,9 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 FLOORS = ("modeling_cosup", "trainer", "trainer.judging", "trainer.reports", "recipes")
-# pure functions of judging that training may import: for cards, and to judge what is retrieved while training
+# pure functions of judging that training may import, for cards
 FOR_TRAINING = {
     "trainer.card": {"trainer.judging.figures", "trainer.judging.intervals"},
-    "trainer.distillation_step": {"trainer.judging.matching"},
-    "trainer.tokenizing": {"trainer.judging.matching"},
 }
 
 

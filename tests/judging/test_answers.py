@@ -23,8 +23,9 @@ from trainer.judging.answers import (
     wrong_passages,
 )
 from trainer.judging.figures import figure
-from trainer.judging.matching import gold_ids, retrieved_ids
+from trainer.judging.matching import retrieved_ids
 from trainer.losses import embedding_losses
+from trainer.questions import gold_ids
 from trainer.tokenizing import tokenize_instance
 
 

@@ -12,10 +12,11 @@ from support.models import make_model
 from trainer.judging.answers import embed_queries
 from trainer.judging.figures import figure
 from trainer.judging.judge import evaluate_tasks
-from trainer.judging.matching import gold_ids, retrieved_ids
+from trainer.judging.matching import retrieved_ids
 from trainer.judging.results import read_results
 from trainer.judging.runs import Clock
 from trainer.judging.tasks import Task
+from trainer.questions import gold_ids
 from trainer.reports.comparison import compare_results
 from trainer.reports.evaluation import write_report
 

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 
 from modeling_cosup import CoSupForCausalLM
 from trainer import load_corpus, load_evaluation_set, load_instances
-from trainer.judging.matching import answers_to_find, has_answer
+from trainer.questions import answers_to_find, has_answer
 
 from shared import quickstart_models, quickstart_world
 from shared.quickstart import WorldArguments, prepare_world

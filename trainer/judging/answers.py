@@ -18,11 +18,11 @@ from modeling_cosup.metadata_cosup import traced_passage
 from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.tokenization_cosup import encode_prompt
 
+from ..questions import answers_to_find, gold_ids
 from ..tokenizing import tokenize_instance
 from .figures import MODES, QUERY, SEARCHING
 from .grounding import split_sentences
 from .intervals import Mean
-from .matching import answers_to_find, gold_ids
 from .retrieval import answer_place
 
 RANKING_LENGTH = 100  # number of passages in a ranking over the whole corpus
@@ -66,7 +66,7 @@ def rank_passages(
     Returns:
         `list[dict]`: `{"id", "corpus"}` for each question: the ids of the nearest 100 passages of the index, best
         first. With `pools` also `"pool"`, the ids of all candidates. A question with
-        [answers to find][`~trainer.judging.matching.answers_to_find`] also has `"answer_places"`: for each of these
+        [answers to find][`~trainer.questions.answers_to_find`] also has `"answer_places"`: for each of these
         rankings, the place of the first passage that holds an answer, or 0.
     """
     queries = embed_queries(model, questions, batch_size)

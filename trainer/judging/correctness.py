@@ -4,13 +4,13 @@ paper define them. No model is needed.
 """
 
 import re
-import string
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
+from ..questions import normalize_answer
 from .figures import Figure, add_figure
 
 # The metric that is Cor on each dataset, as in the paper's published scoring: an answer that contains the short one is
@@ -32,15 +32,7 @@ DATASET_METRICS = {
     "asqa": "str_em",
     "alce_eli5": "claim_recall",
 }
-WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
 FEVER_LABELS = {"supports": ("supports", "true"), "refutes": ("refutes", "false")}
-
-
-def normalize_answer(text: str) -> str:
-    """Normalise a text as SQuAD and KILT do: lower case, no punctuation, no articles, single spaces."""
-    without_punctuation = text.lower().translate(WITHOUT_PUNCTUATION)
-    without_articles = re.sub(r"\b(a|an|the)\b", " ", without_punctuation)
-    return " ".join(without_articles.split())
 
 
 def worded(answers: Iterable[str]) -> list[str]:

@@ -11,7 +11,8 @@ from collections import Counter
 from collections.abc import Callable
 from string import Formatter
 
-from .correctness import alce_output, fever_verdict, normalize_answer, remove_citations
+from ..questions import normalize_answer
+from .correctness import alce_output, fever_verdict, remove_citations
 
 Judge = Callable[[list[tuple[str, str]]], list[bool]]  # pairs (premise, hypothesis) -> whether each premise entails it
 
@@ -135,7 +136,7 @@ def k_precision(prediction: dict) -> float | None:
     Return K-precision: the share of the words between `[Cs]` and `[CE]` that are in the passages retrieved for that
     span. It compares words only and needs no model.
 
-    Words are normalised, see [`~trainer.judging.correctness.normalize_answer`]. A word counts at most as often as it
+    Words are normalised, see [`~trainer.questions.normalize_answer`]. A word counts at most as often as it
     occurs in the passages.
 
     Args:

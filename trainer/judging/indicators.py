@@ -30,12 +30,12 @@ from modeling_cosup.tokenization_cosup import (
 )
 
 from ..nearest_tokens import Embed, Pooling, is_nearest, passage_tokens, target_token_ids, token_similarity
+from ..questions import gold_ids
 from ..reader_scores import MAX_TOKENS, answer_log_likelihoods, passage_shares, token_attention
 from ..reading import ReaderRow, reader_row
 from .answers import embed_queries
 from .correctness import worded
 from .intervals import mean_and_deviation
-from .matching import gold_ids
 from .nouns import marked_nouns, nouns_by_rule
 from .teaching import best_is_gold, relative_to_place, shares_by_place
 

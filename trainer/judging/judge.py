@@ -28,10 +28,10 @@ from modeling_cosup.lines_cosup import write_lines
 from modeling_cosup.token_keys_cosup import gen_of
 
 from ..distributed import barrier, gather_objects, host_group, rank, world_size
+from ..questions import answers_to_find, gold_ids, provenance_unknown
 from .correctness import worded
 from .figures import MODES, QUERY, added_figures, figure, figures_needing, in_order
 from .grounding import HYPOTHESIS, Judge, check_hypothesis
-from .matching import answers_to_find, gold_ids, provenance_unknown
 from .nli import SharedJudge
 from .results import FORMAT
 from .retrieval import Scores

@@ -1,16 +1,7 @@
-"""
-Match predictions with evaluation instances, select fields of both, collect their passage ids, and look for answers in
-passages.
-"""
+"""Match predictions with evaluation instances, select fields of both, and collect what was retrieved."""
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
 from typing import Any
-
-from .correctness import DATASET_METRICS, normalize_answer
-
-VERDICTS = ("yes", "no", "true", "false", "supports", "refutes")  # answers that no passage can be searched for
-LONG_ANSWER_METRICS = ("f1", "rouge_l", "claim_recall")  # as a dataset's metric, they compare whole texts
 
 
 def match_by_id(predictions: list[dict], instances: list[dict]) -> list[tuple[dict, dict]]:
@@ -106,88 +97,9 @@ def _select(value: Any, schema: Any) -> Any:
     return str(value) if isinstance(value, int) else value
 
 
-def evidence_sets(provenance: Sequence[Sequence[str]] | None) -> list[set[str]]:
-    """
-    Return the distinct, non-empty evidence sets of a `provenance`.
-
-    Raises:
-        `ValueError`: if there is no such set.
-    """
-    sets: list[set[str]] = []
-    for evidence in map(set, provenance or []):
-        if evidence and evidence not in sets:
-            sets.append(evidence)
-    if not sets:
-        raise ValueError("The provenance is empty: retrieval cannot be judged.")
-    return sets
-
-
-def gold_ids(instance: dict) -> set[str]:
-    """Return the ids of all gold passages: the union of the evidence sets in `provenance`."""
-    return {id for evidence in instance["provenance"] for id in evidence}
-
-
-def provenance_unknown(instance: dict) -> bool:
-    """Return whether it is unknown which passages a question needs, if any: `"meta": {"provenance_unknown": true}`."""
-    return bool((instance.get("meta") or {}).get("provenance_unknown"))
-
-
 def retrieved_ids(prediction: dict) -> list[str]:
     """Return the passage ids of all `retrievals` in order, the best of each retrieval first. Repeats are kept."""
     return [passage["id"] for retrieval in prediction["retrievals"] for passage in retrieval["passages"]]
-
-
-# ---------------------------------------------------------------------- answers in passages
-
-
-def has_answer(passage: dict, answers: Iterable[str]) -> bool:
-    """
-    Return whether a passage holds one of the answers, as DPR and Atlas judge retrieval without gold passages.
-
-    The words of the normalised answer must stand next to each other in the normalised title or the normalised text;
-    "art" is not in "party". [`~trainer.judging.correctness.normalize_answer`] makes one word of a hyphenated one. An
-    answer that normalises to nothing, such as "The", is in no passage.
-
-    Args:
-        passage (`dict`): with `"text"` and, unless it has none, `"title"`.
-        answers (iterable of `str`): see [`answers_to_find`] for those that mean something here.
-    """
-    words = [normalize_answer(answer) for answer in answers]
-    texts = [f" {normalize_answer(passage.get(name) or '')} " for name in ("title", "text")]
-    return any(f" {answer} " in text for answer in words if answer for text in texts)
-
-
-def answers_to_find(question: dict) -> list[str]:
-    """
-    Return the answers of a question that a passage can be searched for; none if `hit_rate@k` means nothing there.
-
-    They are its `answers` or, if it has ALCE's readings, their short answers. Answers that normalise to nothing and
-    verdicts (yes, no, true, false, supports, refutes) are left out: a passage that holds the word "no" answers
-    nothing. Questions answered by whole sentences have none: questions of datasets whose metric compares texts (Wizard
-    of Wikipedia, ELI5), questions with ALCE's claims, and questions with `"meta": {"long_answers": true}`.
-
-    Args:
-        question (`dict`): an instance with `answers`; `dataset` and `meta` are read if it has them.
-    """
-    meta = question.get("meta") or {}
-    if meta.get("long_answers") or meta.get("claims"):
-        return []
-    if DATASET_METRICS.get(question.get("dataset", "")) in LONG_ANSWER_METRICS:
-        return []
-    answers = question.get("answers") or []
-    if meta.get("qa_pairs"):
-        answers = [answer for pair in meta["qa_pairs"] for answer in pair["short_answers"]]
-    return [answer for answer in answers if normalize_answer(answer) not in ("", *VERDICTS)]
-
-
-def ranking_can_be_judged(question: dict) -> bool:
-    """
-    Return whether a ranking of passages is right or wrong for a question: it has gold passages or, if it is unknown
-    which passages it needs, answers that they can be searched for.
-    """
-    if question["provenance"]:
-        return True
-    return provenance_unknown(question) and bool(answers_to_find(question))
 
 
 # ---------------------------------------------------------------------- helpers

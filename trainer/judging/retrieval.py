@@ -10,8 +10,8 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from ..questions import evidence_sets, has_answer
 from .intervals import Mean
-from .matching import evidence_sets, has_answer
 
 Provenance = Sequence[Sequence[str]]
 Scores = list[float | None]  # one per question; None if the figure does not apply
@@ -155,7 +155,7 @@ def answer_place(passages: Iterable[dict], answers: Sequence[str]) -> int:
 
     Args:
         passages (iterable of `dict`): best first, with `"title"` and `"text"`.
-        answers (`list[str]`): see [`~trainer.judging.matching.answers_to_find`].
+        answers (`list[str]`): see [`~trainer.questions.answers_to_find`].
     """
     for place, passage in enumerate(passages, 1):
         if has_answer(passage, answers):

@@ -15,10 +15,11 @@ from modeling_cosup.files_cosup import digest, read_json, write_json
 from modeling_cosup.lines_cosup import read_lines, write_lines
 
 from ..distributed import barrier, rank, world_size
+from ..questions import gold_ids, ranking_can_be_judged
 from .answers import answer, rank_passages, wrong_passages
 from .correctness import exact_match, worded
 from .figures import GIVEN, QUERY, SCOPES, figure, shown
-from .matching import gold_ids, match_by_id, ranking_can_be_judged
+from .matching import match_by_id
 from .results import FORMAT
 from .retrieval import Ranking
 from .scoring import check_questions
@@ -44,7 +45,7 @@ class TaskRun:
         questions (`list[dict]`): all questions.
         needing (`list[dict]`): the questions that need a passage.
         ranked (`list[dict]`): the questions for which passages are ranked, see
-            [`~trainer.judging.matching.ranking_can_be_judged`].
+            [`~trainer.questions.ranking_can_be_judged`].
         modes (`list[str]`): the modes that are not left out.
         left_out (`list[str]`): notes on the modes that are left out.
         index, index_name: see [`~trainer.judging.tasks.open_index`]; `None` until `open_index` is called.

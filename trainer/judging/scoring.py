@@ -3,6 +3,7 @@
 import importlib.util
 from collections.abc import Collection, Sequence
 
+from ..questions import provenance_unknown
 from .correctness import (
     ANSWER_METRICS,
     FEVER_LABELS,
@@ -27,7 +28,7 @@ from .grounding import (
     k_precision,
 )
 from .intervals import Mean, Rate, average
-from .matching import match_by_id, provenance_unknown, retrieved_ids
+from .matching import match_by_id, retrieved_ids
 from .retrieval import (
     Ranking,
     Scores,

@@ -12,9 +12,9 @@ from modeling_cosup.files_cosup import digest, digest_all, digest_file
 
 from ..data import load_corpus, load_evaluation_set
 from ..distributed import barrier, rank, world_size
+from ..questions import gold_ids, provenance_unknown
 from .correctness import TEXT_METRICS
 from .figures import SPLITS
-from .matching import gold_ids, provenance_unknown
 
 OTHER_COR_METRICS = ("fever_nli", "str_em", "claim_recall")  # next to TEXT_METRICS
 _RESERVED_NAMES = (".", "..", "plots", "indexes")  # "plots" and "indexes" are other folders of a results folder

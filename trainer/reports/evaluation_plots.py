@@ -6,7 +6,7 @@ from pathlib import Path
 from modeling_cosup.lines_cosup import read_lines
 
 from ..judging.figures import MODES, SCOPES, SEARCHING, Measured, figure
-from ..judging.matching import gold_ids
+from ..questions import gold_ids
 from .document import Block, Heading, Plot, Text
 from .plots import can_draw, draw_bars, draw_curves, draw_histograms
 

@@ -16,9 +16,9 @@ from modeling_cosup.files_cosup import digest, read_json, write_json
 from trainer import load_corpus
 from trainer.judging.answers import answer, embed_queries
 from trainer.judging.intervals import average
-from trainer.judging.matching import gold_ids
 from trainer.judging.scoring import cor_names, measure, score
 from trainer.judging.tasks import Task, read_tasks
+from trainer.questions import gold_ids
 
 from gpu_parts.runner import Context, Later, Skip
 from gpu_parts.training_outcomes import FIGURES, SEARCH_DEPTH, UNKNOWN, digits, scores_of

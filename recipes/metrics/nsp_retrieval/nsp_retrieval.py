@@ -76,7 +76,8 @@ class NSPRetrieval(evaluate.Metric):
         **options,
     ) -> dict:
         """Accept whole lines of predictions and of an evaluation set; fields that are not needed are dropped."""
-        from trainer.judging.matching import provenance_unknown, select_fields
+        from trainer.judging.matching import select_fields
+        from trainer.questions import provenance_unknown
 
         lacking = sum(ranking not in row for row in rankings or [])
         if lacking:
