@@ -27,6 +27,13 @@ MODULES = {
 }
 
 
+# recipes import each other by the names that they have next to a recipe or a benchmark, such as `shared.cli`
+SCRIPTS = {}
+for recipe_folder in (ROOT / "recipes" / "benchmarks", ROOT / "recipes"):
+    for recipe_path in sorted(recipe_folder.rglob("*.py")):
+        SCRIPTS[".".join(recipe_path.relative_to(recipe_folder).with_suffix("").parts)] = recipe_path
+
+
 def floor(module: str) -> int:
     """Return the place of a module's package in FLOORS, 0 for the lowest."""
     return FLOORS.index(module.rpartition(".")[0])
@@ -42,15 +49,21 @@ def origin_of(node: ast.ImportFrom, module: str) -> str:
 
 def imported(module: str) -> set[str]:
     """Return the modules of this project, recipes included, that a module imports anywhere in its file."""
+    names = names_imported(MODULES[module], module)
+    return {name for name in names if name in MODULES or name.split(".")[0] in ("recipes", "shared", "experiments")}
+
+
+def names_imported(path: Path, module: str) -> set[str]:
+    """Return every name that the imports of a file give: modules, and what is taken from them."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text())):
+    for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             origin = origin_of(node, module)
             names.add(origin)
             names.update(f"{origin}.{alias.name}" for alias in node.names)
-    return {name for name in names if name in MODULES or name.split(".")[0] in ("recipes", "shared", "experiments")}
+    return names
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -65,3 +78,10 @@ def test_imports_never_point_up(module):
 def test_no_circles():
     graph = {module: imported(module) for module in MODULES}
     assert len(list(TopologicalSorter(graph).static_order())) == len(MODULES)  # raises for a circle
+
+
+def test_no_circles_of_recipes():
+    graph = {name: names_imported(path, name) & SCRIPTS.keys() for name, path in SCRIPTS.items()}
+    assert "gpu_parts.records" in graph["gpu_parts.processes"]
+    assert "shared.cli" in graph["train"]
+    assert len(list(TopologicalSorter(graph).static_order())) == len(SCRIPTS)  # raises for a circle

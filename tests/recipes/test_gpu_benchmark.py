@@ -162,7 +162,7 @@ def test_every_check_of_part_1_is_tested_or_needs_a_gpu(parts):
 
 
 def test_a_check_that_hangs_ends_its_process(parts, monkeypatch):
-    from gpu_parts.processes import TOO_LONG
+    from gpu_parts.exit_codes import TOO_LONG
     from gpu_parts.runner import ended_after
 
     exits = []

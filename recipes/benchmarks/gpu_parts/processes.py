@@ -18,11 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from pkgutil import resolve_name
 
+from gpu_parts.exit_codes import FRESH_PROCESS, TOO_LONG
 from gpu_parts.records import name_the_end
 from gpu_parts.report import write_report
-
-FRESH_PROCESS = 3  # exit code of a process whose GPU is in no state to go on
-TOO_LONG = 4  # exit code of a process with a check that took longer than its limit
 
 
 @dataclass

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import transformers
 
-from gpu_parts.processes import TOO_LONG
+from gpu_parts.exit_codes import TOO_LONG
 from gpu_parts.records import WAITING, Record, read_record, write_record
 from gpu_parts.report import write_report
 from measuring import GB, Meter, cpu_name
