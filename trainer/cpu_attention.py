@@ -33,6 +33,7 @@ from .recording import without_compilation
 logger = logging.get_logger(__name__)
 
 LONGEST_PLAIN = 512
+PROBED_LENGTHS = (3, 5)  # of two rows that are packed on trial
 # a row shares a group with rows that are longer by up to a third, or by up to 32 tokens
 NEARLY_AS_LONG = 0.75
 FEW_TOKENS = 32
@@ -71,29 +72,45 @@ def keeps_packed_rows_apart_on_cpu(part: PreTrainedModel, args: TrainingArgument
     """Return whether rows of this part, packed, have the same states as alone, without a dense mask."""
     if args.device.type != "cpu" or part.config._attn_implementation != "sdpa" or not _is_transformers_own():
         return False
-    if "position_ids" not in inspect.signature(part.forward).parameters:
-        return False
-    masks = []
+    packed_masks = []
 
     def recorded_mask(**kwargs: Any) -> torch.Tensor | None:
-        masks.append(_mask(**kwargs))
-        return masks[-1]
+        mask = _mask(**kwargs)
+        if kwargs["q_length"] == sum(PROBED_LENGTHS):
+            packed_masks.append(mask)
+        return mask
 
-    vocab_size = cast(nn.Embedding, part.get_input_embeddings()).weight.shape[0]
-    rows = torch.arange(1, 9, device=part.device)[None] * (vocab_size // 9)  # (1, 8): rows of 3 and 5 tokens
-    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]], device=part.device)
-    with evaluating(part), torch.no_grad(), without_compilation(), cpu_attention(args):
+    with cpu_attention(args):
         ALL_MASK_ATTENTION_FUNCTIONS["sdpa"] = recorded_mask
         try:
-            packed = part(input_ids=rows, position_ids=positions, use_cache=False)[0][:, 3:]
-            is_dense = [mask is None or mask.ndim > 1 for mask in masks]
-            alone = part(input_ids=rows[:, 3:], position_ids=positions[:, 3:], use_cache=False)[0]
+            is_equal = reads_packed_rows(part)
         except Exception as error:  # some architectures look into their mask, or take no use_cache
             logger.info(f"{type(part).__name__} does not read packed rows on a CPU: {error}")
             return False
+    is_dense = [mask is None or mask.ndim > 1 for mask in packed_masks]
+    return is_equal and bool(packed_masks) and not any(is_dense)
+
+
+def reads_packed_rows(part: PreTrainedModel) -> bool:
+    """Return whether two rows that are packed into one have the states that they have alone, on the part's device."""
+    if not takes_positions(part):
+        return False
+    vocab_size = cast(nn.Embedding, part.get_input_embeddings()).weight.shape[0]
+    length = sum(PROBED_LENGTHS)
+    tokens = torch.arange(1, length + 1, device=part.device)[None] * (vocab_size // (length + 1))  # (1, 8)
+    positions = torch.cat([torch.arange(count, device=part.device) for count in PROBED_LENGTHS])[None]  # (1, 8)
+    second = slice(PROBED_LENGTHS[0], None)
+    with evaluating(part), torch.no_grad(), without_compilation():
+        packed = part(input_ids=tokens, position_ids=positions, use_cache=False)[0][:, second]
+        alone = part(input_ids=tokens[:, second], position_ids=positions[:, second], use_cache=False)[0]
     bound = 1e-4 if alone.dtype == torch.float32 else 2e-2  # of rounding; another row would change the states by more
     error_norm = (packed.float() - alone.float()).norm() / alone.float().norm()
-    return bool(masks) and not any(is_dense) and bool(error_norm < bound)
+    return bool(error_norm < bound)
+
+
+def takes_positions(part: PreTrainedModel) -> bool:
+    """Return whether the forward of a part takes position ids, which say where packed rows begin."""
+    return "position_ids" in inspect.signature(part.forward).parameters
 
 
 # ---------------------------------------------------------------------- masks

@@ -13,7 +13,7 @@ from modeling_cosup import CoSupConfig, CoSupForCausalLM
 
 from .batching import CoSupDataCollator
 from .grad_cache import has_dropout
-from .packed_attention import keeps_packed_rows_apart
+from .packed_attention import check_packed_rows, keeps_packed_rows_apart
 from .recording import recording_implementation
 from .training_args import CoSupTrainingArguments
 
@@ -209,10 +209,13 @@ def _packs_rows(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> tuple[
     """Return whether rows of Gen, and rows of the encoders, are packed into one row without padding."""
     encoders = [encoder for encoder in (model.emb_seq, model.query_encoder) if encoder is not None]
     can_pack_passages = model.find_causal_encoders() and model.config.emb_seq_pooling in ("eos", "lasttoken")
-    if args.padding_free is not None:
-        return args.padding_free, args.padding_free and can_pack_passages
-    packs_gen = keeps_packed_rows_apart(model.gen, args)
-    return packs_gen, can_pack_passages and all(keeps_packed_rows_apart(encoder, args) for encoder in encoders)
+    if args.padding_free is None:
+        packs_gen = keeps_packed_rows_apart(model.gen, args)
+        return packs_gen, can_pack_passages and all(keeps_packed_rows_apart(encoder, args) for encoder in encoders)
+    if args.padding_free:
+        for part in [model.gen, *(encoders if can_pack_passages else [])]:
+            check_packed_rows(part, args)
+    return args.padding_free, args.padding_free and can_pack_passages
 
 
 def _collated_supervision(args: CoSupTrainingArguments) -> str:

@@ -1,4 +1,4 @@
-"""Attention of packed rows: which implementations keep them apart, and flex attention under autocast."""
+"""Attention of packed rows: which parts and implementations keep them apart, and flex attention under autocast."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel, TrainingArguments
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from .cpu_attention import keeps_packed_rows_apart_on_cpu
+from .cpu_attention import cpu_attention, keeps_packed_rows_apart_on_cpu, reads_packed_rows, takes_positions
 
 
 def keeps_packed_rows_apart(part: PreTrainedModel, args: TrainingArguments) -> bool:
@@ -15,6 +15,28 @@ def keeps_packed_rows_apart(part: PreTrainedModel, args: TrainingArguments) -> b
     if (part.config._attn_implementation or "").startswith(("flash", "flex")):
         return True
     return keeps_packed_rows_apart_on_cpu(part, args)
+
+
+def check_packed_rows(part: PreTrainedModel, args: TrainingArguments) -> None:
+    """
+    Check that a part reads packed rows as if they were alone, with any attention. Two rows are tried on a CPU only.
+
+    Raises:
+        `ValueError`: if rows would change each other's states, or if the part fails.
+    """
+    name = type(part).__name__
+    error = None
+    is_apart = takes_positions(part)
+    if is_apart and args.device.type == "cpu":
+        try:
+            with cpu_attention(args):
+                is_apart = reads_packed_rows(part)
+        except Exception as failure:
+            error = failure
+    if error is not None:
+        raise ValueError(f"{name} cannot read packed rows: leave out padding_free=True. It said: {error}") from error
+    if not is_apart:
+        raise ValueError(f"Rows of {name} that are packed into one change each other: leave out padding_free=True.")
 
 
 def _flex_attention(

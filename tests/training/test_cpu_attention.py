@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from transformers import DogeConfig, DogeModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -15,6 +16,7 @@ from support.training import arguments, world
 from trainer import CoSupTrainer
 from trainer import cpu_attention as attention_module
 from trainer.cpu_attention import cpu_attention, keeps_packed_rows_apart_on_cpu
+from trainer.packed_attention import check_packed_rows
 
 IN_BF16 = SimpleNamespace(bf16=True, device=torch.device("cpu"))
 IN_FLOAT32 = SimpleNamespace(bf16=False, device=torch.device("cpu"))
@@ -125,6 +127,27 @@ def test_only_parts_that_keep_packed_rows_apart_are_packed(kind, expected):
     part = make_model(emb_seq=kind, emb_seq_kwargs=options).emb_seq
     assert keeps_packed_rows_apart_on_cpu(part, IN_FLOAT32) == expected
     assert not keeps_packed_rows_apart_on_cpu(part, IN_BF16_ON_GPU)
+
+
+@pytest.mark.parametrize(("kind", "is_refused"), [("llama", False), ("gemma3", False), ("mamba", True)])
+def test_padding_free_by_hand_is_refused_where_rows_would_change_each_other(tmp_path, kind, is_refused):
+    options = {} if kind == "mamba" else {"attn_implementation": "eager"}
+    model = make_model(gen=kind, gen_kwargs=options)
+    expectation = contextlib.nullcontext()
+    if is_refused:
+        expectation = pytest.raises(ValueError, match="MambaForCausalLM that are packed into one change each other")
+    with expectation:
+        CoSupTrainer(model, arguments(tmp_path, padding_free=True), train_dataset=world(["Ann", "Bob"]))
+
+
+def test_a_part_that_looks_into_its_mask_is_refused():
+    config = DogeConfig(
+        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, head_dim=8
+    )
+    part = DogeModel._from_config(config, attn_implementation="sdpa")
+    assert not keeps_packed_rows_apart_on_cpu(part, IN_FLOAT32)
+    with pytest.raises(ValueError, match="DogeModel cannot read packed rows: leave out padding_free=True. It said"):
+        check_packed_rows(part, IN_FLOAT32)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
