@@ -24,6 +24,10 @@ REFUSED = {
     ),
 }
 
+# fields of a collator: the first must be those of the default, the second may be off where the default has them on
+SET_BY_ARGUMENTS = ("nsp_token_id", "supervision", "encoder_queries", "mask_duplicates", "max_instances", "max_tokens")
+OFF_WHERE_WRONG = ("padding_free", "padding_free_passages", "shorten_first_pass")
+
 RENAMED = {"tokenizer": "processing_class"}  # names that Trainer had in earlier releases
 
 
@@ -77,13 +81,30 @@ def read_by_tokenizing(model: CoSupForCausalLM, args: CoSupTrainingArguments) ->
     }
 
 
-def check_collator(collator: object, args: CoSupTrainingArguments) -> None:
-    """Raise for a collator that cannot collate instances after they got their candidates."""
-    if args.candidates_from is not None and not isinstance(collator, CoSupDataCollator):
-        raise ValueError(
-            f"candidates_from gives instances their passages before each step, and then collates them, for which it"
-            f" needs a CoSupDataCollator; data_collator is a {type(collator).__name__}."
+def check_collator(collator: object, expected: CoSupDataCollator) -> None:
+    """
+    Check that a caller's collator makes the batches that the model and the arguments ask for.
+
+    Args:
+        collator: `data_collator` of [`CoSupTrainer`].
+        expected ([`CoSupDataCollator`]): the one that it would make by default.
+
+    Raises:
+        `TypeError`: for another class.
+        `ValueError`: for a field that would change the losses, ignore a limit of memory, or mix rows.
+    """
+    if not isinstance(collator, CoSupDataCollator):
+        raise TypeError(
+            f"data_collator is a {type(collator).__name__}, expected a CoSupDataCollator, or a subclass that changes"
+            " its instances or batches."
         )
+    for name in SET_BY_ARGUMENTS:
+        value, needed = getattr(collator, name), getattr(expected, name)
+        if value != needed:
+            raise ValueError(f"data_collator has {name}={value!r}, and model and arguments need {needed!r}.")
+    for name in OFF_WHERE_WRONG:
+        if getattr(collator, name) and not getattr(expected, name):
+            raise ValueError(f"data_collator has {name}=True, which model and arguments do not allow.")
 
 
 def check_sharding(args: CoSupTrainingArguments, distributed_type: DistributedType, is_fsdp2: bool) -> None:

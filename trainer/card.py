@@ -247,16 +247,24 @@ def result_group(
     }
 
 
-def held_out_group(metrics_of_set: dict[str, float]) -> list[ResultGroup]:
-    """Return the recall that `CoSupTrainer.evaluate()` measured, as one [`result_group`]; none if it measured none."""
-    n = int(metrics_of_set.get("eval_num_queries", 0))
+def held_out_group(metrics_of_set: dict[str, float], set_name: str | None = None) -> list[ResultGroup]:
+    """
+    Return the recall that `CoSupTrainer.evaluate()` measured, as one [`result_group`]; none if it measured none.
+
+    Args:
+        metrics_of_set (`dict[str, float]`): what `evaluate()` returned, or an entry of the log.
+        set_name (`str`, *optional*): of the set, if `eval_dataset` is a dictionary of several.
+    """
+    prefix = "eval_" if set_name is None else f"eval_{set_name}_"
+    n = int(metrics_of_set.get(f"{prefix}num_queries", 0))
     if not n:
         return []
     figures = {}
     for name in ("query_recall@1", "query_recall@5"):
-        if f"eval_{name}" in metrics_of_set:
-            figures[name] = Rate(round(metrics_of_set[f"eval_{name}"] * n), n).to_dict()
-    return [result_group(figures, "held-out instances", int(metrics_of_set["eval_num_passages"]))]
+        if f"{prefix}{name}" in metrics_of_set:
+            figures[name] = Rate(round(metrics_of_set[f"{prefix}{name}"] * n), n).to_dict()
+    title = "held-out instances" if set_name is None else f"held-out instances of {set_name}"
+    return [result_group(figures, title, int(metrics_of_set[f"{prefix}num_passages"]))]
 
 
 def evaluation_groups(results: dict[str, Any]) -> list[ResultGroup]:

@@ -17,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from modeling_cosup import CoSupForCausalLM
 
-from .model_setup import control_token_ids, control_token_matrices
+from .model_setup import control_token_ids, control_token_matrices, without_peft
+from .training_args import CoSupTrainingArguments
 
 # of torch.optim: their step is not proportional to the learning rate
 NOT_PROPORTIONAL = ("ASGD", "LBFGS", "Rprop")
@@ -70,6 +71,32 @@ def check_control_token_lr(model: CoSupForCausalLM) -> None:
     """Raise if no row of a control token is trained; see [`trained_rows`] for the model."""
     if not trained_rows(model):
         raise ValueError("control_token_lr: no row of a control token is trained, so nothing would use it.")
+
+
+def check_adapters(model: Any, args: CoSupTrainingArguments) -> None:
+    """
+    Check that adapters do not leave control tokens as they were made: with equal rows, which nothing tells apart.
+
+    Raises:
+        `ValueError`: for a `PeftModel` whose Gen has new rows for `[Cs]` and `[CE]` and trains neither.
+    """
+    base = without_peft(model)
+    if base is model or args.freeze_gen:
+        return
+    matrices = {"embeddings": base.get_input_embeddings()}
+    if args.trains_ntp:
+        matrices["LM head"] = base.get_output_embeddings()
+    for name, matrix in matrices.items():
+        if any(parameter.requires_grad for parameter in matrix.parameters()):
+            continue
+        weight = cast(torch.Tensor, matrix.weight)
+        if torch.equal(weight[base.config.cs_token_id], weight[base.config.ce_token_id]):
+            raise ValueError(
+                f"The rows of [Cs] and [CE] in Gen's {name} are as new, and the adapters do not train them: Gen could"
+                " never tell the two apart. Give CoSupTrainer the model without adapters and"
+                " peft_config=LoraConfig(...), which trains these rows too; or name embeddings and LM head in the"
+                " modules_to_save of your config."
+            )
 
 
 def set_control_token_lr(optimizer: Optimizer, model: CoSupForCausalLM, learning_rate: float) -> list[RemovableHandle]:

@@ -33,7 +33,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, Tr
 
 from modeling_cosup import CoSupForCausalLM
 
-from .arguments import check_collator, check_optimizer, check_sharding, check_trainer_arguments, read_by_tokenizing
+from .arguments import check_optimizer, check_sharding, check_trainer_arguments, read_by_tokenizing
 from .batching import CoSupDataCollator
 from .candidate_refresh import check_given_index
 from .candidate_watch import FLATNESS, UNTAUGHT
@@ -92,7 +92,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
     Args:
         model (`CoSupForCausalLM` or `str`, *optional*): a model, or its name or path. Give this or `model_init`.
         args ([`CoSupTrainingArguments`], *optional*): defaults to one whose output folder is `cosup`.
-        data_collator (`Callable`, *optional*): defaults to [`CoSupDataCollator`].
+        data_collator ([`CoSupDataCollator`], *optional*): or a subclass. By default it is made as the model and `args`
+            need it.
         train_dataset, eval_dataset (`Dataset`, `IterableDataset`, `list[dict]`, *optional*): instances, or already
             tokenized ones (columns `input_ids`, `labels`, `passage_input_ids`). `eval_dataset` may be a dict of them.
         processing_class, emb_seq_processing_class (`PreTrainedTokenizerBase`, *optional*): default to the model's own.
@@ -103,7 +104,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
             right. With `"loss"` its `losses` are the NSP losses of the queries. Queries are in the order of the
             instances and, within an instance, in the order of its `[NSP]` tokens.
         callbacks, optimizers, optimizer_cls_and_kwargs: as in `Trainer`.
-        peft_config (`PeftConfig`, *optional*): wraps the model; rows of control tokens are trained too.
+        peft_config (`PeftConfig`, *optional*): wraps the model. With a `LoraConfig`, rows of control tokens are
+            trained too. Other adapters need a model whose control tokens are trained, or `modules_to_save`.
         model_init (`Callable`, *optional*): returns a new model, given nothing or the trial. It is called here, and
             again by each `train()`, so by each trial of `hyperparameter_search()`. A trial may change any argument
             except those that the tokenized instances depend on.
@@ -128,7 +130,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
         self,
         model: CoSupForCausalLM | str | None = None,
         args: CoSupTrainingArguments | None = None,
-        data_collator: Callable[[list[Any]], dict[str, Any]] | None = None,
+        data_collator: CoSupDataCollator | None = None,
         train_dataset: AnyDataset | None = None,
         eval_dataset: AnyDataset | dict[str, AnyDataset] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
@@ -174,9 +176,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
 
         self._peft_config = peft_config
         self._has_default_collator = data_collator is None
-        if data_collator is not None:
-            check_collator(data_collator, args)
-            self.data_collator = data_collator
+        self.data_collator = data_collator
         trained_model = self._prepared(model)
         check_optimizer(optimizers[0], trained_model)
         self._check_hub_arguments(args, trained_model)
@@ -278,11 +278,6 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
         With `nsp_batch_size`, the micro-batch shrinks. The NSP batch stays the same, and so does the loss.
         """
         if self.args.nsp_batch_size is not None:
-            if not isinstance(self.data_collator, CoSupDataCollator):
-                raise ValueError(
-                    "auto_find_batch_size with nsp_batch_size changes the micro-batches of CoSupDataCollator;"
-                    f" data_collator is a {type(self.data_collator).__name__}."
-                )
             batch_size = min(batch_size, self.args.per_device_train_batch_size)
             self.data_collator.max_instances = batch_size
         super()._update_auto_batch_size(batch_size)

@@ -58,7 +58,7 @@ def tokenize_dataset(
         `datasets.Dataset`, or `datasets.IterableDataset` if the dataset is streamed; `None` without a dataset.
 
     Raises:
-        `TypeError`: for the name of a file.
+        `TypeError`: for the name of a file, and for a dictionary of splits.
         `ValueError`: for an empty dataset, an invalid instance or a passage id with two contents, naming their rows,
             or a dataset in which every instance is too long. Also for one without any passage, if `supervision` needs
             `[NSP]`; otherwise this is a warning. A stream is checked as it is read.
@@ -195,6 +195,9 @@ def _as_dataset(
         raise TypeError(
             f"The {name} is the name {path!r}, expected instances: read them with load_instances({path!r})."
         )
+    if isinstance(dataset, Mapping):  # such as a DatasetDict
+        splits = ", ".join(map(repr, dataset))
+        raise TypeError(f"The {name} is a dictionary of the splits {splits}, expected one of them: dataset['train'].")
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
         return dataset, None
     if isinstance(dataset, torch.utils.data.IterableDataset):

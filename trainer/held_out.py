@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from modeling_cosup import CoSupOutput
 
-from .batching import BatchFacts, CoSupDataCollator, UnresolvedBatch, needs_candidates
+from .batching import BatchFacts, UnresolvedBatch, needs_candidates
 from .candidate_watch import LEFT_OUT
 from .cpu_attention import cpu_attention
 from .dataset_setup import tokenize_dataset
@@ -144,13 +144,15 @@ class HeldOutMixin(TrainingStepMixin):
         Return the loader of an evaluation set.
 
         Unlike `Trainer`'s, it gives each instance to exactly one rank, in order, and drops none. Batches go to the
-        ranks in turn. A rank that runs out of instances gets empty batches.
+        ranks in turn. A rank that runs out of instances gets empty batches. A stream is read to its end first: how the
+        instances are divided depends on their number.
         """
         dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
-        has_default_collator = isinstance(self.data_collator, CoSupDataCollator)
-        if not isinstance(dataset, datasets.Dataset) or not has_default_collator:
+        if isinstance(dataset, datasets.IterableDataset):
+            dataset = datasets.Dataset.from_list(list(dataset))
+        if not isinstance(dataset, datasets.Dataset):
             return super().get_eval_dataloader(eval_dataset)
         count, rank, args = len(dataset), self.args.process_index, self.args
         size = max(1, min(args.eval_batch_size, -(-count // world_size())))

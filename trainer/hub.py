@@ -109,7 +109,7 @@ class HubMixin(TrainerBase):
                 (*optional*): as in `Trainer`. Tasks become tags. Datasets that are not repositories on the Hub are not
                 linked, and `dataset_args` are not shown.
             results (`list[dict]`, *optional*): results of evaluations, see [`result_group`]; defaults to the last
-                `evaluate()`.
+                `evaluate()` of each set with these weights.
             index (`str`, *optional*): dataset repository, or folder, of the index.
             question (`str`, *optional*): the question in the card's usage block.
 
@@ -133,16 +133,31 @@ class HubMixin(TrainerBase):
         output_dir = _output_dir(self.args)
         training["curves"] = draw_losses(training["log"], Path(output_dir) / CURVES_FILE)
         facts["training"] = training
-        facts["results"] = held_out_group(self._last_evaluation()) if results is None else results
+        facts["results"] = self._held_out_results() if results is None else results
         repo_id = self.hub_model_id or self.args.hub_model_id or output_dir
         write_card(self.model, output_dir, repo_id, facts, index, question, self._saved_weights)
 
-    def _last_evaluation(self) -> dict[str, float]:
-        """Return the last entry of the log that holds the recall of an evaluation; empty if there is none."""
-        for entry in reversed(self.state.log_history):
-            if "eval_query_recall@1" in entry:
-                return entry
-        return {}
+    def _held_out_results(self) -> list[ResultGroup]:
+        """Return the recall that `evaluate()` has last measured with the current weights, for each evaluation set."""
+        set_names = list(self.eval_dataset) if isinstance(self.eval_dataset, dict) else [None]
+        groups: dict[str | None, list[ResultGroup]] = {}
+        for entry in self._log_of_current_weights():
+            for set_name in set_names:
+                groups[set_name] = held_out_group(entry, set_name) or groups.get(set_name, [])
+        return [group for set_name in groups for group in groups[set_name]]
+
+    def _log_of_current_weights(self) -> list[dict[str, float]]:
+        """Return the entries of the log that were measured with the current weights."""
+        log = self.state.log_history
+        ends = [number for number, entry in enumerate(log) if "train_runtime" in entry]
+        step = self.state.global_step
+        if not ends:
+            return [entry for entry in log if entry["step"] == step]
+        best_step = self.state.best_global_step
+        if self.args.load_best_model_at_end and best_step is not None:
+            step = best_step
+        during, afterwards = log[: ends[-1]], log[ends[-1] + 1 :]
+        return [entry for entry in during if entry["step"] == step] + afterwards
 
     def _check_saved(self) -> None:
         """

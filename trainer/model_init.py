@@ -9,8 +9,8 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
 
-from .arguments import read_by_tokenizing
-from .control_tokens import check_control_token_lr
+from .arguments import check_collator, read_by_tokenizing
+from .control_tokens import check_adapters, check_control_token_lr
 from .isolation import check_isolation
 from .model_setup import (
     check_control_tokens,
@@ -61,7 +61,10 @@ class ModelInitMixin(Trainer):
         check_supervision(self.args, self.cosup_config)
         trained_model = model
         if self._peft_config is not None:
+            if base is not model:
+                raise ValueError("The model is a PeftModel already, and peft_config would wrap it again: give one.")
             trained_model = wrap_in_peft(model, self._peft_config)
+        check_adapters(trained_model, self.args)
         freeze(base, self.args)
         check_retriever_is_trained(base, self.args)
         check_reader(base, self.args)
@@ -73,8 +76,11 @@ class ModelInitMixin(Trainer):
         if trained_model is base:
             keep_master_weights(base, self.args)
         speed_up(base, self.args)
+        collator = default_collator(base, self.args, self.tokenizers)
         if self._has_default_collator:
-            self.data_collator = default_collator(base, self.args, self.tokenizers)
+            self.data_collator = collator
+        else:
+            check_collator(self.data_collator, collator)
         return trained_model
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from datasets import Dataset
 from safetensors.torch import save_file
 
 from support.models import PASSAGES, make_model
@@ -86,6 +87,7 @@ def run(
     model=None,
     evaluate_first=False,
     predict=False,
+    stream_held_out=False,
     **options,
 ):
     """Train one step, evaluate, and write parameters and log; on one process `fsdp` changes nothing."""
@@ -110,8 +112,9 @@ def run(
         **options,
     )
     held_out = make_instances(pattern if pattern == "asked" else "ragged")[:11]  # no multiple of anything
+    eval_dataset = Dataset.from_list(held_out).to_iterable_dataset(num_shards=2) if stream_held_out else held_out
     trainer_class = ShardedTrainer if sharded else CoSupTrainer
-    trainer = trainer_class(model, args, train_dataset=make_instances(pattern), eval_dataset=held_out)
+    trainer = trainer_class(model, args, train_dataset=make_instances(pattern), eval_dataset=eval_dataset)
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
     if evaluate_first:
         trainer.evaluate()

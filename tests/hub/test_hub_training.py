@@ -289,6 +289,33 @@ def test_a_card_describes_the_weights_that_were_saved(tmp_path):
     assert not (tmp_path / "b" / "loss_curves.png").exists()
 
 
+def test_a_card_has_the_recall_of_the_weights_that_it_is_about(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.eval_dataset = {"nq": trainer.train_dataset, "mine": trainer.train_dataset}
+
+    def evaluated(step, recall, name="nq"):
+        figures = {"query_recall@1": recall, "num_queries": 8, "num_passages": 6}
+        return {"step": step} | {f"eval_{name}_{figure}": value for figure, value in figures.items()}
+
+    def recalls():
+        groups = trainer._held_out_results()
+        return {group["dataset"]["name"]: group["metrics"][0]["value"] for group in groups}
+
+    state = trainer.state
+    state.log_history = [evaluated(2, 0.25), evaluated(2, 0.5, "mine"), evaluated(4, 0.75)]
+    state.global_step = 5
+    assert recalls() == {}  # measured with earlier weights
+    state.global_step = 4
+    assert recalls() == {"held-out instances of nq": 75.0}
+    state.log_history.append({"step": 4, "train_runtime": 1.0})
+    state.best_global_step, trainer.args.load_best_model_at_end = 2, True
+    assert recalls() == {"held-out instances of nq": 25.0, "held-out instances of mine": 50.0}
+    state.log_history.append(evaluated(4, 0.375))  # after training, of the best weights
+    assert recalls() == {"held-out instances of nq": 37.5, "held-out instances of mine": 50.0}
+    trainer.eval_dataset = trainer.train_dataset
+    assert recalls() == {}
+
+
 def test_cards_of_tokenized_data_streams_and_other_adapters(tmp_path):
     trainer = make_trainer(tmp_path / "a")
     rows = trainer.train_dataset.remove_columns("dataset").to_list()
@@ -298,7 +325,8 @@ def test_cards_of_tokenized_data_streams_and_other_adapters(tmp_path):
     tokenized.train_dataset = trainer.train_dataset.to_iterable_dataset()
     assert "Trained on 0 instances" in record(tokenized)[1]  # a stream is not read again to be counted
     peft = pytest.importorskip("peft")
-    config = peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[], task_type="CAUSAL_LM")
+    options = {"target_modules": ["q_proj"], "feedforward_modules": [], "task_type": "CAUSAL_LM"}
+    config = peft.IA3Config(**options, modules_to_save=["embed_tokens", "lm_head"])
     adapted = make_trainer(tmp_path / "c", peft_config=config)
     adapted.save_model()
     assert "| adapters | IA3 |" in record(adapted)[1]

@@ -82,6 +82,26 @@ def test_every_argument_of_trainer_is_in_one_table():
     assert set(inspect.signature(CoSupTrainer).parameters) >= HEEDED_BY_TRAINER
 
 
+def test_a_collator_of_the_caller_does_what_the_arguments_ask_for(tmp_path):
+    model, rows = make_model(), world(["Ann", "Bob"])
+    args = arguments(tmp_path, nsp_batch_size=2, per_device_train_batch_size=1)
+    default = CoSupTrainer(model, args, train_dataset=rows).data_collator
+    mine = dataclasses.replace(default, padding_free=False, call_overhead=3)
+    assert CoSupTrainer(model, args, mine, rows).data_collator is mine
+    for name, value, message in [
+        ("max_instances", None, "max_instances=None, and model and arguments need 1"),
+        ("supervision", "ntp", "supervision='ntp', and model and arguments need 'co'"),
+        ("mask_duplicates", False, "mask_duplicates=False, and model and arguments need True"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            CoSupTrainer(model, args, dataclasses.replace(default, **{name: value}), rows)
+    padded = arguments(tmp_path, nsp_batch_size=2, per_device_train_batch_size=1, padding_free=False)
+    with pytest.raises(ValueError, match="padding_free=True, which model and arguments do not allow"):
+        CoSupTrainer(model, padded, default, rows)
+    with pytest.raises(TypeError, match="data_collator is a function, expected a CoSupDataCollator"):
+        CoSupTrainer(model, args, lambda features: {}, rows)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

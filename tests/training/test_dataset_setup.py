@@ -72,6 +72,12 @@ def test_the_name_of_a_file_is_no_dataset(tiny_model, tmp_path):
         prepared(tiny_model, tmp_path, "a.jsonl")
 
 
+def test_a_dictionary_of_splits_is_no_dataset(tiny_model, tmp_path):
+    splits = datasets.DatasetDict(train=datasets.Dataset.from_list(world(["Ann"])))
+    with pytest.raises(TypeError, match=r"training set is a dictionary of the splits 'train', expected one of them"):
+        prepared(tiny_model, tmp_path, splits)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_passage_id_with_two_contents_names_both_rows(tiny_model, tmp_path, kind):
     """Otherwise all passages of a set could count as one: no loss, and a recall of 100 %."""

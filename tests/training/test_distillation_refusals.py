@@ -78,9 +78,6 @@ def test_what_cannot_be_trained_is_refused_before_training(models, tmp_path):
         make_trainer(model, tmp_path, **ATTENTION, candidates_from="instance")
     with pytest.raises(ValueError, match="Gen reads at most 512 tokens, .* Set max_length=512"):
         make_trainer(model, tmp_path, **ATTENTION, max_length=513)
-    with pytest.raises(ValueError, match="needs a CoSupDataCollator; data_collator is a function"):
-        args = arguments(tmp_path, **ATTENTION, num_candidates=K)
-        CoSupTrainer(copy.deepcopy(model), args, lambda rows: {}, ASKED, corpus=CORPUS)
     tokenized = make_trainer(model, tmp_path, **ATTENTION).train_dataset
     with pytest.raises(ValueError, match="was tokenized for candidates_from, which is not set"):
         CoSupTrainer(copy.deepcopy(model), arguments(tmp_path), train_dataset=tokenized)

@@ -5,6 +5,8 @@ import torch
 
 from modeling_cosup import CoSupForCausalLM
 from support.models import make_model
+from support.training import arguments, world
+from trainer import CoSupTrainer
 from trainer.model_setup import wrap_in_peft
 
 peft = pytest.importorskip("peft", reason="needs peft")
@@ -85,3 +87,36 @@ def test_a_layer_that_is_trained_twice_is_refused():
     options = {"target_modules": ["q_proj", "embed_tokens"], "trainable_token_indices": [5]}
     with pytest.raises(ValueError, match="trainable_token_indices names gen.model.embed_tokens, which target_modules"):
         wrap_in_peft(make_model(), peft.LoraConfig(task_type="CAUSAL_LM", **options))
+
+
+IA3 = {"target_modules": ["q_proj"], "feedforward_modules": [], "task_type": "CAUSAL_LM"}
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("wrapped_by", ["the caller", "the trainer"])
+def test_adapters_that_leave_new_control_tokens_as_they_are_are_refused(tmp_path, tied, wrapped_by):
+    model, options = make_model(gen_kwargs={"tie_word_embeddings": tied}), {}
+    if wrapped_by == "the caller":
+        model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    else:
+        options["peft_config"] = peft.IA3Config(**IA3)
+    with pytest.raises(ValueError, match=r"\[Cs\] and \[CE\] in Gen's embeddings are as new"):
+        CoSupTrainer(model, arguments(tmp_path), train_dataset=world(["Ann", "Bob"]), **options)
+
+
+def test_the_head_counts_where_its_rows_are_trained(tmp_path):
+    rows, config = world(["Ann", "Bob"]), peft.IA3Config(**IA3, modules_to_save=["gen.model.embed_tokens"])
+    with pytest.raises(ValueError, match="in Gen's LM head are as new"):
+        CoSupTrainer(make_model(), arguments(tmp_path), train_dataset=rows, peft_config=config)
+    CoSupTrainer(make_model(), arguments(tmp_path, supervision="nsp"), train_dataset=rows, peft_config=config)
+
+
+def test_other_adapters_of_trained_control_tokens_are_taken(tmp_path):
+    model = make_model()
+    with torch.no_grad():
+        for matrix in (model.get_input_embeddings(), model.get_output_embeddings()):
+            matrix.weight[model.config.ce_token_id] += 0.1
+    rows, config = world(["Ann", "Bob"]), peft.IA3Config(**IA3)
+    trainer = CoSupTrainer(model, arguments(tmp_path), train_dataset=rows, peft_config=config)
+    with pytest.raises(ValueError, match="is a PeftModel already, and peft_config would wrap it again"):
+        CoSupTrainer(trainer.model, arguments(tmp_path), train_dataset=rows, peft_config=config)
