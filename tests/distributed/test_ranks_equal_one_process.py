@@ -59,7 +59,7 @@ CASES = {
     "lone, local": {"pattern": "lone", "gather": "local"},
     "cached, lone": CACHED | {"nsp_batch_size": 6, "pattern": "lone", "accumulation": 2},
     "evaluated first": {"evaluate_first": True},
-    "streamed evaluation": {"stream_held_out": True},
+    "streamed evaluation": {"stream_held_out": True, "max_length": 512},
     "ntp": {"supervision": "ntp"},
     "smoothed": SMOOTHED,
     "cached, packed, smoothed": CACHED | SMOOTHED | {"padding_free": True},
