@@ -24,6 +24,10 @@ Model = TypeVar("Model", bound="BuildingMixin")
 NameOrModel: TypeAlias = str | os.PathLike[str] | PreTrainedModel
 NameOrTokenizer: TypeAlias = str | os.PathLike[str] | PreTrainedTokenizerBase
 NSP_INITS = ("mean", "eos")
+LOADING_OPTIONS = (
+    *("dtype", "device_map", "max_memory", "attn_implementation", "quantization_config"),
+    *("token", "cache_dir", "local_files_only", "force_download", "trust_remote_code"),
+)
 
 
 class BuildingMixin(Base):
@@ -75,6 +79,8 @@ class BuildingMixin(Base):
             emb_head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, if the config needs one;
                 defaults to the dense layer of a sentence-transformers model that has the right width.
             model_kwargs (`dict`, *optional*): for `from_pretrained` of names and paths, e.g. `{"dtype": "bfloat16"}`.
+                The usual ones may also be given by themselves: `dtype`, `device_map`, `attn_implementation`,
+                `quantization_config`, `token` and others of `LOADING_OPTIONS`.
             nsp_init (`str`, *optional*, defaults to `"mean"`): where a new row of `[NSP]` starts. `"mean"`: at the
                 mean, like all new rows. `"eos"`: in the input embeddings, as a copy of the row of the token that ends
                 a passage (EOS, or else SEP). If Emb_seq is a causal Gen or a copy of it, a query at `[NSP]` and a
@@ -104,9 +110,21 @@ class BuildingMixin(Base):
             `OSError`: for a name that cannot be loaded.
         """
         control_tokens = {name: config.pop(name) for name in CONTROL_TOKENS if name in config}
-        unknown = sorted(set(config) - set(CoSupConfig.__dataclass_fields__))
+        model_kwargs = {
+            **{name: config.pop(name) for name in LOADING_OPTIONS if name in config},
+            **(model_kwargs or {}),
+        }
+        if model_kwargs and not any(isinstance(part, str | os.PathLike) for part in (gen, emb_seq, query_encoder)):
+            raise ValueError(
+                f"from_gen_and_emb_seq got {', '.join(model_kwargs)}, for parts that it loads by their names, and all"
+                " parts are models already."
+            )
+        unknown = sorted(set(config) - set(CoSupConfig.__annotations__))
         if unknown:
-            raise TypeError(f"from_gen_and_emb_seq got {', '.join(unknown)}, which are not fields of CoSupConfig.")
+            raise TypeError(
+                f"from_gen_and_emb_seq got {', '.join(unknown)}, which are not fields of CoSupConfig. Options of"
+                " from_pretrained go into model_kwargs."
+            )
         if nsp_init not in NSP_INITS:
             raise ValueError(f"nsp_init is {nsp_init!r}, expected one of {', '.join(map(repr, NSP_INITS))}.")
         query_from = config.get("query_from") or CoSupConfig.query_from
@@ -128,7 +146,7 @@ class BuildingMixin(Base):
         gen, emb_seq, query_encoder = _path_as_string(gen), _path_as_string(emb_seq), _path_as_string(query_encoder)
         sources, checks, templates = _package_modules()
         parts = sources.read_parts(
-            gen, emb_seq, query_encoder, tokenizer, emb_seq_tokenizer, emb_head, model_kwargs or {}, config
+            gen, emb_seq, query_encoder, tokenizer, emb_seq_tokenizer, emb_head, model_kwargs, config
         )
         gen, emb_seq = cast(PreTrainedModel, parts.gen), cast(PreTrainedModel, parts.emb_seq)
         query_encoder = cast(PreTrainedModel | None, parts.query_encoder)

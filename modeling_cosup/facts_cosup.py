@@ -72,21 +72,23 @@ class Facts(TypedDict, total=False):
 class HashedModel(Protocol):
     """The part of [`CoSupForCausalLM`] that this module uses."""
 
+    hub_options: dict[str, Any]
+
     @property
     def config(self) -> PreTrainedConfig: ...
 
     def hash_all_weights(self) -> str | None: ...
 
 
-def load_facts(name_or_path: str | Path, revision: str | None = None) -> Facts:
+def load_facts(name_or_path: str | Path, **hub_options: Any) -> Facts:
     """
     Return the facts next to a checkpoint, whatever its weights are now; empty if there are none.
 
     Args:
         name_or_path (`str` or `Path`): folder or repository of the checkpoint.
-        revision (`str`, *optional*): of the repository.
+        **hub_options: of the repository, such as `revision` and `token`, as in `from_pretrained`.
     """
-    path = _checkpoint_file(name_or_path, FACTS_FILE, revision)
+    path = _checkpoint_file(name_or_path, FACTS_FILE, hub_options)
     if path is None:
         return {}
     try:
@@ -107,7 +109,7 @@ def facts_of(model: HashedModel, weights: str | None = None) -> Facts:
         model ([`CoSupForCausalLM`]): its weights may have changed since.
         weights (`str`, *optional*): hash of its weights, needed if the parameters in memory are shards.
     """
-    facts = load_facts(*_source(model))
+    facts = load_facts(model.config._name_or_path, **_hub_options(model))
     if not facts.get("weights"):
         return facts
     weights = weights or model.hash_all_weights()
@@ -140,11 +142,10 @@ def carry_facts(model: HashedModel, folder: Path, weights: str | None = None) ->
 def _copy_facts(model: HashedModel, folder: Path, weights: str | None) -> None:
     """Replace the facts and the plot in a folder with the ones that a model came with."""
     facts = facts_of(model, weights)
-    source, revision = _source(model)
     target = folder / CURVES_FILE
     plot = None
     if facts.get("training", {}).get("curves"):
-        plot = _checkpoint_file(source, CURVES_FILE, revision)
+        plot = _checkpoint_file(model.config._name_or_path, CURVES_FILE, _hub_options(model))
     if plot is None:
         target.unlink(missing_ok=True)
     elif Path(plot).resolve() != target.resolve():
@@ -164,7 +165,7 @@ def _remove_generated_card(folder: Path) -> None:
         card.unlink()
 
 
-def _checkpoint_file(name_or_path: str | Path, name: str, revision: str | None) -> str | None:
+def _checkpoint_file(name_or_path: str | Path, name: str, hub_options: dict[str, Any]) -> str | None:
     """Return the local path of a checkpoint's file, downloaded if necessary; `None` if there is none."""
     if not name_or_path:
         return None
@@ -172,7 +173,7 @@ def _checkpoint_file(name_or_path: str | Path, name: str, revision: str | None) 
         return cached_file(
             name_or_path,
             name,
-            revision=revision,
+            **hub_options,
             _raise_exceptions_for_gated_repo=False,
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
@@ -181,6 +182,6 @@ def _checkpoint_file(name_or_path: str | Path, name: str, revision: str | None) 
         return None
 
 
-def _source(model: HashedModel) -> tuple[str, str | None]:
-    """Return the folder or repository that a model was loaded from, and the commit."""
-    return model.config._name_or_path, getattr(model.config, "_commit_hash", None)
+def _hub_options(model: HashedModel) -> dict[str, Any]:
+    """Return the options of the repository that a model was loaded from, the commit included."""
+    return {**model.hub_options, "revision": getattr(model.config, "_commit_hash", None)}

@@ -68,18 +68,33 @@ def check_memory_fingerprint(
 @torch.no_grad()
 def hash_parameters(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
     """Return the SHA-256 (hex) of each parameter's name, shape and up to 8,192 evenly spread weights, in bfloat16."""
-    digest = hashlib.sha256()
+    titles, samples = [], []
     for name, parameter in parameters:
         weights = parameter.detach()
         if isinstance(weights, DTensor):
             weights = weights.full_tensor()
-        shape = tuple(weights.shape)
+        titles.append(f"{name} {tuple(weights.shape)}".encode())
         weights = weights.reshape(-1)
         stride = max(1, len(weights) // 4096)
-        sample = weights[::stride].to(torch.bfloat16).contiguous().cpu()
-        digest.update(f"{name} {shape}".encode())
+        samples.append(weights[::stride].to(torch.bfloat16))
+    digest = hashlib.sha256()
+    for title, sample in zip(titles, _on_host(samples), strict=True):
+        digest.update(title)
         digest.update(sample.view(torch.int16).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _on_host(tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Return copies on the CPU of tensors `(n,)`, with one copy, and so one wait, for each device."""
+    numbers_of: dict[torch.device, list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        numbers_of.setdefault(tensor.device, []).append(number)
+    copies = list(tensors)
+    for numbers in numbers_of.values():
+        joined = torch.cat([tensors[number] for number in numbers]).cpu()
+        for number, copy in zip(numbers, joined.split([len(tensors[number]) for number in numbers]), strict=True):
+            copies[number] = copy
+    return copies
 
 
 def can_be_hashed(module: torch.nn.Module, state_dict: dict[str, torch.Tensor] | None = None) -> bool:

@@ -138,6 +138,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         tied = self.gen._tied_weights_keys or {}
         self._tied_weights_keys = {f"gen.{target}": f"gen.{source}" for target, source in tied.items()}
         self._tokenizer = self._emb_seq_tokenizer = None
+        self.hub_options: dict[str, Any] = {}
         self._causal_encoders = []
         self._warned_of_long_queries = False
         self.post_init()
@@ -186,6 +187,9 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         missing = sorted(info["missing_keys"])
         if missing and not model._hf_peft_config_loaded:  # transformers reports tied weights of adapters as missing
             raise ValueError(f"{name_or_path} lacks {len(missing)} weights of its model, e.g. {missing[0]}.")
+        # the commit is in the config
+        kept = [name for name in _HUB_OPTIONS if name in kwargs and name not in ("revision", "force_download")]
+        model.hub_options = {name: kwargs[name] for name in kept}
         if output_loading_info:
             return loaded
         return model

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from .configuration_cosup import CoSupConfig
 from .facts_cosup import carry_facts, load_facts
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 else:
     ModelBase = object
 
+logger = logging.get_logger(__name__)
+
 SUMMARY = (
     "A CoSup model: it retrieves passages while it writes. "
     "Load it with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
@@ -54,6 +57,7 @@ class SharingMixin(ModelBase):
     _emb_seq_prefix: Callable[[], str]
     _tokenizer: PreTrainedTokenizerBase | None
     _emb_seq_tokenizer: PreTrainedTokenizerBase | None
+    hub_options: dict[str, Any]  # with which the checkpoint was loaded, such as `token` and `subfolder`
 
     # ------------------------------------------------------------------ hashes
 
@@ -191,7 +195,7 @@ class SharingMixin(ModelBase):
             if stored.get("emb_seq_tokenizer") == stored.get("tokenizer"):
                 self._emb_seq_tokenizer = self.tokenizer
             else:
-                self._emb_seq_tokenizer = self._load_saved_tokenizer(subfolder=EMB_SEQ_TOKENIZER_FOLDER)
+                self._emb_seq_tokenizer = self._load_saved_tokenizer(EMB_SEQ_TOKENIZER_FOLDER)
         return self._emb_seq_tokenizer
 
     @emb_seq_tokenizer.setter
@@ -206,17 +210,19 @@ class SharingMixin(ModelBase):
         except (OSError, ValueError):  # built from a bare config, or a checkpoint that was saved without one
             return False
 
-    def _load_saved_tokenizer(self, **kwargs: Any) -> PreTrainedTokenizerBase:
-        """Load a tokenizer from the folder or repository that this model was loaded from."""
+    def _load_saved_tokenizer(self, subfolder: str = "") -> PreTrainedTokenizerBase:
+        """Load a tokenizer from a subfolder of the folder or repository that this model was loaded from."""
         if not self.config._name_or_path:
             raise ValueError(
                 "This model knows no tokenizer: build it with from_gen_and_emb_seq, load it with from_pretrained,"
                 " or pass tokenizer=."
             )
+        folders = [self.hub_options.get("subfolder"), subfolder]
+        options = {**self.hub_options, "subfolder": "/".join(folder for folder in folders if folder)}
         revision = getattr(self.config, "_commit_hash", None)
         # without `config`, AutoTokenizer would load it a second time and ask whether its code may run
         return AutoTokenizer.from_pretrained(
-            self.config._name_or_path, config=self.config, revision=revision, **kwargs
+            self.config._name_or_path, config=self.config, revision=revision, **options
         )
 
     # ------------------------------------------------------------------ saving
@@ -251,7 +257,10 @@ class SharingMixin(ModelBase):
             check_adapters_are_merged(self)
         push_names = inspect.signature(self.push_to_hub).parameters
         push_arguments = {name: kwargs.pop(name) for name in push_names if name in kwargs}
-        if is_main_process and self._has_tokenizer():
+        has_tokenizer = self._has_tokenizer()
+        if is_main_process and not has_tokenizer and self.config._name_or_path:
+            logger.warning(f"No tokenizer was found in {self.config._name_or_path}, so none is saved with the model.")
+        if is_main_process and has_tokenizer:
             tokenizers = {"": self.tokenizer}  # by subfolder
             if self.emb_seq_tokenizer is not self.tokenizer:
                 tokenizers[EMB_SEQ_TOKENIZER_FOLDER] = self.emb_seq_tokenizer

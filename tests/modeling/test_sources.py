@@ -8,8 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from modeling_cosup import CoSupConfig, CoSupForCausalLM, source_files_cosup
+from modeling_cosup import CoSupConfig, CoSupForCausalLM, sharing_cosup, source_files_cosup
 from modeling_cosup.adapters_cosup import merge_adapters
+from modeling_cosup.facts_cosup import facts_of
+from modeling_cosup.hub_cosup import FACTS_FILE
 from modeling_cosup.sources_cosup import load_tokenizer
 from support.models import make_config, make_emb_seq, make_gen, make_model, make_tokenizer
 
@@ -311,3 +313,41 @@ def test_gen_without_control_tokens_is_saved_as_it_is(tmp_path):
     model.save_gen(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model.gen))
     assert AutoTokenizer.from_pretrained(tmp_path).get_vocab() == model.tokenizer.get_vocab()
+
+
+def test_options_of_loading_may_be_given_by_themselves(tmp_path):
+    make_gen().save_pretrained(tmp_path)
+    options = {"tokenizer": make_tokenizer(), "dtype": "bfloat16", "attn_implementation": "eager"}
+    model = build(str(tmp_path), **options)
+    assert model.dtype == model.gen.dtype == torch.bfloat16
+    assert model.gen.config._attn_implementation == "eager"
+    with pytest.raises(TypeError, match="got revision, .* Options of from_pretrained go into model_kwargs"):
+        build(str(tmp_path), **options, revision="main")
+    with pytest.raises(ValueError, match="got dtype, for parts that it loads by their names"):
+        build(make_gen(), tokenizer=make_tokenizer(), dtype="bfloat16")
+
+
+def test_a_checkpoint_in_a_subfolder_has_its_tokenizers_and_facts(tmp_path):
+    passage = "who painted the night watch?"
+    options = {"tokenizer": make_tokenizer(), "emb_seq_tokenizer": make_tokenizer(vocab_size=320)}
+    whole = build(make_gen(), make_emb_seq("bert"), **options)
+    whole.save_pretrained(tmp_path / "all" / "mine")
+    facts = {"name": "mine", "weights": whole.hash_all_weights()}
+    (tmp_path / "all" / "mine" / FACTS_FILE).write_text(json.dumps(facts))
+    model = CoSupForCausalLM.from_pretrained(tmp_path / "all", subfolder="mine")
+    assert model.tokenizer(passage)["input_ids"] == whole.tokenizer(passage)["input_ids"]
+    assert model.emb_seq_tokenizer(passage)["input_ids"] == whole.emb_seq_tokenizer(passage)["input_ids"]
+    assert facts_of(model) == facts
+    model.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / "tokenizer.json").exists()
+    assert json.loads((tmp_path / "copy" / FACTS_FILE).read_text())["name"] == "mine"
+
+
+def test_a_checkpoint_without_a_tokenizer_says_so_when_it_is_saved(tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(sharing_cosup.logger, "warning", messages.append)
+    make_model().save_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "tokenizer.json").unlink()
+    (tmp_path / "a" / "tokenizer_config.json").unlink()
+    CoSupForCausalLM.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "b")
+    assert messages == [f"No tokenizer was found in {tmp_path / 'a'}, so none is saved with the model."]

@@ -82,6 +82,10 @@ def test_every_argument_of_trainer_is_in_one_table():
     assert set(inspect.signature(CoSupTrainer).parameters) >= HEEDED_BY_TRAINER
 
 
+def test_tf32_is_off_unless_it_is_asked_for(tmp_path):
+    assert arguments(tmp_path, torch_compile=True).tf32 is False
+
+
 def test_a_collator_of_the_caller_does_what_the_arguments_ask_for(tmp_path):
     model, rows = make_model(), world(["Ann", "Bob"])
     args = arguments(tmp_path, nsp_batch_size=2, per_device_train_batch_size=1)

@@ -21,6 +21,7 @@ from gpu_parts.comparing import Comparisons, largest_difference, name_of, share_
 from gpu_parts.runner import Context, Skip
 from gpu_parts.small_world import SmallWorld
 
+ROOT = Path(__file__).parents[3]
 EXACT = 1e-5  # in float32
 HALF_FLOOR = 1e-2  # of the bound of embeddings in bfloat16
 
@@ -110,7 +111,9 @@ def run_elsewhere(job: dict[str, Any], folder: str) -> None:
     Raises:
         `RuntimeError`: with the end of the process's errors.
     """
-    variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    elsewhere = [path for path in paths if path and not Path(path).resolve().is_relative_to(ROOT)]
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(elsewhere)}
     variables |= {"HF_HOME": f"{folder}/home", "HF_HUB_OFFLINE": "1"}
     command = [sys.executable, "-c", LOADED, json.dumps(job)]
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=150)

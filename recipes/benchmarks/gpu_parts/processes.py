@@ -96,7 +96,7 @@ def work(part: str, call: Call, deadline: float) -> None:
     """Run the checks of a part in this process, the first of its process group, and end it."""
     os.setpgrp()
     threading.Thread(target=end_with_parent, daemon=True).start()
-    import torch
+    import torch._dynamo
     from transformers.utils import logging as transformers_logging
 
     # a log of a machine that is far away may be cut to its last lines
@@ -107,6 +107,9 @@ def work(part: str, call: Call, deadline: float) -> None:
     from gpu_parts.runner import Context, run_checks
 
     checks = resolve_name(f"gpu_parts.{part}:CHECKS")
+    if part == "correctness":
+        # otherwise a layer that was compiled too often would run eagerly, and its comparison would show nothing
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
     device = call.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"

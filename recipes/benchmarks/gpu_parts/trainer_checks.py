@@ -89,7 +89,8 @@ def launch(context: Context, file: str, sharded: bool) -> None:
         command += ["-m", "accelerate.commands.launch", *options]
     command += [str(Path(__file__).with_name("one_rank.py")), "--file", file, "--device", context.device.type]
     command += ["--tiny", str(context.tiny), "--sharded", str(sharded)]
-    variables = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]  # packages may have been installed elsewhere
+    variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=150)
     if done.returncode != 0:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-1500:]}")
