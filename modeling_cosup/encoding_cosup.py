@@ -1,18 +1,19 @@
 """Passage and query embeddings, from Emb_seq, the query encoder or Gen's hidden states."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
 from .configuration_cosup import CoSupConfig
 from .packing_cosup import Packing, pad_rows
-from .tokenization_cosup import encode_queries_for_emb_seq, query_length
+from .tokenization_cosup import encode_prompt, encode_queries_for_emb_seq, query_length
 
 if TYPE_CHECKING:
     Base = PreTrainedModel
@@ -53,8 +54,14 @@ class EncodingMixin(Base):
             `torch.FloatTensor` of shape `(M, h)`, of unit length when the similarity is the cosine.
 
         Raises:
+            `TypeError`: for texts.
             `ValueError`: when Emb_seq is not loaded.
         """
+        if not isinstance(input_ids, torch.Tensor):
+            raise TypeError(
+                f"encode_passages got a {type(input_ids).__name__}, expected a tensor of token ids. To embed passages"
+                " as they are, call build_index()."
+            )
         if self.emb_seq is None:
             raise ValueError(
                 "Emb_seq is not in memory (load_emb_seq=False): this model generates from an index that is already"
@@ -100,6 +107,65 @@ class EncodingMixin(Base):
                 )
             input_ids, attention_mask = pad_rows(rows, device=input_ids.device)
         return self._encode(encoder, input_ids, attention_mask)
+
+    @torch.no_grad()
+    def embed_questions(
+        self, questions: Sequence[str], instruction: str = "", batch_size: int = 32, show_progress_bar: bool = False
+    ) -> torch.Tensor:
+        """
+        Return what each question is searched with: the query embedding at an `[NSP]` right after its prompt.
+
+        `index.search(model.embed_questions(["who ...?"]), k=5)` finds what `generate()` retrieves with
+        `force_nsp_first`.
+
+        Args:
+            questions (`list[str]`): rendered as prompts, see [`~tokenization_cosup.encode_prompt`].
+            instruction (`str`): of all questions.
+            batch_size (`int`): questions per forward.
+            show_progress_bar (`bool`): whether to show a tqdm bar.
+
+        Returns:
+            `torch.FloatTensor` of shape `(N, h)`, on the CPU.
+
+        Raises:
+            `TypeError`: for a single text.
+        """
+        if isinstance(questions, str):
+            raise TypeError("embed_questions got a single text, expected a list of them.")
+        nsp_token_id = cast(int, self.config.nsp_token_id)
+        prompts = [[*encode_prompt(self.tokenizer, text, instruction), nsp_token_id] for text in questions]
+        return self.embed_prompts(prompts, batch_size, show_progress_bar)
+
+    @torch.no_grad()
+    def embed_prompts(
+        self, prompts: Sequence[Sequence[int]], batch_size: int = 32, show_progress_bar: bool = False
+    ) -> torch.Tensor:
+        """
+        Return the query embeddings of rows that end in `[NSP]`. Rows of similar length share a batch.
+
+        Args:
+            prompts (`list[list[int]]`): Gen's token ids.
+            batch_size (`int`), show_progress_bar (`bool`): as in [`~CoSupForCausalLM.embed_questions`].
+
+        Returns:
+            `torch.FloatTensor` of shape `(N, h)`, on the CPU.
+        """
+        order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
+        embeds = torch.empty(len(prompts), self.config.embedding_size)
+        bar = tqdm(total=len(prompts), desc="Embedding questions", unit="question", disable=not show_progress_bar)
+        with bar, evaluating(self):
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                ids, mask = pad_rows([prompts[row] for row in rows], device=self._input_device())  # (B, T) each
+                if self.config.query_from == "gen":
+                    ends = mask.sum(1) - 1 + torch.arange(len(ids), device=ids.device) * ids.shape[1]  # in (B · T)
+                    output = self(ids, mask, nsp_positions=ends, return_logits=False, use_cache=False)
+                    batch_embeds = output.query_embeds
+                else:
+                    batch_embeds = self.encode_queries(ids, mask)  # an encoder reads the query; Gen need not run
+                embeds[rows] = batch_embeds.float().cpu()
+                bar.update(len(rows))
+        return embeds
 
     def _input_device(self) -> torch.device:
         """Device for inputs: the CPU if the first weights are offloaded, because accelerate moves inputs to them."""

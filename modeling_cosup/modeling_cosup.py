@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .architectures_cosup import encoder_from_config, lm_logits
 from .building_cosup import BuildingMixin
@@ -452,3 +453,5 @@ def _chosen_states(
 
 
 CoSupForCausalLM.register_for_auto_class("AutoModelForCausalLM")
+# pipeline("text-generation") looks for the class here, and not among registered ones: it would log an error and work
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["cosup"] = "CoSupForCausalLM"

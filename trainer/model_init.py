@@ -21,6 +21,7 @@ from .model_setup import (
     freeze,
     keep_master_weights,
     speed_up,
+    warn_of_base_in_memory,
     without_peft,
     wrap_in_peft,
 )
@@ -65,6 +66,7 @@ class ModelInitMixin(Trainer):
                 raise ValueError("The model is a PeftModel already, and peft_config would wrap it again: give one.")
             trained_model = wrap_in_peft(model, self._peft_config)
         check_adapters(trained_model, self.args)
+        warn_of_base_in_memory(trained_model)
         freeze(base, self.args)
         check_retriever_is_trained(base, self.args)
         check_reader(base, self.args)

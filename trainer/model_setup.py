@@ -284,6 +284,17 @@ def wrap_in_peft(model: CoSupForCausalLM, peft_config: "PeftConfig") -> "PeftMod
     return get_peft_model(model, config)
 
 
+def warn_of_base_in_memory(model: Any) -> None:
+    """Warn of adapters whose base model is in no folder or repository: they could not be loaded again."""
+    adapters = adapter_config(model)
+    if adapters is not None and not adapters.base_model_name_or_path:
+        logger.warning(
+            "The model that gets the adapters was built in memory, and adapters cannot be loaded without it. Save it"
+            " first and train what you load from there; or merge them after training, with merge_and_unload(), and"
+            " save the result (recipes/train.py does that)."
+        )
+
+
 def _train_control_tokens(model: CoSupForCausalLM, config: "LoraConfig") -> None:
     """Add the rows of the control tokens to what a config trains, unless it trains their matrix."""
     names = {id(module): name for name, module in model.named_modules()}

@@ -173,15 +173,9 @@ class ServedModel:
         rows = encode_passages_for_emb_seq(self.model.emb_seq_tokenizer, passages, self.config)
         return _as_array(self.model.encode_passages(*pad_rows(rows, device=self.model._input_device())))
 
-    @torch.no_grad()
     def embed_queries(self, prompts: Sequence[list[int]]) -> NDArray[np.float32]:
         """Return the query embeddings `(N, h)` of token ids that end in `[NSP]`."""
-        ids, mask = pad_rows(prompts, device=self.model._input_device())  # (N, T) each
-        if self.config.query_from != "gen":
-            return _as_array(self.model.encode_queries(ids, mask))
-        ends = mask.sum(1) - 1 + torch.arange(len(ids), device=ids.device) * ids.shape[1]  # (N,), in (N · T)
-        output = self.model(ids, mask, nsp_positions=ends, return_logits=False, use_cache=False)
-        return _as_array(output.query_embeds)
+        return _as_array(self.model.embed_prompts(prompts))
 
 
 def _as_array(embeds: torch.Tensor) -> NDArray[np.float32]:

@@ -8,8 +8,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from modeling_cosup import CoSupForCausalLM, PassageIndex, folders_cosup, index_files_cosup, index_store_cosup
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_passages_for_gen
+from modeling_cosup import (
+    CoSupForCausalLM,
+    PassageIndex,
+    RetrievalConfig,
+    folders_cosup,
+    index_files_cosup,
+    index_store_cosup,
+)
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_passages_for_gen, encode_prompt
 from support.models import PASSAGES, make_emb_seq, make_model, make_tokenizer
 
 FILES = ["embeddings-00000.safetensors", "ids-00000.safetensors", "index_config.json", "passages-00000.arrow"]
@@ -79,6 +86,31 @@ def test_search_at_the_edges(model):
     assert [part.shape for part in index.search(torch.zeros(0, 32), k=3)] == [(0, 3), (0, 3)]
     with pytest.raises(ValueError, match="Queries have 16 dimensions, the index has 32"):
         index.search(torch.randn(2, 16))
+
+
+@pytest.mark.parametrize("query_from", ["gen", "emb_seq"])
+def test_questions_are_embedded_as_generate_searches(query_from):
+    model = make_model(query_from=query_from).eval()
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    questions = ["who discovered radium?", "where?", "who painted the night watch in 1642?"]
+    scores, rows = index.search(model.embed_questions(questions, instruction="Answer.", batch_size=2), k=1)
+    for question, score, row in zip(questions, scores[:, 0], rows[:, 0], strict=True):
+        prompt = encode_prompt(model.tokenizer, question, "Answer.")
+        options = {"retriever": index, "retrieval_config": RetrievalConfig(force_nsp_first=True, max_retrievals=1)}
+        (answer,) = model.generate_many([prompt], max_new_tokens=2, show_progress_bar=False, **options)
+        assert answer.retrievals[0].passage_id == index[row]["id"]
+        assert answer.retrievals[0].score == pytest.approx(score, abs=1e-5)
+
+
+def test_texts_in_the_place_of_embeddings_or_ids_are_refused(model, passages):
+    index = model.build_index(passages, show_progress_bar=False)
+    for texts in ("who?", ["who?", "where?"]):
+        with pytest.raises(TypeError, match=r"query embeddings, not texts: index.search\(model.embed_questions"):
+            index.search(texts)
+    with pytest.raises(TypeError, match="got a list, expected a tensor of token ids"):
+        model.encode_passages(["Radium is a metal."])
+    with pytest.raises(TypeError, match="got a single text, expected a list"):
+        model.embed_questions("who?")
 
 
 def test_emb_seq_with_its_own_tokenizer_and_width():

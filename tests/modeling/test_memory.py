@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 from transformers import DynamicCache, pipeline
+from transformers.pipelines import base as pipelines_base
 
 from modeling_cosup import MemoryConfig, RetrievalConfig
 from modeling_cosup.states_cosup import recording, watch
@@ -229,11 +230,14 @@ def test_a_stream_is_the_row(ids):
     assert streamer.ended
 
 
-def test_the_pipeline_takes_a_memory():
+def test_the_pipeline_takes_a_memory(monkeypatch):
+    errors = []
+    monkeypatch.setattr(pipelines_base.logger, "error", errors.append)
     model = make_model()
     options = {"memory": StateMemory(model, "model.layers.1.mlp"), "memory_config": MemoryConfig(weight=1.0)}
     options |= {"max_new_tokens": 6, "do_sample": False}
     pipe = pipeline("text-generation", model=model, tokenizer=model.tokenizer)
+    assert errors == []  # the class is known to be a language model
     (answer,) = pipe("who?", return_tensors=True, **options)
     row = model.generate(**model.tokenizer("who?", return_tensors="pt"), **options)
     assert answer["generated_token_ids"] == row[0].tolist()

@@ -6,7 +6,7 @@ import torch
 from modeling_cosup import CoSupForCausalLM
 from support.models import make_model
 from support.training import arguments, world
-from trainer import CoSupTrainer
+from trainer import CoSupTrainer, model_setup
 from trainer.model_setup import wrap_in_peft
 
 peft = pytest.importorskip("peft", reason="needs peft")
@@ -120,3 +120,14 @@ def test_other_adapters_of_trained_control_tokens_are_taken(tmp_path):
     trainer = CoSupTrainer(model, arguments(tmp_path), train_dataset=rows, peft_config=config)
     with pytest.raises(ValueError, match="is a PeftModel already, and peft_config would wrap it again"):
         CoSupTrainer(trainer.model, arguments(tmp_path), train_dataset=rows, peft_config=config)
+
+
+def test_adapters_of_a_model_in_memory_are_warned_of(tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(model_setup.logger, "warning", messages.append)
+    make_model().save_pretrained(tmp_path / "base")
+    for model in (make_model(), CoSupForCausalLM.from_pretrained(tmp_path / "base")):
+        config = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
+        CoSupTrainer(model, arguments(tmp_path), train_dataset=world(["Ann", "Bob"]), peft_config=config)
+    (message,) = messages
+    assert message.startswith("The model that gets the adapters was built in memory")

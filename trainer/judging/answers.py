@@ -2,7 +2,7 @@
 
 import random
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +15,6 @@ from transformers import PreTrainedTokenizerBase
 from modeling_cosup import Completion, CoSupForCausalLM, Memory, MemoryConfig, RetrievalConfig, Retriever
 from modeling_cosup.encoding_cosup import evaluating
 from modeling_cosup.metadata_cosup import traced_passage
-from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.tokenization_cosup import encode_prompt
 
 from ..questions import answers_to_find, gold_ids
@@ -38,16 +37,8 @@ def embed_queries(model: CoSupForCausalLM, questions: list[dict], batch_size: in
     Returns:
         `torch.FloatTensor` of shape `(len(questions), h)` on the CPU.
     """
-    prompts = [[*_prompt(model, question), model.config.nsp_token_id] for question in questions]
-    embeds = torch.empty(len(prompts), model.config.embedding_size)
-    with evaluating(model), torch.no_grad():
-        for rows, batch in _batches(model, prompts, batch_size, "Embedding questions"):
-            if model.config.query_from == "gen":
-                batch_embeds = model(**batch, return_logits=False, use_cache=False).query_embeds
-            else:
-                batch_embeds = model.encode_queries(**batch)  # an encoder reads the query; Gen need not run
-            embeds[rows] = batch_embeds.float().cpu()
-    return embeds
+    prompts = [[*_prompt(model, question), cast(int, model.config.nsp_token_id)] for question in questions]
+    return model.embed_prompts(prompts, batch_size, show_progress_bar=True)
 
 
 def rank_passages(
@@ -345,20 +336,3 @@ def _prompt(model: CoSupForCausalLM, question: dict) -> list[int]:
 
 def _decode(tokenizer: PreTrainedTokenizerBase, ids: list[int]) -> str:
     return cast(str, tokenizer.decode(ids, skip_special_tokens=True))  # only a batch would give a list of texts
-
-
-def _batches(
-    model: CoSupForCausalLM, prompts: list[list[Any]], batch_size: int, description: str
-) -> Iterator[tuple[list[int], dict[str, torch.Tensor]]]:
-    """
-    Yield the prompts in batches, as `(rows, {"input_ids", "attention_mask"})`.
-
-    Prompts are padded on the left. Those of similar length share a batch, the longest first.
-    """
-    order = sorted(range(len(prompts)), key=lambda row: -len(prompts[row]))
-    with tqdm(total=len(prompts), desc=description, unit="question") as bar:
-        for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            ids, mask = pad_rows([prompts[row] for row in rows], side="left", device=model.device)  # (B, T)
-            yield rows, {"input_ids": ids, "attention_mask": mask}
-            bar.update(len(rows))
