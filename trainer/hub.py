@@ -63,6 +63,7 @@ class HubMixin(TrainerBase):
 
     args: CoSupTrainingArguments
     model: "CoSupForCausalLM | PeftModel"
+    eval_dataset: Any
     train_dataset: "Dataset | IterableDataset | None"
     state: TrainerState
     control: TrainerControl
