@@ -255,8 +255,11 @@ def cache_for(model: Any, settings: DecodingSettings) -> RowCache:
     if not settings.static:
         return RowCache(1, columns, device, limit, max_rows=rows, max_tokens=settings.max_batch_tokens)
     cache: RowCache | None = getattr(model, "_static_row_cache", None)
-    if cache is None or not _fits(cache, rows, columns, device, model.gen.dtype):
-        cache = RowCache(rows, columns, device, limit, static=True, dtype=model.gen.dtype)
+    dtype = model.gen.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    if cache is None or not _fits(cache, rows, columns, device, dtype):
+        cache = RowCache(rows, columns, device, limit, static=True, dtype=dtype)
         model._static_row_cache = cache
     cache.positions.fill_(EMPTY)
     return cache

@@ -19,7 +19,7 @@ from .folders_cosup import DTYPES, Config, FileFacts, put_in_place, read_config,
 from .hub_cosup import make_repo
 from .memory_cosup import MemoryConfig
 from .plain_card_cosup import package_memory_cards, plain_card
-from .shard_build_cosup import begin, collect, finish, unfinished_folder, write_shards
+from .shard_build_cosup import build_of, collect, finish, unfinished_folder, write_shards
 from .token_keys_cosup import document_ids, token_states, window_size
 
 if TYPE_CHECKING:
@@ -189,16 +189,16 @@ class KNNMemory(SearchableKeys):
             "stride": builder.stride,
         }
         bar = tqdm(desc="Storing texts", unit=" texts", disable=not show_progress_bar or process_index > 0)
-        with bar:
-            if save_directory is None:
+        if save_directory is None:
+            with bar:
                 in_memory = [builder.make(shard, bar) for shard in shards]
-                return cls(in_memory, new_config(settings, in_memory, memory_config))
-            save_directory = cls.check_save_directory(save_directory)
-            folder = unfinished_folder(save_directory)
-            begin(folder, settings)
-            num_shards = write_shards(folder, shards, builder, bar, num_processes, process_index)
-        finish(folder, num_shards, settings, num_processes)
-        return cls.merge(save_directory, memory_config) if num_processes == 1 else None
+            return cls(in_memory, new_config(settings, in_memory, memory_config))
+        save_directory = cls.check_save_directory(save_directory)
+        with build_of(save_directory, settings, process_index) as folder:
+            with bar:
+                num_shards = write_shards(folder, shards, builder, bar, num_processes, process_index)
+            finish(folder, num_shards, settings, num_processes)
+            return cls.merge(save_directory, memory_config) if num_processes == 1 else None
 
     @classmethod
     def merge(cls, save_directory: str | os.PathLike[str], memory_config: MemoryConfig | None = None) -> "KNNMemory":

@@ -121,6 +121,7 @@ class FolderStore:
 
         Raises:
             `OSError`: if the folder cannot be written, or `save_directory` exists and holds something else.
+            `ValueError`: if another process has changed this object's own folder since it was loaded.
         """
         save_directory = self.check_save_directory(save_directory)
         prefix = f".{save_directory.name}."
@@ -136,6 +137,7 @@ class FolderStore:
         """Write all files but the config, and return the config."""
         if self.folder is None:
             return self._write_from_memory(folder)
+        self._check_unchanged(self.folder)
         for name in self.config["files"]:
             shutil.copyfile(self.folder / name, folder / name)
             flush(folder / name)

@@ -281,7 +281,7 @@ def check_save_directory(save_directory: str | os.PathLike[str], form: FolderFor
         `OSError`: if the folder cannot be written, is neither empty nor of this format, or also holds other files,
             which would be lost.
     """
-    folder = Path(os.path.abspath(save_directory))  # "." has no name to put a folder next to
+    folder = Path(save_directory).resolve()  # "." has no name to put a folder next to, and a link would be replaced
     if folder.exists():
         entries = list(folder.iterdir())
         if entries and not (folder / form.config_file).exists():

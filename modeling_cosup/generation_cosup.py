@@ -1,6 +1,5 @@
 """generate() with retrieval, and generate_many(): their arguments and outputs, and the way to the decoding loop."""
 
-import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,9 +20,9 @@ from .decoding_cosup import Decoder
 from .files_cosup import digest
 from .memory_cosup import Memory, MemoryConfig, checked_memory_config
 from .outputs_cosup import CoSupGenerateOutput, call_output
-from .queue_cosup import Completion, Queue, read_completions
+from .queue_cosup import Completion, Queue, prompt_keys, read_completions
 from .refusals_cosup import RefusalsMixin, check_configs, check_token_ids, listed_prompts, raise_together, unpadded
-from .retriever_cosup import Retriever, check_retriever
+from .retriever_cosup import Retriever, check_retriever, content_digest
 from .settings_cosup import DecodingSettings, RetrievalConfig, RowSettings
 from .states_cosup import watch
 from .streaming_cosup import RetrievalStreamer, StreamerListener, ending
@@ -179,14 +178,23 @@ class RetrievalGenerationMixin(RefusalsMixin):
         if call is None:
             call = RetrievalCall()
         prepared = self._check_retrieval_arguments(generation_config, kwargs)
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        for limit, name in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            given = [kwargs.get(limit), *(getattr(config, limit) for config in configs)]
+            if any(given) and getattr(prepared, name) is None:
+                raise ValueError(
+                    f"generate_many takes no {limit}, which would count the longest prompt for all: give {name}."
+                )
         if prepared.num_return_sequences not in (None, 1):
             raise ValueError("generate_many answers each prompt once: for num_return_sequences, repeat the prompts.")
         if not prompt_ids and not kwargs.get("synced_gpus"):
             return []
-        settings_hash = self._settings_hash(prepared, call)
+        settings_hash, keys = "", []
         results: dict[int, Completion] = {}
         if output_file is not None:
-            results = read_completions(output_file, prompt_ids, settings_hash)
+            settings_hash = self._settings_hash(prepared, call)
+            keys = prompt_keys(prompt_ids, call.retrieval)
+            results = read_completions(output_file, keys, settings_hash)
         call.max_batch_tokens = max_batch_tokens
         bar_options = {
             "total": len(prompt_ids),
@@ -195,7 +203,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
             "unit": "prompt",
             "disable": not show_progress_bar,
         }
-        queue = Queue(prompt_ids, results, batch_size, output_file, settings_hash, bar_options, on_completion)
+        queue = Queue(prompt_ids, keys, results, batch_size, output_file, settings_hash, bar_options, on_completion)
         call.queue = queue
         # transformers prepares processors and budgets from the shape of this row
         longest = max(map(len, prompt_ids), default=1)
@@ -320,6 +328,8 @@ class RetrievalGenerationMixin(RefusalsMixin):
                     "retrieval_config needs a retriever: generate(..., retriever=index). Without one, it may only"
                     " give the passages or set forbid_nsp=True."
                 )
+            if max_retrievals is not None:
+                raise ValueError("max_retrievals needs a retriever: generate(..., retriever=index).")
             if memory is None:
                 return None
             return RetrievalCall(memory=memory, memory_config=memory_config)
@@ -340,13 +350,12 @@ class RetrievalGenerationMixin(RefusalsMixin):
         """Check the arguments and run transformers' generate(), which prepares inputs and calls `_sample`."""
         prepared = self._check_retrieval_arguments(generation_config, kwargs)
         call.static = prepared.cache_implementation == "static"
+        # the loop has its own cache: transformers gets a placeholder, and must not allocate another
         kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
-        kwargs["past_key_values"] = DynamicCache()  # a placeholder: the loop has its own cache
-        base_config = generation_config or self.generation_config
-        if call.static and base_config.cache_implementation is not None:
-            # the loop has its own static cache: transformers must not allocate one
-            generation_config = copy.deepcopy(base_config)
-            generation_config.cache_implementation = None
+        kwargs["past_key_values"] = DynamicCache()
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        if any(config.cache_implementation is not None for config in configs):
+            kwargs["cache_implementation"] = None
         with maskable_attention(self.gen):
             # GenerationMixin's
             output = super().generate(inputs, generation_config, retrieval_call=call, **kwargs)  # type: ignore[misc]
@@ -358,7 +367,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         """Return a hash of configs, index, memory and model name; Gen's weights and processors are not included."""
         retrieval = vars(call.retrieval).copy()
         del retrieval["candidates"], retrieval["passages"]
-        index = None if call.retriever is None else call.retriever.fingerprint
+        index = None if call.retriever is None else content_digest(call.retriever)
         memory = None
         if call.memory is not None and call.memory_config is not None:
             memory = [call.memory.fingerprint, call.memory_config.to_dict()]

@@ -35,6 +35,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "*.model",
     "*.jinja",
+    "additional_chat_templates/*.jinja",
 )
 # Files of a checkpoint. Nothing else in its folder is uploaded: no resume states, no arguments, no data.
 # `*` does not match a slash.
@@ -58,6 +59,8 @@ REPLACED_FILES = (
     "model.safetensors.index.json",
     "*_cosup.py",
     f"{EMB_SEQ_TOKENIZER_FOLDER}/*",
+    f"{EMB_SEQ_TOKENIZER_FOLDER}/additional_chat_templates/*",
+    "additional_chat_templates/*.jinja",
     CURVES_FILE,
     FACTS_FILE,
 )

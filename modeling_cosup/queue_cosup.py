@@ -11,7 +11,10 @@ from typing import Any, TextIO
 
 from .files_cosup import digest
 from .memory_cosup import TokenNeighbors
+from .settings_cosup import RetrievalConfig
 from .trace_cosup import Retrieval, Row, cited_text, written_text
+
+BEGINNING = b'{"index": '  # of each line of an output file
 
 
 @dataclass
@@ -46,6 +49,7 @@ class Queue:
 
     Args:
         prompts (`list[list[int]]`): token ids.
+        keys (`list[str]`): hashes of the prompts and what is given for each, see [`prompt_keys`].
         results (`dict[int, Completion]`): answers by the number of their prompt; at first those in `output_file`.
         batch_size (`int`): the most rows at a time.
         output_file (`str` or `Path`, *optional*): each answer is appended to it.
@@ -55,6 +59,7 @@ class Queue:
     """
 
     prompts: list[list[int]]
+    keys: list[str]
     results: dict[int, Completion]
     batch_size: int
     output_file: str | Path | None
@@ -97,7 +102,7 @@ class Queue:
         self.results[row.number] = completion
         if file is not None:
             line = asdict(completion)
-            line["prompt"] = digest(row.prompt)
+            line["prompt"] = self.keys[row.number]
             line["settings"] = self.settings_hash
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
             file.flush()
@@ -108,19 +113,31 @@ class Queue:
         bar.update(1)
 
 
-def read_completions(path: str | Path, prompts: list[list[int]], settings_hash: str) -> dict[int, Completion]:
+def prompt_keys(prompts: list[list[int]], retrieval: RetrievalConfig) -> list[str]:
+    """Return a hash of each prompt and of the candidates or passages that are given for it."""
+    keys = []
+    for number, prompt in enumerate(prompts):
+        given = []
+        for entries in (retrieval.candidates, retrieval.passages):
+            given.append(entries[number] if entries is not None and number < len(entries) else None)
+        keys.append(digest(prompt) if all(entry is None for entry in given) else digest([prompt, *given]))
+    return keys
+
+
+def read_completions(path: str | Path, keys: list[str], settings_hash: str) -> dict[int, Completion]:
     """
     Return the answers in the output file of an interrupted call, after removing a last line that was cut off.
 
     Args:
         path (`str` or `Path`): the output file; it need not exist.
-        prompts (`list[list[int]]`), settings_hash (`str`): of this call; all answers must belong to them.
+        keys (`list[str]`), settings_hash (`str`): of the prompts and settings of this call, to which all answers must
+            belong.
 
     Returns:
         `dict[int, Completion]`: answers by the number of their prompt.
 
     Raises:
-        `ValueError`: names a line that is not an answer to these prompts with these settings.
+        `ValueError`: names a line that is not an answer to these prompts with these settings. The file stays as it is.
     """
     if not os.path.exists(path):
         return {}
@@ -128,12 +145,14 @@ def read_completions(path: str | Path, prompts: list[list[int]], settings_hash: 
     complete_bytes = 0
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
             if not line.endswith(b"\n"):
+                if not line.startswith(BEGINNING[: len(line)]):
+                    raise ValueError(f"{where}: not an answer of generate_many; choose another file.")
                 break
             complete_bytes += len(line)
-            where = f"{path}, line {number}"
             try:
-                completion = _read_completion(line, where, prompts, settings_hash)
+                completion = _read_completion(line, where, keys, settings_hash)
             except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
                 problem = f"not an answer of generate_many to these prompts ({error!r})"
                 raise ValueError(f"{where}: {problem}; choose another file.") from error
@@ -142,11 +161,11 @@ def read_completions(path: str | Path, prompts: list[list[int]], settings_hash: 
     return completions
 
 
-def _read_completion(line: bytes, where: str, prompts: list[list[int]], settings_hash: str) -> Completion:
+def _read_completion(line: bytes, where: str, keys: list[str], settings_hash: str) -> Completion:
     stored = json.loads(line)
     index = stored["index"]
-    if stored["prompt"] != digest(prompts[index]):
-        problem = f"an answer to another prompt than number {index} of this call"
+    if stored["prompt"] != keys[index]:
+        problem = f"an answer to another prompt than number {index} of this call, or with other passages or candidates"
         raise ValueError(f"{where}: {problem}; choose another output_file.")
     if stored["settings"] != settings_hash:
         problem = "an answer of another model or index, or with other settings"

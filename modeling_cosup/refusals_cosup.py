@@ -59,6 +59,9 @@ class RefusalsMixin:
                 "prefill_chunk_size and cache_config are not available with a retriever or a memory: prompts are read "
                 "whole, into the loop's own cache."
             )
+        for name, neutral in (("encoder_repetition_penalty", 1.0), ("encoder_no_repeat_ngram_size", 0)):
+            if getattr(prepared, name) not in (None, neutral):
+                raise ValueError(f"{name} is for encoder-decoder models: Gen has no encoder input.")
         for name in ("output_scores", "output_logits", "output_attentions", "output_hidden_states"):
             if getattr(prepared, name):
                 reason = "passages are not forwarded step by step"

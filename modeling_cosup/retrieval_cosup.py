@@ -22,7 +22,7 @@ from .index_searchable_cosup import SearchableStore
 from .index_store_cosup import map_id_table, new_config
 from .plain_card_cosup import package_cards, plain_card
 from .retriever_cosup import CoSupModel, check_fingerprint
-from .shard_build_cosup import begin, collect, finish, unfinished_folder, write_new_shard, write_shards
+from .shard_build_cosup import build_of, collect, finish, unfinished_folder, write_new_shard, write_shards
 from .tokenization_cosup import encode_passages_for_gen, special_ids
 
 try:
@@ -128,23 +128,24 @@ class PassageIndex(SearchableStore):
             "dtype": dtype,
             "shard_size": shard_size,
         }
-        if save_directory is not None:
-            save_directory = cls.check_save_directory(save_directory)
-            begin(unfinished_folder(save_directory), settings)
         show_progress_bar = show_progress_bar and process_index == 0
-        total, shards = read_shards(passages, shard_size, show_progress_bar, special_text_check(model))
-        if total is not None:
-            first_rows = range(process_index * shard_size, total, num_processes * shard_size)
-            total = sum(min(shard_size, total - first_row) for first_row in first_rows)  # of this process
-        with _embedding_bar(total, show_progress_bar) as bar, evaluating(model):
-            if save_directory is None:
+        check = special_text_check(model)
+        if save_directory is None:
+            total, shards = read_shards(passages, shard_size, show_progress_bar, check)
+            with _embedding_bar(total, show_progress_bar) as bar, evaluating(model):
                 in_memory = [builder.make(shard, bar) for shard in shards]
-                report_cut(builder.num_cut, model.config.max_passage_length)
-                return cls(in_memory, new_config(settings, in_memory))
-            folder = unfinished_folder(save_directory)
-            num_shards = write_shards(folder, shards, builder, bar, num_processes, process_index)
-        finish(folder, num_shards, settings, num_processes)
-        return cls.merge(save_directory) if num_processes == 1 else None
+            report_cut(builder.num_cut, model.config.max_passage_length)
+            return cls(in_memory, new_config(settings, in_memory))
+        save_directory = cls.check_save_directory(save_directory)
+        with build_of(save_directory, settings, process_index) as folder:
+            total, shards = read_shards(passages, shard_size, show_progress_bar, check)
+            if total is not None:
+                first_rows = range(process_index * shard_size, total, num_processes * shard_size)
+                total = sum(min(shard_size, total - first_row) for first_row in first_rows)  # of this process
+            with _embedding_bar(total, show_progress_bar) as bar, evaluating(model):
+                num_shards = write_shards(folder, shards, builder, bar, num_processes, process_index)
+            finish(folder, num_shards, settings, num_processes)
+            return cls.merge(save_directory) if num_processes == 1 else None
 
     @classmethod
     def merge(cls, save_directory: str | os.PathLike[str]) -> "PassageIndex":

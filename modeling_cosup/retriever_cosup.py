@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from .configuration_cosup import EARLIER_EMBEDDING_SETTINGS
+from .files_cosup import digest
 
 GENERATE_USES = ("fingerprint", "search", "get_passages", "rows_of", "check_model")  # members of Retriever
 
@@ -113,6 +114,19 @@ def check_retriever(retriever: object) -> None:
     if missing:
         kind = type(retriever).__name__
         raise TypeError(f"retriever is a {kind}, which has no {', no '.join(missing)}: see Retriever in {__name__}.")
+
+
+def content_digest(index: Retriever) -> str:
+    """
+    Return a hash that differs for indexes of another model, of other passages or with another search.
+
+    Of an index in a folder, the checksums of its files and the deleted rows count; of a Milvus collection, its
+    properties. Of any other index, only its fingerprint and length are known.
+    """
+    config = getattr(index, "config", None) or {}
+    content = {name: config.get(name) for name in ("files", "deleted", "approximate")}
+    length = len(index) if hasattr(index, "__len__") else None  # generate() does not need it
+    return digest([index.fingerprint, length, content, getattr(index, "_properties", None)])
 
 
 def check_fingerprint(fingerprint: dict[str, Any], model: CoSupModel) -> None:

@@ -1,5 +1,7 @@
 """Logits processors and stopping criteria for rows that differ in length and settings, and have changed places."""
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -173,8 +175,10 @@ class RowScores:
             if not group.decision.criteria:
                 continue
             history = self._history(group, tokens)
-            verdicts = [criterion(history, None) for criterion in group.decision.criteria]
-            verdict = self._to_slots(torch.stack(verdicts).any(0))
+            verdict = torch.zeros(len(history), dtype=torch.bool, device=history.device)
+            for criterion in group.decision.criteria:
+                verdict = verdict | criterion(history, None)  # a tensor, or one bool for all
+            verdict = self._to_slots(verdict)
             if group.slots_on_device is None:
                 stopped = verdict
             else:
@@ -228,12 +232,22 @@ class RowScores:
                 continue
             if history is None:
                 history = self._history(group)
-            prompt_ignore_length = getattr(processor, "prompt_ignore_length", None)
-            if isinstance(prompt_ignore_length, torch.Tensor):  # the padding before each row
-                lengths = self._to_batch(group.of(self.slots.lengths()))
-                processor.prompt_ignore_length = history.shape[1] - lengths
-            scores = self._to_slots(processor(history, self._to_batch(scores)))
+            with self._leaving_out_padding(processor, group, history):
+                scores = self._to_slots(processor(history, self._to_batch(scores)))
         return scores
+
+    @contextlib.contextmanager
+    def _leaving_out_padding(self, processor: LogitsProcessor, group: _Group, history: torch.Tensor) -> Iterator[None]:
+        """Let a repetition penalty leave out the padding before each row; a number that a caller chose stays."""
+        ignored = getattr(processor, "prompt_ignore_length", 0)
+        if ignored is not None and not isinstance(ignored, torch.Tensor):
+            yield
+            return
+        processor.prompt_ignore_length = history.shape[1] - self._to_batch(group.of(self.slots.lengths()))
+        try:
+            yield
+        finally:
+            processor.prompt_ignore_length = ignored
 
     def _process_by_count(self, processor: LogitsProcessor, group: _Group, scores: torch.Tensor) -> None:
         """Run a processor that depends only on the length of a row on `scores` `(R, V)`, in place."""

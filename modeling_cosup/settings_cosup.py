@@ -69,6 +69,8 @@ class RetrievalConfig:
                 raise ValueError(f"RetrievalConfig.{name} is {entries!r}, expected a list for each prompt, or None.")
         if self.force_nsp_first and self.forbid_nsp:
             raise ValueError("RetrievalConfig: force_nsp_first and forbid_nsp exclude each other.")
+        if self.force_nsp_first and limit == 0:
+            raise ValueError("RetrievalConfig: force_nsp_first and max_retrievals=0 exclude each other.")
         if self.candidates is not None and self.passages is not None:
             raise ValueError(
                 "RetrievalConfig: candidates are searched, passages are given without a search; set one of them."

@@ -6,8 +6,9 @@ complete once its marker `shard-00000.json` has been renamed into place. A kille
 shards.
 """
 
+import contextlib
 import errno
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
 
@@ -15,7 +16,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .configuration_cosup import EARLIER_EMBEDDING_SETTINGS
-from .files_cosup import digest, digest_all, digest_file, read_json, write_json
+from .files_cosup import digest, digest_all, digest_file, locked, read_json, write_json
 from .folders_cosup import FileFacts, seal
 
 logger = logging.get_logger(__name__)
@@ -48,6 +49,27 @@ class Builder(Protocol):
 def unfinished_folder(save_directory: Path) -> Path:
     """Return the folder of a build: next to the final one, so that a second call finds it."""
     return save_directory.with_name(f".{save_directory.name}.unfinished")
+
+
+@contextlib.contextmanager
+def build_of(save_directory: Path, settings: Settings, process_index: int = 0) -> Iterator[Path]:
+    """
+    Begin or resume a build, and keep out other processes of the same number, which would write the same files.
+
+    Yields:
+        `Path`: the folder of the build.
+
+    Raises:
+        `ValueError`: if another process works on it, or as [`begin`].
+    """
+    folder = unfinished_folder(save_directory)
+    lock = save_directory.with_name(f".{save_directory.name}.lock-{process_index}")
+    with locked(lock, f"{save_directory} is being built by another process: wait for it, or name another folder."):
+        try:
+            begin(folder, settings)
+            yield folder
+        finally:
+            lock.unlink(missing_ok=True)
 
 
 def begin(folder: Path, settings: Settings) -> None:

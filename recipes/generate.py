@@ -15,7 +15,7 @@ from typing import Literal
 
 from shared.cli import clear_errors, parse
 
-from shared.indexes import INDEX_HELP, INDEX_URI_HELP, check_index_options, open_index
+from shared.indexes import FAISS_HELP, INDEX_HELP, INDEX_URI_HELP, check_index_options, open_index
 from shared.memory_options import MemoryOptions, open_memory
 
 
@@ -34,6 +34,7 @@ class GenerateArguments:
     model: str = field(metadata={"local_or_hub": True, "help": "name or path of a CoSup checkpoint"})
     index: str | None = field(default=None, metadata={"help": f"{INDEX_HELP}; without it nothing is retrieved"})
     index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
+    allow_faiss_files: bool = field(default=False, metadata={"help": FAISS_HELP, "flag": True})
     file: str | None = field(default=None, metadata={"help": "text file with one question per line"})
     instruction: str = field(default="", metadata={"help": "the task's instruction, as in training"})
     batch_size: int = field(default=8, metadata={"help": "questions per batch"})
@@ -62,6 +63,12 @@ class GenerateArguments:
     )
 
 
+RETRIEVAL_OPTIONS = (
+    *("allow_faiss_files", "max_retrievals", "passages_per_nsp", "min_score", "force_nsp_first", "forbid_nsp"),
+    *("no_repeat_passages", "forget_passages"),
+)
+
+
 def main() -> None:
     """Read the options and answer the questions."""
     args, memory_options = parse([GenerateArguments, MemoryOptions], __doc__)
@@ -71,6 +78,7 @@ def main() -> None:
 
 def answer(args: GenerateArguments, memory_options: MemoryOptions) -> None:
     """Answer questions from the command line, a file or stdin, and print the answers."""
+    check_options(args)
     questions = read_questions(args)
     check_index_options(args.index, args.index_uri)
     if not questions:
@@ -85,7 +93,8 @@ def answer(args: GenerateArguments, memory_options: MemoryOptions) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load_emb_seq = CoSupConfig.from_pretrained(args.model).query_from != "gen"  # otherwise generation needs only Gen
     model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq).to(device)
-    index = open_index(model, args.index, args.index_uri)
+    index_options = {"allow_faiss_files": True} if args.allow_faiss_files else {}
+    index = open_index(model, args.index, args.index_uri, **index_options)
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
     options |= open_memory(model, memory_options)
     if index is not None:
@@ -115,6 +124,24 @@ def answer(args: GenerateArguments, memory_options: MemoryOptions) -> None:
     )
     for question, result in zip(questions, answers, strict=True):
         print(f"Q  {question}\nA  {result.cited_text}\n")
+
+
+def check_options(args: GenerateArguments) -> None:
+    """
+    Check that every option that was given has an effect.
+
+    Raises:
+        `ValueError`: names two options of which one would be ignored.
+    """
+    if args.stream and args.output_file:
+        raise ValueError("--stream prints answers while they are written, and --output_file keeps them: give one.")
+    if args.questions and args.file:
+        raise ValueError("Questions on the command line and --file: give one.")
+    if args.index is not None:
+        return
+    for name in RETRIEVAL_OPTIONS:
+        if getattr(args, name) != GenerateArguments.__dataclass_fields__[name].default:
+            raise ValueError(f"--{name} without --index: nothing is retrieved.")
 
 
 def read_questions(args: GenerateArguments) -> list[str]:

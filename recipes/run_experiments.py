@@ -183,7 +183,7 @@ def complete(options: dict[str, Any], seed: int, world: dict[str, str]) -> dict[
     corpus_file = options.get("corpus_file")
     left_out = set(NOT_OPTIONS)
     if "{arm:" in str(options.get("model_name_or_path")):
-        left_out.update(MODEL_OPTIONS)  # of base: the other arm has built the model
+        left_out.update(MODEL_OPTIONS, ("gen", "emb_seq", "query_encoder"))  # of base: the other arm has them
     options = {name: value for name, value in options.items() if name not in left_out}
     from_world: set[str] = set()
     if not _has_gen(options):

@@ -128,9 +128,9 @@ def load_served_model(args: ServeArguments, memory_options: MemoryOptions) -> Se
 
 
 def index_options(args: ServeArguments) -> dict[str, Any]:
-    """Return the options of a collection in Milvus. A search must fail soon, because running answers wait for it."""
+    """Return the options of the index. A search in Milvus must fail soon, because running answers wait for it."""
     if args.index_uri is None:
-        return {}
+        return {"allow_faiss_files": args.allow_faiss_files}
     return {"timeout": args.index_timeout, "max_retries": 1}
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex, Retriever
-from modeling_cosup.files_cosup import digest
 from modeling_cosup.passages_cosup import (
     can_be_read_twice,
     checked_passages,
@@ -20,6 +19,7 @@ from modeling_cosup.passages_cosup import (
     read_corpus,
 )
 from modeling_cosup.retrieval_cosup import special_text_check
+from modeling_cosup.retriever_cosup import content_digest
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 
 from .data import checked_candidates
@@ -70,7 +70,7 @@ def read_candidates_corpus(
     if isinstance(source, Retriever):
         source.rows_of(named)
         _check_gold_of_index(source, model, gold)
-        return CandidateCorpus(source, len(source), digest([source.fingerprint, len(source)]))
+        return CandidateCorpus(source, len(source), content_digest(source))
     if not can_be_read_twice(source):
         raise ValueError(
             f"corpus is a {type(source).__name__}, which can be read only once: give a list, a dataset or a file."
@@ -80,7 +80,7 @@ def read_candidates_corpus(
     missing = dict(named)
     check = special_text_check(model)
     for where, passage in checked_passages(read_corpus(source), check):
-        total.update("\0".join((*passage.values(), "")).encode())
+        total.update("\0".join((passage["id"], passage["title"], passage["text"], "")).encode())
         hashes.append(hash_id(passage["id"]))
         missing.pop(passage["id"], None)
         if passage["id"] in gold:

@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shared.indexes import INDEX_HELP, INDEX_URI_HELP
+from shared.indexes import FAISS_HELP, INDEX_HELP, INDEX_URI_HELP
 
 ENGINES = ("embedded", "vllm")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -17,6 +17,7 @@ class ServeArguments:
     model: str = field(metadata={"local_or_hub": True, "help": "name or path of a CoSup checkpoint"})
     index: str | None = field(default=None, metadata={"help": f"{INDEX_HELP}; without it nothing is retrieved"})
     index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
+    allow_faiss_files: bool = field(default=False, metadata={"help": FAISS_HELP, "flag": True})
     index_timeout: float = field(
         default=5.0,
         metadata={"help": "seconds that a search in Milvus may take; it is sent twice, and then its request fails"},

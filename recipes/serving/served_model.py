@@ -107,6 +107,8 @@ class ServedModel:
     def _decoding_settings(self) -> DecodingSettings:
         """Return the settings of the loop: those of generate(), for rows of any settings that come and go."""
         parts = {"retriever": self.index, "memory": self.memory, "memory_config": self.memory_config}
+        # rows come and go, whatever cache the checkpoint's generation config names
+        parts["cache_implementation"] = None
         settings, _ = self.model.prepare_decoding(1, do_sample=False, max_new_tokens=1, **parts)
         nsp, ce = self.config.nsp_token_id, self.config.ce_token_id
         return replace(

@@ -25,8 +25,10 @@ COSINE_TOLERANCE = 0.002  # between a stored embedding and the server's: half pr
 WITHOUT_EQUIVALENT = (
     *("bad_words_ids", "begin_suppress_tokens", "exponential_decay_length_penalty", "forced_bos_token_id"),
     *("forced_eos_token_id", "max_time", "min_length", "min_new_tokens", "no_repeat_ngram_size", "sequence_bias"),
-    *("stop_strings", "watermarking_config"),
+    *("stop_strings", "watermarking_config", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"),
+    *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
 )
+NEUTRAL = {"typical_p": 1.0, "encoder_repetition_penalty": 1.0}  # values that change nothing, other than 0
 
 
 # ---------------------------------------------------------------------- settings
@@ -43,7 +45,7 @@ def check_generation_config(model: CoSupForCausalLM) -> tuple[frozenset[int], di
     control_ids = {config.nsp_token_id, config.cs_token_id}
     for name in WITHOUT_EQUIVALENT:
         value = getattr(generation, name, None)
-        if value:
+        if value and value != NEUTRAL.get(name):
             raise ValueError(f"generation_config.json: {name}={value!r} is not available with vLLM.")
     if not set(generation.suppress_tokens or ()) <= control_ids:
         raise ValueError(
@@ -58,7 +60,7 @@ def check_generation_config(model: CoSupForCausalLM) -> tuple[frozenset[int], di
     settings = {
         "ignore_eos": True,  # the ends are stop tokens: vLLM's own choice may differ
         "top_k": 0,
-        "min_p": 0.0,
+        "min_p": generation.min_p or 0.0,
         "repetition_penalty": generation.repetition_penalty or 1.0,
     }
     return frozenset(ends), settings

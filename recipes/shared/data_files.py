@@ -9,8 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from modeling_cosup.corpus_cosup import COLUMNS, read_files
 from modeling_cosup.files_cosup import byte_lines, read_json
-from modeling_cosup.passages_cosup import check_id, check_title_and_text, read_corpus
+from modeling_cosup.metadata_cosup import check_metadata
+from modeling_cosup.passages_cosup import check_id, check_title_and_text
 
 INSTRUCTIONS = Path(__file__).with_name("instructions.json")
 TSV_ENDINGS = (".tsv", ".tsv.gz")
@@ -108,8 +110,8 @@ def read_passages(source: str | Path | Iterable[tuple[str, dict[str, Any]]]) -> 
         source (`str`, `Path` or iterable of `(str, dict)`): a file, or its lines with their places.
 
     Yields:
-        `(str, dict)`: the place and `{"id", "title", "text"}`, plus `wikipedia_id`, `start_paragraph_id` and
-            `end_paragraph_id` if the line has them.
+        `(str, dict)`: the place and `{"id", "title", "text"}`, plus `metadata`, `wikipedia_id`, `start_paragraph_id`
+            and `end_paragraph_id` if the line has them.
 
     Raises:
         `ValueError`: names file and line, the field, what was found and what was expected.
@@ -118,11 +120,14 @@ def read_passages(source: str | Path | Iterable[tuple[str, dict[str, Any]]]) -> 
         if str(source).endswith(TSV_ENDINGS):
             source = read_tsv(source, ["id", "text", "title"])
         else:
-            source = read_corpus(str(source))
+            source = read_files([source], (*COLUMNS, "_id", *WIKIPEDIA_FIELDS))
     for where, line in source:
         passage = {"id": check_id(line.get("id", line.get("_id")), where), **check_title_and_text(line, where)}
+        metadata = check_metadata(line.get("metadata"), where)
+        if metadata is not None:
+            passage["metadata"] = metadata
         for name in WIKIPEDIA_FIELDS:
-            if name in line:
+            if line.get(name) is not None:
                 passage[name] = line[name]
         yield where, passage
 

@@ -123,6 +123,8 @@ def open_text(path: Path) -> tuple[TextIO, str]:
         sample = file.read(SAMPLE_BYTES)
         if not sample:
             raise DocumentError("it is empty")
+        if sample.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # the first begins as that of UTF-16 does
+            return path.open(encoding="utf-32"), ""
         if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return path.open(encoding="utf-16"), ""
         if b"\0" in sample:

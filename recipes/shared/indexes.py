@@ -19,6 +19,8 @@ INDEX_URI_HELP = (
     "MILVUS_TOKEN"
 )
 
+FAISS_HELP = "let FAISS read the file of an approximate index in a folder; do so only if you trust its maker"
+
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
 

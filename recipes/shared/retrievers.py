@@ -9,6 +9,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from tqdm import tqdm
 from transformers import PretrainedConfig
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM, PassageIndex
-from modeling_cosup.files_cosup import digest, digest_all, replacing_file
+from modeling_cosup.files_cosup import digest, digest_all, locked, replacing_file
 from modeling_cosup.folders_cosup import read_tensors, write_tensors
 from modeling_cosup.index_search_cosup import DeviceSearch, ExactSearch
 from modeling_cosup.passages_cosup import checked_passages, read_corpus
@@ -72,11 +73,13 @@ class CoSupRetriever:
             return self.model.build_index(corpus_file, batch_size=self.batch_size)
         corpus_digest = digest_all(passage for _, passage in checked_passages(read_corpus(corpus_file)))
         folder = Path(index_dir) / digest([corpus_digest, self.model.fingerprint()])[:16]
-        if folder.is_dir():
-            print(f"Loading the index of this corpus by this model from {folder}", flush=True)
-            return self.model.load_index(str(folder), search="exact")
         folder.parent.mkdir(parents=True, exist_ok=True)
-        return self.model.build_index(corpus_file, save_directory=folder, batch_size=self.batch_size)
+        busy = f"{folder}: another process embeds this corpus; waiting"
+        with locked(folder.with_name(f".{folder.name}.lock"), busy, on_wait=partial(print, flush=True)):
+            if folder.is_dir():
+                print(f"Loading the index of this corpus by this model from {folder}", flush=True)
+                return self.model.load_index(str(folder), search="exact")
+            return self.model.build_index(corpus_file, save_directory=folder, batch_size=self.batch_size)
 
     def __len__(self) -> int:
         return len(self.index)

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LogitsProcessorList, TextStreamer
+from transformers import LogitsProcessorList, StoppingCriteriaList, TextStreamer
+from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from modeling_cosup import Completion, RetrievalConfig, RetrievalError, decoding_cosup, room_cosup
 from modeling_cosup.cache_cosup import rounded
 from modeling_cosup.tokenization_cosup import encode_prompt
 from support.forks import run_forked
 from support.generation import BreakingIndex, Steer, left_pad, real_tokens
+from support.models import PASSAGES, make_model, make_tokenizer
 
 WORDS = ["who", "painted", "the Night Watch", "in Amsterdam", "Curie"]
 WORDS += ["radium", "when", "was it", "Warsaw", "a physicist"]
@@ -210,6 +212,9 @@ def test_prompts_and_options_that_are_refused(model, index, options):
     for name, value in {"batch_size": 0, "max_batch_tokens": -1}.items():
         with pytest.raises(ValueError, match=f"{name} is {value}, expected at least 1"):
             model.generate_many([[5]], retriever=index, **options, **{name: value})
+    for settings in ({"max_length": 30, "max_new_tokens": None}, {"min_length": 20}):
+        with pytest.raises(ValueError, match=f"takes no {next(iter(settings))}, which would count the longest prompt"):
+            model.generate_many([[5]], retriever=index, **{**options, **settings})
     for name in ("input_ids", "attention_mask"):
         with pytest.raises(ValueError, match=f"generate_many takes no {name}"):
             model.generate_many([[5]], retriever=index, **options, **{name: torch.ones(1, 1)})
@@ -245,6 +250,34 @@ def test_the_output_of_a_tokenizer_is_taken_whole_and_without_padding(model, ind
         assert model.generate_many(encoding, retriever=index, **options) == expected
     without_padding = model.tokenizer(texts, return_attention_mask=False)
     assert model.generate_many(without_padding, retriever=index, **options) == expected
+
+
+class Favour:
+    """Favours the end, then another token, then all others."""
+
+    def __init__(self, end):
+        self.end = end
+
+    def __call__(self, ids, scores):
+        scores = torch.full_like(scores, -10.0)
+        scores[:, [20, self.end]] = torch.tensor([8.0, 10.0])
+        return scores
+
+
+def test_a_repetition_penalty_does_not_see_the_padding_of_shorter_rows():
+    tokenizer = make_tokenizer(pad=None)  # rows are padded with the token that ends them
+    model = make_model(tokenizer=tokenizer).eval()
+    processors = LogitsProcessorList([Favour(tokenizer.eos_token_id), RepetitionPenaltyLogitsProcessor(2.0)])
+    prompts = [[5, 6, 7], list(range(8, 20))]
+    together = model.generate_many(prompts, max_new_tokens=4, logits_processor=processors, show_progress_bar=False)
+    assert processors[1].prompt_ignore_length is None  # as it was given
+    assert [answer.token_ids for answer in together] == [[tokenizer.eos_token_id]] * 2
+
+
+def test_a_stopping_criterion_may_return_one_bool(model, index, prompts, options):
+    never = StoppingCriteriaList([lambda ids, scores, **kwargs: False])
+    expected = model.generate_many(prompts[:3], retriever=index, **options)
+    assert model.generate_many(prompts[:3], retriever=index, stopping_criteria=never, **options) == expected
 
 
 # ------------------------------------------------------------------ the output file
@@ -284,7 +317,8 @@ def test_an_interrupted_call_can_be_resumed(model, index, prompts, options, tmp_
     assert 0 < len(lines) < 17
     with path.open("a", encoding="utf-8") as file:
         file.write(lines[0][: len(lines[0]) // 2])  # as if it was killed in the middle of a write
-    completions = model.generate_many(prompts, retriever=index, batch_size=3, output_file=path, **options)
+    repaired = BreakingIndex(index, failing_search=-1)
+    completions = model.generate_many(prompts, retriever=repaired, batch_size=3, output_file=path, **options)
     assert [completion.token_ids for completion in completions] == [answer.token_ids for answer in expected]
     assert path.read_text(encoding="utf-8").splitlines()[: len(lines)] == lines
 
@@ -305,7 +339,24 @@ def test_an_output_file_of_other_prompts_is_refused(model, index, prompts, optio
     for other in other_settings:
         with pytest.raises(ValueError, match="line 1: an answer of another model or index, or with other settings"):
             model.generate_many(prompts[:2], **{**same, **other})
+    for given in ({"passages": [["p1"]] * 2}, {"candidates": [["p1"], None]}):
+        other = {"retrieval_config": RetrievalConfig(**given)}
+        with pytest.raises(ValueError, match="line [12]: an answer to another prompt .* or with other passages"):
+            model.generate_many(prompts[:2], **{**same, **other})
+    of_index = {**same, "output_file": tmp_path / "of an index.jsonl"}
+    for passages in (PASSAGES, [*PASSAGES[1:], PASSAGES[0]]):  # as many, in another order
+        model.build_index(passages, save_directory=tmp_path / "index", show_progress_bar=False)
+        of_index["retriever"] = model.load_index(tmp_path / "index")
+        if passages is PASSAGES:
+            model.generate_many(prompts[:2], **of_index)
+    with pytest.raises(ValueError, match="line 1: an answer of another model or index"):
+        model.generate_many(prompts[:2], **of_index)
     assert path.read_bytes() == before
+    foreign = tmp_path / "results.json"
+    foreign.write_text('{"accuracy": 1}')
+    with pytest.raises(ValueError, match="line 1: not an answer of generate_many; choose another file"):
+        model.generate_many(prompts, retriever=index, output_file=foreign, **options)
+    assert foreign.read_text() == '{"accuracy": 1}'
     path.write_bytes(before + b"{}\n")
     with pytest.raises(ValueError, match="line 3: not an answer"):
         model.generate_many(prompts, retriever=index, output_file=path, **options)

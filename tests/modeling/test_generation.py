@@ -407,6 +407,23 @@ def test_a_static_cache_gives_the_same_tokens(model, inputs, index, steer):
             assert passage_ids == [retrieval.passage_id for retrieval in expected_trace]
 
 
+@pytest.mark.parametrize("kind", ["static", "dynamic"])
+def test_the_models_own_config_may_name_a_cache(model, inputs, index, steer, monkeypatch, kind):
+    expected = generate(model, inputs, index, steer)
+    monkeypatch.setattr(model.generation_config, "cache_implementation", kind)
+    assert torch.equal(generate(model, inputs, index, steer).sequences, expected.sequences)
+    config = GenerationConfig(cache_implementation="dynamic", pad_token_id=model.tokenizer.pad_token_id)
+    output = generate(model, inputs, index, steer, generation_config=config)
+    assert torch.equal(output.sequences, expected.sequences)
+
+
+def test_a_static_cache_serves_calls_with_and_without_autocast(model, inputs, index):
+    for _ in range(2):
+        with torch.autocast("cpu", torch.bfloat16):
+            generate(model, inputs, index, cache_implementation="static")
+        generate(model, inputs, index, cache_implementation="static")
+
+
 def test_a_static_cache_can_be_released(model, inputs, index):
     generate(model, inputs, index, cache_implementation="static")
     model.release_static_cache()

@@ -24,6 +24,8 @@ from support.models import PASSAGES, make_gen, make_model
         ({"output_hidden_states": True}, "output_hidden_states=True is not available"),
         ({"inputs_embeds": torch.zeros(5, 3, 32)}, "inputs_embeds and guidance_scale are not available"),
         ({"guidance_scale": 2.0}, "inputs_embeds and guidance_scale are not available"),
+        ({"encoder_no_repeat_ngram_size": 2}, "encoder_no_repeat_ngram_size is for encoder-decoder models"),
+        ({"encoder_repetition_penalty": 1.1}, "encoder_repetition_penalty is for encoder-decoder models"),
         ({"prefill_chunk_size": 4}, "prefill_chunk_size and cache_config are not available"),
         ({"assistant_model": make_gen()}, "not in assisted_generation"),
         ({"prompt_lookup_num_tokens": 2}, "not in assisted_generation"),
@@ -149,6 +151,7 @@ def test_architectures_that_are_refused(gen, message):
         ({"passages": [{"text": "x"}]}, "expected a list for each prompt"),
         ({"candidates": "p0"}, "candidates is 'p0', expected a list for each prompt"),
         ({"force_nsp_first": True, "forbid_nsp": True}, "exclude each other"),
+        ({"force_nsp_first": True, "max_retrievals": 0}, "force_nsp_first and max_retrievals=0 exclude each other"),
         ({"candidates": [], "passages": []}, "set one of them"),
         ({"forget_passages": "yes"}, "'recompute' or 'mask'"),
     ],
@@ -170,6 +173,8 @@ def test_candidates_and_passages_must_fit(model, inputs, index):
             generate(model, inputs, index, retrieval_config=RetrievalConfig(**settings))
     with pytest.raises(ValueError, match="retrieval_config needs a retriever"):
         generate(model, inputs, None, retrieval_config=RetrievalConfig(top_k=2))
+    with pytest.raises(ValueError, match="max_retrievals needs a retriever"):
+        generate(model, inputs, None, max_retrievals=2)
     with pytest.raises(TypeError, match=r"pass retrieval_config=RetrievalConfig\(min_score=...\)"):
         generate(model, inputs, index, min_score=0.5)
     with pytest.raises(TypeError, match="forbid_nsp is a field of RetrievalConfig"):

@@ -1,5 +1,6 @@
 """The tasks of an evaluation: their options, their questions with pools of candidates, and their indexes."""
 
+import contextlib
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -7,14 +8,19 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import logging
+
 from modeling_cosup import CoSupForCausalLM, PassageIndex, Retriever
-from modeling_cosup.files_cosup import digest, digest_all, digest_file
+from modeling_cosup.files_cosup import digest, digest_all, digest_file, locked
+from modeling_cosup.retriever_cosup import content_digest
 
 from ..data import load_corpus, load_evaluation_set
 from ..distributed import barrier, rank, world_size
 from ..questions import gold_ids, provenance_unknown
 from .correctness import TEXT_METRICS
 from .figures import SPLITS
+
+logger = logging.get_logger(__name__)
 
 OTHER_COR_METRICS = ("fever_nli", "str_em", "claim_recall")  # next to TEXT_METRICS
 _RESERVED_NAMES = (".", "..", "plots", "indexes")  # "plots" and "indexes" are other folders of a results folder
@@ -211,23 +217,37 @@ def open_index(
     """
     if task.index is not None:
         index = model.load_index(task.index, task.index_uri)
-        return index, digest([index.fingerprint, len(index)])
+        return index, content_digest(index)
     if task.corpus_file is None:
         return None, None
     name = f"{corpus_digest(task.corpus_file)[:16]}-{digest(model.fingerprint())[:16]}"
     folder = Path(index_cache) / name
     if not (folder / "index_config.json").exists():
-        barrier()  # no process may still check for the index while another one builds it
         Path(index_cache).mkdir(parents=True, exist_ok=True)
-        source = task.corpus_file if is_file(task.corpus_file) else load_corpus(task.corpus_file)
-        model.build_index(
-            source, save_directory=folder, batch_size=batch_size, num_processes=world_size(), process_index=rank()
-        )
-        barrier()
-        if world_size() > 1 and rank() == 0:
-            PassageIndex.merge(folder)
-        barrier()
+        with contextlib.ExitStack() as stack:
+            if rank() == 0:  # the other processes of this call wait for it
+                lock = Path(index_cache) / f".{name}.lock"
+                busy = f"{folder}: another evaluation embeds this corpus; waiting"
+                stack.enter_context(locked(lock, busy, on_wait=logger.warning))
+            _embed_corpus(task.corpus_file, model, folder, batch_size)
     return model.load_index(folder), name
+
+
+def _embed_corpus(corpus_file: str, model: CoSupForCausalLM, folder: Path, batch_size: int) -> None:
+    """Build the index of a corpus together with all processes, unless another run has built it."""
+    barrier()
+    is_built = (folder / "index_config.json").exists()
+    barrier()  # no process may still check for the index while another one builds it
+    if is_built:
+        return
+    source = corpus_file if is_file(corpus_file) else load_corpus(corpus_file)
+    model.build_index(
+        source, save_directory=folder, batch_size=batch_size, num_processes=world_size(), process_index=rank()
+    )
+    barrier()
+    if world_size() > 1 and rank() == 0:
+        PassageIndex.merge(folder)
+    barrier()
 
 
 def is_file(name: str) -> bool:
