@@ -33,7 +33,7 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
 
 import yaml
 
-from modeling_cosup.files_cosup import read_json, write_json
+from modeling_cosup.files_cosup import digest, read_json, write_json
 from trainer.reports.experiment import write_experiment_report
 from trainer.reports.experiment_figures import Results
 from trainer.watch import last_complete_checkpoint
@@ -42,8 +42,10 @@ from experiments.definition import (
     NOT_OPTIONS,
     WORLD_FILES,
     Experiment,
+    code_digest,
     evaluation_key,
     key_of,
+    launch_settings,
     load_experiment,
     parse_seeds,
     retrieves_candidates,
@@ -73,13 +75,13 @@ def main() -> None:
             raise ValueError(f"--only {unknown[0]}: the experiment has the arms {', '.join(experiment.arms)}.")
         cache = Path(args.cache_dir or args.output_dir)
         if args.dry_run:
-            show_plan(experiment, cache)
+            show_plan(experiment, cache, launch_settings(args.accelerate_config))
             return
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         notes: list[str] = []
         runs: list[Run] = []
         for seed in experiment.seeds:
-            runs += plan_seed(experiment, seed, cache, notes)
+            runs += plan_seed(experiment, seed, cache, notes, launch_settings(args.accelerate_config))
     for run in runs:
         if args.only and run.arm not in args.only:
             continue
@@ -98,7 +100,9 @@ def main() -> None:
 # ---------------------------------------------------------------------- planning
 
 
-def plan_seed(experiment: Experiment, seed: int, cache: Path, notes: list[str]) -> list[Run]:
+def plan_seed(
+    experiment: Experiment, seed: int, cache: Path, notes: list[str], launched: dict[str, Any] | None = None
+) -> list[Run]:
     """
     Make the world of a seed, if the experiment has one, and return the runs of the seed.
 
@@ -107,6 +111,7 @@ def plan_seed(experiment: Experiment, seed: int, cache: Path, notes: list[str]) 
         seed (`int`): the seed.
         cache (`Path`): the folder that experiments share.
         notes (`list[str]`): receives notes on what is left out.
+        launched (`dict`, *optional*): from [`launch_settings`].
     """
     options = {arm: experiment.options(arm) for arm in experiment.arms}
     folders = {"data": experiment.data} if experiment.data else {}
@@ -128,17 +133,24 @@ def plan_seed(experiment: Experiment, seed: int, cache: Path, notes: list[str]) 
     for arm in experiment.training_order():
         arm_options = complete(fill(options[arm], folders), seed, world)
         start = runs.get(experiment.starting_arm(arm) or "")
-        folder = cache / "models" / training_key(arm_options, start and start.folder.name)
+        folder = cache / "models" / training_key(arm_options, start and start.folder.name, launched)
         evaluation = cache / "evaluations" / evaluation_key(folder.name, entries, experiment.evaluation)
         runs[arm] = Run(arm, seed, arm_options, folder, evaluation, entries, meaning, start)
     return [runs[arm] for arm in experiment.arms]
 
 
-def training_key(options: dict[str, Any], start_key: str | None) -> str:
+def training_key(options: dict[str, Any], start_key: str | None, launched: dict[str, Any] | None = None) -> str:
     """Return the key of a training; `start_key` is that of the training whose model it starts from, if any."""
     if start_key is None:
-        return key_of(options)
-    return key_of({**options, "model_name_or_path": start_key})
+        return key_of(options, launched)
+    return key_of({**options, "model_name_or_path": start_key}, launched)
+
+
+def world_folder(experiment: Experiment, seed: int, cache: Path) -> Path:
+    """Return the folder of the world of a seed: worlds with other options have other folders."""
+    options = [experiment.world_options, experiment.task_options, experiment.model_options]
+    name = f"seed-{seed}-{digest(options)[:8]}" if any(options) else f"seed-{seed}"
+    return cache / "worlds" / name
 
 
 def make_world(
@@ -157,7 +169,7 @@ def make_world(
         `tuple[dict, dict, list]`: placeholder (`world`, `models`) -> folder, option of train.py -> file or folder, and
         the tasks of the experiment, or those of the world if the experiment lists none.
     """
-    parent = cache / "worlds" / f"seed-{seed}"
+    parent = world_folder(experiment, seed, cache)
     folders = {"world": str(parent / "world")}
     with locked_folder(parent):
         paths = prepare_world(WorldArguments(folders["world"], seed=seed, **experiment.world_options))
@@ -183,7 +195,7 @@ def complete(options: dict[str, Any], seed: int, world: dict[str, str]) -> dict[
     corpus_file = options.get("corpus_file")
     left_out = set(NOT_OPTIONS)
     if "{arm:" in str(options.get("model_name_or_path")):
-        left_out.update(MODEL_OPTIONS, ("gen", "emb_seq", "query_encoder"))  # of base: the other arm has them
+        left_out.update(MODEL_OPTIONS)  # of base: the other arm has built the model
     options = {name: value for name, value in options.items() if name not in left_out}
     from_world: set[str] = set()
     if not _has_gen(options):
@@ -237,7 +249,7 @@ def fill(value: Any, folders: dict[str, str]) -> Any:
     return value
 
 
-def show_plan(experiment: Experiment, cache: Path) -> None:
+def show_plan(experiment: Experiment, cache: Path, launched: dict[str, Any] | None = None) -> None:
     """Print arms, options and tasks, and the state of each training."""
     print(f"{experiment.title}: {len(experiment.arms)} arms x {len(experiment.seeds)} seeds, in {cache}")
     arms = {"all arms": shared_options(experiment), "arms": experiment.arms, "seeds": experiment.seeds}
@@ -254,7 +266,7 @@ def show_plan(experiment: Experiment, cache: Path) -> None:
         keys: dict[str, str] = {}
         for arm in experiment.training_order():
             start_key = keys.get(experiment.starting_arm(arm) or "")
-            keys[arm] = training_key(planned_options(experiment, arm, seed, cache), start_key)
+            keys[arm] = training_key(planned_options(experiment, arm, seed, cache), start_key, launched)
         for arm in experiment.arms:
             folder = cache / "models" / keys[arm]
             print(f"  {arm}, seed {seed}: {training_state(folder)}")
@@ -281,7 +293,7 @@ def training_state(folder: Path) -> str:
 
 def planned_options(experiment: Experiment, arm: str, seed: int, cache: Path) -> dict[str, Any]:
     """Return the options with which `plan_seed` would train an arm, without making the world."""
-    parent = cache / "worlds" / f"seed-{seed}"
+    parent = world_folder(experiment, seed, cache)
     folders = {"world": str(parent / "world"), "models": str(parent / "models")}
     if experiment.data:
         folders["data"] = experiment.data
@@ -312,6 +324,8 @@ def train(run: Run, accelerate_config: str) -> None:
         if done.exists():
             say(run, f"trained already: {run.folder}")
             return
+        launched = launch_settings(accelerate_config)
+        check_key(run.folder, training_key(run.options, run.start and run.start.folder.name, launched))
         config.write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
         arguments = ["--config", str(config), "--output_dir", str(model)]
         resumed = has_complete_checkpoint(model)
@@ -320,8 +334,27 @@ def train(run: Run, accelerate_config: str) -> None:
         command, seconds = launch("train.py", arguments, run, run.folder / "train.log", accelerate_config, lock)
         for checkpoint in model.glob("checkpoint-*"):
             shutil.rmtree(checkpoint)
-        facts = {"command": command, "seconds": seconds, "resumed": resumed, "hardware": hardware(run.options)}
+        check_key(run.folder, training_key(run.options, run.start and run.start.folder.name, launched))
+        facts = {
+            "command": command,
+            "seconds": seconds,
+            "resumed": resumed,
+            "hardware": hardware(run.options),
+            "processes": launched.get("num_processes", 1),
+            "code": code_digest(),
+        }
         write_json(done, {**facts, **training_facts(model)})
+
+
+def check_key(folder: Path, key: str) -> None:
+    """
+    Check that what a folder is named after has not changed since the experiment was planned.
+
+    Raises:
+        `Failed`: a file or model was changed meanwhile.
+    """
+    if folder.name != key:
+        raise Failed(f"the data or a model of {folder} changed while the experiment ran: start it again")
 
 
 def train_start(start: Run, arm: str, accelerate_config: str) -> None:
@@ -371,6 +404,7 @@ def evaluate(run: Run, experiment: Experiment, cache: Path, accelerate_config: s
         if done.exists() and read_json(done).get("scoring", {}) == judged_by:
             say(run, f"evaluated already: {run.evaluation}")
             return
+        check_key(run.evaluation, evaluation_key(run.folder.name, run.entries, experiment.evaluation))
         options = {**experiment.evaluation, "modes": experiment.modes, "tasks": run.entries}
         config.write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
         arguments = ["--config", str(config), "--model", str(run.model)]
@@ -380,7 +414,10 @@ def evaluate(run: Run, experiment: Experiment, cache: Path, accelerate_config: s
         done.unlink(missing_ok=True)  # until the evaluation ends, the scores may come from two judges
         log = run.evaluation / "evaluation.log"
         command, seconds = launch("run_evaluation.py", arguments, run, log, accelerate_config, lock)
-        write_json(done, {"command": command, "seconds": seconds + seconds_before, "scoring": judged_by})
+        check_key(run.evaluation, evaluation_key(run.folder.name, run.entries, experiment.evaluation))
+        facts = {"command": command, "seconds": seconds + seconds_before, "scoring": judged_by}
+        facts["questions"] = {entry["name"]: digest_of_content(entry["eval_file"]) for entry in run.entries}
+        write_json(done, {**facts, "code": code_digest()})
 
 
 # ---------------------------------------------------------------------- reporting
@@ -396,6 +433,10 @@ def report(experiment: Experiment, runs: list[Run], notes: list[str], output_dir
             row["evaluated"] = None
             notes.append(f"{run.name}: its answers were judged in another way, and not yet in this one")
         rows.append(row)
+    for stage in ("trained", "evaluated"):
+        versions = {row[stage].get("code") for row in rows if row[stage]}
+        if len(versions) > 1:
+            notes.append(f"not all models were {stage} by the same version of this package")
     command = shlex.join(["python", "recipes/run_experiments.py", *sys.argv[1:]])
     fields = {**asdict(experiment), "evaluation": {**experiment.evaluation, "modes": experiment.modes}}
     results = Results(fields, rows, runs[0].meaning, notes, command)
@@ -407,6 +448,9 @@ def run_facts(run: Run) -> dict[str, Any]:
     """Return the facts of a run, in the form in which [`~trainer.reports.experiment_figures.Results`] reads them."""
     trained = run.folder / "trained.json"
     evaluated = run.evaluation / "evaluated.json"
+    questions = {entry["name"]: digest_of_content(entry["eval_file"]) for entry in run.entries}
+    if evaluated.exists():
+        questions = read_json(evaluated).get("questions", questions)  # those that were asked
     return {
         "arm": run.arm,
         "seed": run.seed,
@@ -414,7 +458,7 @@ def run_facts(run: Run) -> dict[str, Any]:
         "folder": str(run.folder),
         "evaluation": str(run.evaluation),
         "failure": run.failure,
-        "questions": {entry["name"]: digest_of_content(entry["eval_file"]) for entry in run.entries},
+        "questions": questions,
         "trained": read_json(trained) if trained.exists() else None,
         "evaluated": read_json(evaluated) if evaluated.exists() else None,
     }

@@ -147,12 +147,6 @@ def prepare_training(run: Run) -> CoSupTrainer:
             "--index needs an unchanged Emb_seq, and --use_peft wraps it in adapters:"
             " evaluate with run_evaluation.py afterwards."
         )
-    if script.model_name_or_path:
-        for name in ("gen", "emb_seq", "query_encoder"):
-            if getattr(script, name) is not None:
-                raise ValueError(
-                    f"--{name} with --model_name_or_path, which has its own parts: leave out one of them."
-                )
     set_seed(args.seed)
     if script.prepare:
         prepare(script, args)

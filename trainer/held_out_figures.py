@@ -200,5 +200,5 @@ def _ranks(scores: torch.Tensor, positives: torch.Tensor) -> torch.Tensor:
         positives (`torch.LongTensor` of shape `(C,)`): the column of each query's positive.
     """
     positive_scores = scores.gather(1, positives[:, None])  # (C, 1)
-    ranks = (scores >= positive_scores).sum(1) - 1
+    ranks = (~(scores < positive_scores)).sum(1) - 1  # a NaN counts as higher
     return torch.where(positive_scores[:, 0].isfinite(), ranks, scores.shape[1])  # NaN is a miss at every k

@@ -19,6 +19,11 @@ from experiments.task_files import expand_tasks
 from shared import quickstart_tasks
 
 ALL = "all"
+ONLY_IN_METRICS = ("cor_success", "cor_failure", "short_answer")
+GATED_BY_RETRIEVAL = (
+    *("cor_minus", "gr_success", "gr_failure"),
+    *("kilt_accuracy", "kilt_em", "kilt_f1", "kilt_rouge_l"),
+)
 
 
 @dataclass
@@ -56,6 +61,7 @@ class Planned(Protocol):
     pools: list[int | str]
     corpus_sizes: list[int | str] | None
     comparisons: list[dict[str, Any]]
+    evaluation: dict[str, Any]
 
     @property
     def modes(self) -> list[str]:
@@ -85,7 +91,7 @@ def complete_comparisons(experiment: Planned, where: str) -> list[dict[str, Any]
         comparison.name = str(comparison.name or f"{comparison.arm} against {comparison.against}")
         _check_arms(comparison, list(experiment.arms), place)
         _check_one_of("mode", comparison.mode, experiment.modes, place)
-        _check_figure(comparison, place)
+        _check_figure(comparison, experiment.evaluation.get("nli_model"), place)
         _set_setting(comparison, list(dict.fromkeys(about["setting"] for about in meaning.values())), place)
         _check_group(comparison, list(meaning.values()), place)
         fields_that_count = {**vars(comparison), "name": None}
@@ -121,7 +127,7 @@ def _check_one_of(field: str, value: Any, expected: Sequence[str], place: str) -
         raise ValueError(f"{place}: {field} is {value!r}, expected one of {', '.join(expected)}.")
 
 
-def _check_figure(comparison: PlannedComparison, place: str) -> None:
+def _check_figure(comparison: PlannedComparison, nli_model: str | None, place: str) -> None:
     name, mode = comparison.figure, str(comparison.mode)
     question_figures = [entry.name for entry in QUESTION_FIGURES]
     try:
@@ -137,10 +143,14 @@ def _check_figure(comparison: PlannedComparison, place: str) -> None:
             f"{place}: figure is {name!r}, which has no value for each question, expected one of "
             f"{', '.join(question_figures)}."
         )
+    if name in ONLY_IN_METRICS:
+        raise ValueError(f"{place}: {name} is a figure of the evaluate module correctness, not of an evaluation.")
+    if "judge" in entry.needs and not nli_model:
+        raise ValueError(f"{place}: {name} needs an NLI model: set evaluation.nli_model.")
     modes = [known for known in MODES if known != QUERY]
     if table_name in [query_figure.name for query_figure in QUERY_FIGURES]:
         modes = ["retrieval", QUERY]
-    elif table_name in [searched.name for searched in RETRIEVAL_WHILE_GENERATING]:
+    elif table_name in [searched.name for searched in RETRIEVAL_WHILE_GENERATING] or name in GATED_BY_RETRIEVAL:
         modes = list(SEARCHING)
     if mode not in modes:
         raise ValueError(f"{place}: {name} is not measured in mode {mode}, expected mode {' or '.join(modes)}.")

@@ -103,6 +103,7 @@ def cut_corpora(
     Args:
         entries (`Sequence[dict]`): entries from [`expand_tasks`].
         meaning (`dict`): from [`expand_tasks`]. A size `"full"` in it is replaced with the number of passages.
+            Entries that are left out are removed.
         folder (`Path`): folder for the files.
         max_questions (`int`, *optional*): the most questions that each task asks, from the start of its file.
         seed (`int`): seed of the random passages.
@@ -126,6 +127,7 @@ def cut_corpora(
             size = len(corpus) if about["size"] == "full" else about["size"]
             if size > len(corpus):
                 notes.append(f"{entry['name']}: {source} has only {len(corpus):,} passages")
+                del meaning[entry["name"]]
                 continue
             if size < len(gold):
                 raise ValueError(

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING, Any
 
+from transformers.utils import logging
+
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
 from trainer import CoSupTrainingArguments
 from trainer.model_setup import check_tied_arguments
@@ -10,6 +12,8 @@ from shared.arguments import ScriptArguments
 
 if TYPE_CHECKING:
     from peft import LoraConfig
+
+logger = logging.get_logger(__name__)
 
 MODEL_OPTIONS = (  # what a checkpoint was built with
     "similarity",
@@ -76,6 +80,9 @@ def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupFo
             if name in options:
                 model_kwargs[name] = options.pop(name)
         check_unchanged(script.model_name_or_path, options)
+        unread = [f"--{name}" for name in ("gen", "emb_seq", "query_encoder") if getattr(script, name) is not None]
+        if unread:
+            logger.warning(f"{script.model_name_or_path} has parts of its own, so {', '.join(unread)} is not read.")
         return CoSupForCausalLM.from_pretrained(script.model_name_or_path, **model_kwargs)
     if args.freeze_gen or args.freeze_emb_seq or script.index:
         options.setdefault("tie_emb_seq", False)  # one part is kept as it is

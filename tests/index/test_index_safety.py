@@ -199,3 +199,34 @@ def test_only_what_the_config_names_is_downloaded(model, tmp_path, monkeypatch, 
     with pytest.raises(ValueError, match="is not a file of a passage index"):
         PassageIndex.from_pretrained("me/index")
     assert len(calls) == 1
+
+
+def test_a_stale_index_is_not_saved_over_its_own_folder(model, tmp_path):
+    first = model.build_index(PASSAGES, save_directory=tmp_path / "index", show_progress_bar=False)
+    PassageIndex.from_pretrained(tmp_path / "index").delete(["p1"])
+    for folder in ("index", "copy"):
+        with pytest.raises(ValueError, match="was changed by another process: load it again"):
+            first.save_pretrained(tmp_path / folder)
+    again = PassageIndex.from_pretrained(tmp_path / "index")
+    with pytest.raises(ValueError, match="p1"):
+        again.rows_of(["p1"])
+
+
+def test_two_builds_of_one_folder_exclude_each_other(model, tmp_path):
+    options = {"save_directory": tmp_path / "index", "show_progress_bar": False}
+    with locked(tmp_path / ".index.lock-0", "held"):
+        with pytest.raises(ValueError, match="index is being built by another process"):
+            model.build_index(PASSAGES, **options)
+        model.build_index(PASSAGES, **options, num_processes=2, process_index=1)  # another part of the work
+    assert len(model.build_index(PASSAGES, **options)) == len(PASSAGES)
+    assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_an_index_is_built_where_a_link_points(model, tmp_path):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "index").symlink_to(tmp_path / "large disk" / "index")  # which does not exist yet
+    for passages in (PASSAGES[:3], PASSAGES[:4], PASSAGES):
+        model.build_index(passages, save_directory=tmp_path / "index", show_progress_bar=False)
+        assert len(model.load_index(tmp_path / "index")) == len(passages)
+    assert (tmp_path / "index").is_symlink()
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_dir()) == ["index", "index", "large disk"]

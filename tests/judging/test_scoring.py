@@ -3,10 +3,10 @@
 import pytest
 
 from support.evaluation_world import FREE, QUESTIONS, UNKNOWN
-from trainer.judging.figures import FIGURES, figure, figures_needing
+from trainer.judging.figures import FIGURES, NO_JUDGE, figure, figures_needing
 from trainer.judging.missing_figures import missing_if
 from trainer.judging.retrieval import Ranking
-from trainer.judging.scoring import cor_names, measure, score, score_rankings
+from trainer.judging.scoring import check_questions, cor_names, measure, score, score_rankings
 
 
 def says_yes(pairs):
@@ -40,6 +40,28 @@ def predictions(questions):
         prediction(questions[2], "hello", ["p0"]),
         prediction(questions[3], "a Night"),
     ]
+
+
+def test_figures_of_a_judge_leave_out_questions_that_need_no_passage(questions, predictions):
+    claim = {**FREE, "id": "free claim", "dataset": "fever", "answers": ["SUPPORTS"]}
+    text = {**FREE, "id": "free text", "meta": {"claims": ["a claim"]}}
+    answers = [prediction(question, "it supports this") for question in (claim, text)]
+    scores = score([*predictions, *answers], [*questions, claim, text], entail=says_yes)
+    assert scores["fever_nli"] == [None, 1.0, None, None, None, None]
+    assert scores["claim_recall"] == [None] * 6
+    assert scores["cor_not_needed"][4:] == [1.0, 1.0]
+
+
+@pytest.mark.parametrize("answers", [["SUPPORTS", "NOT ENOUGH INFO"], ["SUPPORTS", "REFUTES"], ["maybe"]])
+def test_a_claim_needs_one_verdict_and_nothing_else(questions, answers):
+    claim = {**questions[1], "answers": answers}
+    with pytest.raises(ValueError, match="Task t: 1 of 2 questions have no verdicts, which fever_nli, their Cor"):
+        check_questions([questions[0], claim], "t")
+
+
+def test_a_metric_that_needs_a_judge_is_named_as_missing(questions):
+    assert cor_names(questions[1:2], "fever_nli", nli=False) == [NO_JUDGE]
+    assert cor_names(questions[1:2], "fever_nli") == ["fever_nli"]
 
 
 def test_scores_by_hand(questions, predictions):

@@ -71,8 +71,7 @@ EXPECTED = {
         "num_questions": 2,
         "mrr": 0.75,
         "ndcg@10": (1 + 0.63092975 / 1.63092975) / 2,
-        "query_recall@1": 0.5,
-        "query_recall@5": 1.0,
+        "query_recall@1": 0.5,  # and no recall at 5: the rankings have two places
     },
     "kilt": {
         "accuracy": 0.0,
@@ -224,6 +223,10 @@ def test_rankings_of_an_evaluation_and_questions_of_unknown_provenance():
     assert load("nsp_retrieval").compute(**inputs, rankings=nothing_found)["mrr"] == 0.25
     with pytest.raises(ValueError, match="1 of 2 questions with provenance have no ranking"):
         load("nsp_retrieval").compute(**inputs, rankings=rankings[:1])
+    with pytest.raises(ValueError, match="1 ids occur twice in the rankings"):
+        load("nsp_retrieval").compute(**inputs, rankings=[*rankings, rankings[0]])
+    with pytest.raises(ValueError, match="None of the rankings has the id of a prediction"):
+        load("nsp_retrieval").compute(**inputs, rankings=[{**rankings[0], "id": "77"}])
     with pytest.raises(ValueError, match="2 of 2 rankings have no 'all'"):
         load("nsp_retrieval").compute(**inputs, rankings=rankings, ranking="all")
 

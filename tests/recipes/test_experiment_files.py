@@ -17,7 +17,7 @@ from trainer import CoSupTrainingArguments, load_corpus, load_evaluation_set
 from trainer.judging.tasks import read_tasks
 
 from experiments import definition, task_files
-from experiments.definition import load_experiment
+from experiments.definition import evaluation_key, key_of, launch_settings, load_experiment
 from experiments.task_files import cut_corpora, expand_tasks
 from shared.arguments import ScriptArguments
 
@@ -188,6 +188,9 @@ def test_planned_comparisons_of_a_world_name_its_tasks():
         ("figure: null", "comparison 2: figure is missing."),
         ("mode: forced", "comparison 2: mode is 'forced', expected one of retrieval, gold."),
         ("mode: gold, figure: ret", "ret is not measured in mode gold, expected mode retrieval or forced."),
+        ("figure: cor_success", "cor_success is a figure of the evaluate module correctness, not of an evaluation."),
+        ("figure: gr", "gr needs an NLI model: set evaluation.nli_model."),
+        ("mode: gold, figure: kilt_em", "kilt_em is not measured in mode gold, expected mode retrieval or forced."),
         ("mode: gold, figure: mrr", "mrr is not measured in mode gold, expected mode retrieval or query."),
         ("group: others", "group is 'others', expected one of all, in-domain, out-of-domain, known, other."),
         ("setting: null", "comparison 2: setting is missing, expected one of Top-2, Top-4."),
@@ -342,6 +345,7 @@ def test_corpora_of_growing_size(inputs, tmp_path):
 
     entries, notes = cut_corpora(entries, meaning, tmp_path / "cut")
     assert notes == [f"t-100: {corpus_file} has only 26 passages"]
+    assert list(meaning) == [entry["name"] for entry in entries] == ["t-8", "t-12", "t-full"]
     ids = [{passage["id"] for passage in load_corpus(entry["corpus_file"])} for entry in entries]
     assert [len(corpus_ids) for corpus_ids in ids] == [8, 12, 26]
     assert ids[0] < ids[1] < ids[2]
@@ -419,3 +423,60 @@ def test_corpora_that_cannot_be_cut(inputs, tmp_path):
         cut_corpora(entries, {}, tmp_path / "cut")
     with pytest.raises(ValueError, match="pools_only leaves out"):
         load_experiment(inputs / "experiment.yaml", ["pools=[full]", "pools_only=true"])
+
+
+def test_the_number_of_processes_is_part_of_the_key_of_a_training(tmp_path):
+    configs = ROOT / "recipes" / "accelerate_configs"
+    options = {"gen": "g", "train_file": "t", "max_steps": 3}
+    assert launch_settings(configs / "single.yaml") == {}
+    keys = {key_of(options), key_of(options, launch_settings(configs / "single.yaml"))}
+    assert len(keys) == 1
+    several = launch_settings(configs / "multi_gpu.yaml")
+    assert several["num_processes"] == 8
+    (tmp_path / "other_port.yaml").write_text((configs / "multi_gpu.yaml").read_text() + "main_process_port: 5\n")
+    assert key_of(options, launch_settings(tmp_path / "other_port.yaml")) == key_of(options, several) not in keys
+
+
+@pytest.mark.parametrize(
+    ("decisive", "name", "values"),
+    [
+        ({"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 5}, "save_steps", (50, 200)),
+        ({"eval_strategy": "steps"}, "logging_steps", (10, 20)),
+    ],
+)
+def test_what_decides_checkpoints_and_evaluations_is_part_of_the_key(decisive, name, values):
+    options = {"gen": "g", "train_file": "t"}
+    first, second = ({**options, name: value} for value in values)
+    assert key_of(first) == key_of(second) == key_of(options)
+    assert key_of({**first, **decisive}) != key_of({**second, **decisive})
+
+
+def test_files_of_settings_count_by_their_content(tmp_path):
+    options = {"gen": "g", "train_file": "t", "deepspeed": str(tmp_path / "zero.json")}
+    keys = []
+    for text in ("{}", '{"a": 1}'):
+        (tmp_path / "zero.json").write_text(text)
+        keys.append(key_of(options))
+    assert keys[0] != keys[1] != key_of({**options, "deepspeed": {"a": 1}})
+
+
+def test_worlds_with_other_options_have_other_folders(inputs, tmp_path):
+    experiment = load_experiment(inputs / "experiment.yaml")
+    folders = [run_experiments.world_folder(experiment, 0, tmp_path)]
+    experiment.world_options = {"num_train_entities": 50}
+    folders.append(run_experiments.world_folder(experiment, 0, tmp_path))
+    experiment.task_options = {"max_questions": 5}
+    folders.append(run_experiments.world_folder(experiment, 0, tmp_path))
+    assert folders[0] == tmp_path / "worlds" / "seed-0"
+    assert len(set(folders)) == 3
+    assert all(folder.name.startswith("seed-0-") for folder in folders[1:])
+
+
+def test_the_content_of_an_index_is_part_of_the_key_of_an_evaluation(tmp_path):
+    (tmp_path / "index").mkdir()
+    entry = {"name": "t", "eval_file": "e", "index": str(tmp_path / "index")}
+    keys = set()
+    for text in ("{}", '{"deleted": [1]}'):
+        (tmp_path / "index" / "index_config.json").write_text(text)
+        keys.add(evaluation_key("m", [entry], {}))
+    assert len(keys) == 2

@@ -5,6 +5,7 @@ import pytest
 from support.models import make_model
 from trainer import CoSupTrainingArguments
 
+from shared import model_options
 from shared.arguments import ScriptArguments
 from shared.model_options import load_model
 
@@ -20,3 +21,13 @@ def test_a_checkpoint_keeps_what_it_was_built_with(tmp_path):
         changed = ScriptArguments(model_name_or_path=checkpoint, similarity="cosine", **{name: value})
         with pytest.raises(ValueError, match=f"--{name} .* cannot be changed: .*built was built with {built_with}"):
             load_model(changed, args)
+
+
+def test_parts_next_to_a_checkpoint_are_not_read_and_named(tmp_path, monkeypatch):
+    messages = []
+    monkeypatch.setattr(model_options.logger, "warning", messages.append)
+    make_model(tie_emb_seq=True).save_pretrained(tmp_path / "built")
+    args = CoSupTrainingArguments(str(tmp_path / "out"))
+    script = ScriptArguments(model_name_or_path=str(tmp_path / "built"), gen="not/read", emb_seq="not/read")
+    load_model(script, args)
+    assert messages == [f"{tmp_path / 'built'} has parts of its own, so --gen, --emb_seq is not read."]

@@ -351,3 +351,21 @@ def test_results_that_cannot_be_reported_end_with_their_message(inputs, tmp_path
     monkeypatch.setattr(run_experiments, "plan_seed", lambda *args: [])
     monkeypatch.setattr(run_experiments, "report", report)
     assert run_here(arguments(inputs, tmp_path / "out"))[0] == "error: metrics.json is of format 1"
+
+
+def test_data_that_change_while_an_experiment_runs_are_an_error(inputs, tmp_path, run_here, monkeypatch):
+    train_file = write(tmp_path / "train.jsonl", [json.loads(line) for line in (inputs / "train.jsonl").open()])
+    launch = run_experiments.launch
+
+    def changing_launch(*args, **kwargs):
+        with open(train_file, "a") as file:
+            file.write(train_file.read_text().splitlines()[0] + "\n")
+        return launch(*args, **kwargs)
+
+    monkeypatch.setattr(run_experiments, "launch", changing_launch)
+    overrides = ("seeds=[0]", "base.max_steps=1", f"train_file={train_file}")
+    code, _ = run_here(arguments(inputs, tmp_path / "out", *overrides, more=("--only", "co")))
+    assert code == 1
+    (run,) = [run for run in json.loads((tmp_path / "out" / "experiment.json").read_text())["runs"] if run["failure"]]
+    assert "changed while the experiment ran: start it again" in run["failure"]
+    assert run["trained"] is None

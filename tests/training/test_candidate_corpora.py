@@ -208,3 +208,12 @@ def test_any_retriever_serves_a_frozen_emb_seq(tmp_path):
     assert "hit_rate@3" in trainer.state.log_history[0]
     assert trainer.candidates.index is corpus
     assert not os.listdir(tmp_path)
+
+
+def test_a_corpus_with_metadata_has_the_digest_of_its_passages():
+    model = make_model(**EMB_SEQ_QUERIES)
+    with_metadata = [{**passage, "metadata": {"source": "a.pdf"}} for passage in CORPUS]
+    digests = []
+    for corpus in (CORPUS, with_metadata):
+        digests.append(read_candidates_corpus(corpus, model, PassageContents(), {}).digest)
+    assert digests[0] == digests[1]

@@ -113,6 +113,8 @@ def evaluate_tasks(
     runs = [TaskRun(model, task, output_dir / task.name, *options) for task in tasks]
     for run in runs:
         run.open_index(index_cache or output_dir / "indexes")
+    if rank() == 0:
+        (output_dir / "metrics.json").unlink(missing_ok=True)  # until the end, scores may be of two judges
     judge = _share_judge(entail)
     task_results, scores, ranking_scores = {}, {}, {}
     for run in runs:

@@ -105,7 +105,7 @@ def score(
     r_precisions = scores.get("r_precision", hits)
     scores |= _text_scores(predictions, questions, r_precisions, not_needed)
     if entail is not None:
-        scores |= _nli_scores(predictions, questions, hits, entail, gr_hypothesis)
+        scores |= _nli_scores(predictions, questions, hits, not_needed, entail, gr_hypothesis)
     scores["cor"] = only_where(cor, [not free for free in not_needed])
     scores["cor_not_needed"] = only_where(cor, not_needed)
     return scores
@@ -168,6 +168,9 @@ def readings(question: dict) -> list[dict]:
 # ---------------------------------------------------------------------- Cor and its metric
 
 
+NLI_METRICS = ("fever_nli", "claim_recall")  # metrics of Cor that need a judge
+
+
 def check_questions(questions: list[dict], where: str, metric: str | None = None) -> None:
     """
     Raise unless Cor can be computed, before hours are spent on answers.
@@ -217,7 +220,12 @@ def cor_names(questions: list[dict], metric: str | None = None, nli: bool = True
 
 
 def _metric_of(question: dict, metric: str | None = None, nli: bool = True) -> str | None:
-    """Return the metric that is Cor on a question: `metric`, or the one that its dataset and references imply."""
+    """
+    Return the metric that is Cor on a question: `metric`, or the one that its dataset and references imply; `None` if
+    it needs a missing NLI model.
+    """
+    if metric in NLI_METRICS and not nli:
+        return None
     return metric or cor_metric(question["dataset"], nli, claims=has_claims(question))
 
 
@@ -243,8 +251,8 @@ def _has_what_it_needs(question: dict, metric: str) -> bool:
     if metric == "claim_recall":
         return _are_texts(meta.get("claims")) and all(claim.strip() for claim in meta["claims"])
     if metric.startswith("fever"):
-        verdicts = {answer.strip().lower() for answer in question["answers"]} & set(FEVER_LABELS)
-        return len(verdicts) == 1
+        verdicts = {answer.strip().lower() for answer in question["answers"]}
+        return len(verdicts) == 1 and verdicts <= set(FEVER_LABELS)
     return any(answer.strip() for answer in question["answers"])
 
 
@@ -353,9 +361,17 @@ def _text_scores_of(prediction: dict, question: dict, r_precision: float | None)
 
 
 def _nli_scores(
-    predictions: list[dict], questions: list[dict], hits: Scores, entail: Judge, gr_hypothesis: str
+    predictions: list[dict],
+    questions: list[dict],
+    hits: Scores,
+    not_needed: list[bool],
+    entail: Judge,
+    gr_hypothesis: str,
 ) -> dict[str, Scores]:
-    """Return the scores that need the judge: Gr (also split by retrieval), citations, FEVER and claims."""
+    """
+    Return the scores that need the judge: Gr (also split by retrieval), citations, FEVER and claims. FEVER and claims
+    leave out questions that need no passage, as the other figures of answers do.
+    """
     gr = grounding(predictions, entail, hypothesis=gr_hypothesis)
     scores: dict[str, Scores] = {"gr": gr, **by_retrieval("gr", gr, hits)}
     outputs = [prediction["output_with_citations"] for prediction in predictions]
@@ -365,7 +381,7 @@ def _nli_scores(
     for name in ("citation_recall", "citation_precision"):
         scores[name] = [None if output_scores is None else output_scores[name] for output_scores in citations]
     for name, applies in (("fever_nli", is_fever), ("claim_recall", has_claims)):
-        rows = [row for row, question in enumerate(questions) if applies(question)]
+        rows = [row for row, question in enumerate(questions) if applies(question) and not not_needed[row]]
         scores[name] = _score_rows(name, rows, predictions, questions, entail)
     return scores
 

@@ -108,7 +108,7 @@ def _evaluated_seeds(results: Results) -> dict[str, set[int]]:
 
 def _verdicts(results: Results) -> list[Block]:
     """Return a table of the figures in which each line is ahead of the baseline, behind it, or within noise of it."""
-    if results.baseline is None or len(results.lines) < 2:
+    if results.baseline is None or not results.compared_lines:
         return []
     rows: list[list[Cell]] = []
     num_comparisons = 0
@@ -116,7 +116,7 @@ def _verdicts(results: Results) -> list[Block]:
         groups = results.group_places(setting)
         for place in groups:
             where = GROUP_TITLES[place.name] if len(groups) > 1 else "all tasks"
-            for line in _lines_without_baseline(results):
+            for line in results.compared_lines:
                 by_verdict = _figures_by_verdict(results, line, place)
                 num_comparisons += sum(len(changes) for changes in by_verdict.values())
                 cells = [", ".join(changes) or MISSING for changes in by_verdict.values()]
@@ -128,7 +128,7 @@ def _verdicts(results: Results) -> list[Block]:
         "this by chance."
     )
     table = Table(["", "ahead in", "behind in", "within noise"], rows, text_columns=frozenset([1, 2, 3]))
-    return [Heading(f"Against {results.label(results.baseline)}"), table, Text(note, note=True)]
+    return [Heading(f"Against {_baseline_title(results)}"), table, Text(note, note=True)]
 
 
 def _figures_by_verdict(results: Results, line: str, place: Place) -> dict[str, list[str]]:
@@ -208,11 +208,11 @@ def _is_empty(rows: list[list[Cell]]) -> bool:
 
 def _comparisons(results: Results) -> list[Block]:
     """Return tables of the differences from the baseline, with intervals and the paper's improvement rates."""
-    if results.baseline is None or len(results.lines) < 2:
+    if results.baseline is None or not results.compared_lines:
         return []
     names = [name for name in COLUMNS if name in results.names]
-    lines = _lines_without_baseline(results)
-    blocks: list[Block] = [Heading(f"Differences with {results.label(results.baseline)}")]
+    lines = results.compared_lines
+    blocks: list[Block] = [Heading(f"Differences with {_baseline_title(results)}")]
     for setting in results.settings:
         table = Table(["", *(figure(name).label for name in names)], [])
         for place in [*results.group_places(setting), *results.task_places(setting)]:
@@ -249,8 +249,12 @@ def _title(results: Results, place: Place) -> str:
     return f"{place.name} ({place.split})" if place.split else place.name
 
 
-def _lines_without_baseline(results: Results) -> list[str]:
-    return [line for line in results.lines if line != results.baseline]
+def _baseline_title(results: Results) -> str:
+    """Return what lines are compared with: an arm, in the mode of each line, or a mode of the only arm."""
+    assert results.baseline is not None
+    if len(results.experiment["arms"]) > 1 and len(results.modes) > 1:
+        return f"{results.arm(results.baseline)}, in the same mode"
+    return results.label(results.baseline)
 
 
 # ---------------------------------------------------------------------- cost, and how to repeat it

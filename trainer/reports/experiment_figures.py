@@ -175,6 +175,21 @@ class Results:
                 return line
         return None
 
+    def baseline_of(self, line: str) -> str | None:
+        """
+        Return the line that a line is compared with: of several arms, that of the baseline arm in the same mode;
+        `None` for that line itself, and if it was not evaluated.
+        """
+        baseline = self.baseline
+        if baseline is not None and len(self.experiment["arms"]) > 1:
+            baseline = self.line(self.arm(baseline), self.arm_and_mode[line][1])
+        return baseline if baseline in self.lines and baseline != line else None
+
+    @property
+    def compared_lines(self) -> list[str]:
+        """The lines that have another line to be compared with, in order."""
+        return [line for line in self.lines if self.baseline_of(line) is not None]
+
     def arm(self, line: str) -> str:
         """Return the arm of a line."""
         return self.arm_and_mode[line][0]
@@ -258,7 +273,8 @@ class Results:
 
     def compare(self, line: str, tasks: Sequence[str], name: str) -> DifferenceOverSeeds | None:
         """
-        Compare a line with the baseline, question by question, over the seeds and questions that both have.
+        Compare a line with [its baseline][`Results.baseline_of`], question by question, over the seeds and questions
+        that both have.
 
         Returns:
             [`DifferenceOverSeeds`], or `None` if there is nothing to compare.
@@ -299,7 +315,7 @@ class Results:
 
     def _paired_scores(self, line: str, task: str, name: str) -> _PairedScores:
         pairs = _PairedScores()
-        baseline_by_seed = self._baseline_scores()
+        baseline_by_seed = self._baseline_scores(line)
         for seed in self._shared_seeds(line):
             new = scores_of(self.scores[line][seed], task, name)
             old = scores_of(baseline_by_seed[seed], task, name)
@@ -310,11 +326,12 @@ class Results:
         return pairs
 
     def _shared_seeds(self, line: str) -> list[int]:
-        baseline_by_seed = self._baseline_scores()
+        baseline_by_seed = self._baseline_scores(line)
         return [seed for seed in self.scores.get(line, {}) if seed in baseline_by_seed]
 
-    def _baseline_scores(self) -> dict[int, TaskScores]:
-        return {} if self.baseline is None else self.scores[self.baseline]
+    def _baseline_scores(self, line: str) -> dict[int, TaskScores]:
+        baseline = self.baseline_of(line)
+        return {} if baseline is None else self.scores[baseline]
 
     # ------------------------------------------------------------------ everything as JSON
 
@@ -329,7 +346,7 @@ class Results:
             places = [*self.task_places(setting), *self.group_places(setting)]
             for line in self.lines:
                 figures.setdefault(setting, {})[line] = self._by_place(self.figure, line, places)
-                if self.baseline is not None and line != self.baseline:
+                if self.baseline_of(line) is not None:
                     comparisons.setdefault(setting, {})[line] = self._by_place(self.compare, line, places)
         return {
             "format": FORMAT,

@@ -35,6 +35,8 @@ def read_task_scores(run: dict, task: str, mode: str) -> dict[str, ScoresById]:
         `dict[str, dict[str, float]]`: figure -> question -> value. A question is identified by its set and its id, so
         seeds that ask the same questions share them.
     """
+    if task not in run["questions"]:  # left out for this seed: its corpus is too small
+        return {}
     folder = results_folder(run) / task
     rows = []
     if mode != QUERY:

@@ -75,7 +75,8 @@ class ALCE(evaluate.Metric):
         from trainer.judging.matching import select_fields
 
         # prepare_alce.py writes ALCE's fields under `meta`.
-        references = [{"qa_pairs": [], **(reference.get("meta") or {}), **reference} for reference in references]
+        references = [{**(reference.get("meta") or {}), **reference} for reference in references]
+        references = [{**reference, "qa_pairs": reference.get("qa_pairs") or []} for reference in references]
         return super().compute(
             predictions=select_fields(predictions, PREDICTION),
             references=select_fields(references, REFERENCE),

@@ -83,6 +83,10 @@ class NSPRetrieval(evaluate.Metric):
         if lacking:
             raise ValueError(f"{lacking} of {len(rankings)} rankings have no {ranking!r}.")
         ranking_of = {str(row["id"]): row[ranking] for row in rankings or []}
+        if len(ranking_of) < len(rankings or []):
+            raise ValueError(f"{len(rankings) - len(ranking_of)} ids occur twice in the rankings.")
+        if rankings and ranking_of.keys().isdisjoint(str(prediction["id"]) for prediction in predictions):
+            raise ValueError("None of the rankings has the id of a prediction: they are of another set.")
         with_rankings = []
         for prediction in predictions:
             query_ranking = ranking_of.get(str(prediction["id"]), prediction.get("query_ranking"))
@@ -122,6 +126,8 @@ class NSPRetrieval(evaluate.Metric):
                 "embedding."
             )
         if num_ranked:
+            longest = max(len(prediction["query_ranking"]) for prediction, _ in judged)
+            ks = [k for k in ks if k < longest]  # among as many places as passages, nothing is missed
             rows = [ranking_scores(prediction["query_ranking"], provenance, ks) for prediction, provenance in judged]
             scores |= mean_scores(rows)
         return scores
