@@ -21,17 +21,20 @@ if TYPE_CHECKING:
 
 
 def read_files(
-    paths: Iterable[str | Path], columns: Sequence[str] = COLUMNS, on_bad_row: BadRow | None = None
+    paths: Iterable[str | Path],
+    columns: Sequence[str] = COLUMNS,
+    on_bad_row: BadRow | None = None,
+    optional: Sequence[str] = OPTIONAL_COLUMNS,
 ) -> Iterator[tuple[str, dict]]:
     """
     Read the rows of files, one after another, unchecked: Parquet if a name ends in `.parquet`, otherwise JSON Lines.
 
     Args:
         paths (iterable of `str` or `Path`): the files.
-        columns (sequence of `str`, *optional*): what is read of a Parquet file, besides `OPTIONAL_COLUMNS`. A
-            misspelt one is an error.
+        columns (sequence of `str`, *optional*): what is read of a Parquet file. A misspelt one is an error.
         on_bad_row (`Callable`, *optional*): gets the place and the error of a row that cannot be read. Reading goes on
             with the next row. By default the error is raised.
+        optional (sequence of `str`, *optional*): what else is read of a Parquet file that has it.
 
     Yields:
         `(str, dict)`: the place, for error messages, and the row.
@@ -41,16 +44,19 @@ def read_files(
     """
     for path in paths:
         if Path(path).suffix == ".parquet":
-            yield from read_parquet(path, columns, on_bad_row)
+            yield from read_parquet(path, columns, on_bad_row, optional)
         else:
             yield from lines_with_places(path, on_bad_row)
 
 
 def read_parquet(
-    path: str | Path, columns: Sequence[str] = COLUMNS, on_bad_row: BadRow | None = None
+    path: str | Path,
+    columns: Sequence[str] = COLUMNS,
+    on_bad_row: BadRow | None = None,
+    optional: Sequence[str] = OPTIONAL_COLUMNS,
 ) -> Iterator[tuple[str, dict]]:
     """
-    Read `(where, row)` pairs of a Parquet file: `columns`, and the `OPTIONAL_COLUMNS` that it has.
+    Read `(where, row)` pairs of a Parquet file: `columns`, and the `optional` ones that it has.
 
     `metadata` is a column of structs, maps or JSON text. `on_bad_row` as in [`read_files`].
     """
@@ -65,7 +71,7 @@ def read_parquet(
     except OSError as error:
         raise ValueError(f"{path} is damaged: {error}") from None
     refuse_misspelt(dict.fromkeys(file.schema_arrow.names, True), tuple(columns), str(path))
-    present = [name for name in dict.fromkeys((*columns, *OPTIONAL_COLUMNS)) if name in file.schema_arrow.names]
+    present = [name for name in dict.fromkeys((*columns, *optional)) if name in file.schema_arrow.names]
     row = -1
     with file:
         for batch in _read_batches(file, present, path):

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from modeling_cosup.corpus_cosup import COLUMNS, read_files
+from modeling_cosup.corpus_cosup import OPTIONAL_COLUMNS, read_files
 from modeling_cosup.files_cosup import byte_lines, read_json
 from modeling_cosup.metadata_cosup import check_metadata
 from modeling_cosup.passages_cosup import check_id, check_title_and_text
@@ -120,7 +120,7 @@ def read_passages(source: str | Path | Iterable[tuple[str, dict[str, Any]]]) -> 
         if str(source).endswith(TSV_ENDINGS):
             source = read_tsv(source, ["id", "text", "title"])
         else:
-            source = read_files([source], (*COLUMNS, "_id", *WIKIPEDIA_FIELDS))
+            source = read_files([source], optional=(*OPTIONAL_COLUMNS, *WIKIPEDIA_FIELDS))
     for where, line in source:
         passage = {"id": check_id(line.get("id", line.get("_id")), where), **check_title_and_text(line, where)}
         metadata = check_metadata(line.get("metadata"), where)

@@ -10,7 +10,7 @@ import torch
 
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.facts_cosup import facts_of
-from modeling_cosup.hub_cosup import checkpoint_files, matches
+from modeling_cosup.hub_cosup import REPLACED_FILES, checkpoint_files, matches
 from support.hub_server import TOKEN, hub_server
 from support.models import PASSAGES, make_model
 from support.recipes import ROOT, options
@@ -409,3 +409,11 @@ print(json.dumps([titles, names, trainer.hub_model_id, cards]))
     assert "- mine" in last
     assert not [name for name in names if name.endswith(RESUME_SUFFIXES)]
     assert {"model.safetensors", "README.md", "tokenizer.json"} <= set(names)
+
+
+def test_every_chat_template_of_a_tokenizer_is_pushed(tmp_path):
+    model = make_model()
+    model.tokenizer.chat_template = {"default": model.tokenizer.chat_template, "tool_use": "{{ messages }}"}
+    model.save_pretrained(tmp_path)
+    assert "additional_chat_templates/tool_use.jinja" in checkpoint_files(tmp_path)
+    assert matches("additional_chat_templates/old.jinja", REPLACED_FILES)

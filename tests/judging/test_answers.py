@@ -144,6 +144,10 @@ def test_retrieval_metrics_by_hand():
     assert metrics["query_recall@1"] == 0.5  # the first query, and the second, for which passage 1 is right too
     assert metrics["query_recall@2"] == 0.75
 
+    broken = np.where(np.eye(3)[[2, 2, 2, 1]], np.nan, passages).astype(np.float32)  # one score of each query
+    broken_metrics, _, _ = retrieval_metrics(np.nan_to_num(queries), broken, facts, losses_of, ks=(1, 2))
+    assert broken_metrics["query_recall@1"] == 0.0
+
     finite_queries = np.nan_to_num(queries)
     finite_metrics, _, _ = retrieval_metrics(finite_queries, passages, facts, losses_of)
     scores = torch.from_numpy(finite_queries) @ torch.eye(3)

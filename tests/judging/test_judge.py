@@ -465,3 +465,17 @@ def test_the_progress_bar_counts_only_answers_that_can_be_judged():
     clock = Clock([changed(QUESTIONS[0], answers=["The"]), changed(QUESTIONS[2], answers=["Night"])])
     assert clock(Completion(0, [], "", "", 0, [])) == {"Ret": "0.0"}
     assert clock(Completion(1, [5], "Night", "Night", 1, [])) == {"Ret": "0.0", "EM": "100.0"}
+
+
+def test_scores_of_two_judges_are_not_a_complete_folder(forced, model, world, tmp_path):
+    output, _ = forced
+
+    def fails(pairs):
+        raise ValueError("the judge is gone")
+
+    with pytest.raises(ValueError, match="the judge is gone"):
+        evaluate_tasks(
+            model, [Task("t", **world, **SHORT)], output, ["forced"], entail=fails, index_cache=tmp_path / "cache"
+        )
+    with pytest.raises(FileNotFoundError, match="no complete results folder"):
+        read_results(output)

@@ -296,7 +296,7 @@ def test_encodings(result, tmp_path):
     report, passages = result
     assert passages["latin.txt"][0]["text"] == "Das Zahnrad läuft größer und schöner über die Brücke."
     assert {"source": "latin.txt", "reason": "read as cp1252, as it is not UTF-8"} in report["notes"]
-    for encoding in ("utf-16", "utf-8-sig"):
+    for encoding in ("utf-16", "utf-32", "utf-8-sig"):
         path = tmp_path / f"{encoding}.txt"
         path.write_text("Größe", encoding=encoding)
         (section,) = text_file_document(path, "x", False).sections

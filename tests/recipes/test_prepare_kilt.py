@@ -9,10 +9,14 @@ from collections import Counter
 from pathlib import Path
 
 import prepare_kilt
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from modeling_cosup.lines_cosup import writing_lines
 from trainer import load_corpus, load_evaluation_set
+
+from shared.data_files import read_passages
 
 FORMATS = Path(__file__).parent / "data_formats"
 NQ = "Answer the following question with corresponding evidence."
@@ -299,3 +303,13 @@ def test_command_line_prints_the_counts(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["prepare_kilt.py", *options, "--input_file", str(missing)])
     with pytest.raises(SystemExit, match="error: .*missing.jsonl: no such file or folder"):
         prepare_kilt.main()
+
+
+def test_a_corpus_in_parquet_keeps_paragraphs_and_metadata(tmp_path):
+    row = {"id": "1", "title": "t", "text": "x", "wikipedia_id": "12", "start_paragraph_id": 3, "end_paragraph_id": 4}
+    rows = [{**row, "metadata": {"source": "a.pdf"}}, {**row, "id": "2", "metadata": None}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "corpus.parquet")
+    write(tmp_path / "corpus.jsonl", *rows)
+    for name in ("corpus.parquet", "corpus.jsonl"):
+        passages = [passage for _, passage in read_passages(tmp_path / name)]
+        assert passages == [rows[0], {**row, "id": "2"}]

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import generate
 import pytest
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -160,3 +161,27 @@ def test_questions_are_read_as_utf_8_with_and_without_bom(source, tmp_path, monk
             arguments.file = None
             monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes()), encoding="cp1252"))
         assert generate.read_questions(arguments) == ["was ist λ?", "何?"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"stream": True, "output_file": "a.jsonl"},
+            "--stream prints answers while they are written, and --output_file",
+        ),
+        ({"file": "questions.txt"}, "Questions on the command line and --file: give one"),
+        ({"passages_per_nsp": 5}, "--passages_per_nsp without --index: nothing is retrieved"),
+        ({"force_nsp_first": True}, "--force_nsp_first without --index: nothing is retrieved"),
+    ],
+)
+def test_options_of_generate_that_would_be_ignored_are_refused(options, message):
+    args = generate.GenerateArguments(model="out", questions=["who?"], **options)
+    with pytest.raises(ValueError, match=message):
+        generate.check_options(args)
+
+
+def test_options_of_generate_with_an_index_have_an_effect():
+    generate.check_options(
+        generate.GenerateArguments(model="out", questions=["who?"], index="i", force_nsp_first=True)
+    )

@@ -141,6 +141,24 @@ def test_report_says_who_is_ahead_and_what_is_missing(tmp_path):
     assert comparisons["full corpus"]["new"]["all"]["ret"]["verdict"] == "ahead"
 
 
+def test_arms_are_compared_in_the_same_mode(tmp_path):
+    """Gold passages help every arm: that is no difference between arms."""
+    scores = {"old": SCORES["old"], "new": SCORES["old"]}
+    results = make(tmp_path, scores, modes=("retrieval", "gold"))
+    for run in results.runs:  # all answers with gold passages are right
+        rows = [{"id": "1", "ret": 1.0}]
+        for task in ("a", "b"):
+            write_scores(Path(run["evaluation"]) / "results" / task / "gold", rows)
+    results = Results(results.experiment, results.runs, MEANING)
+    assert [results.baseline_of(line) for line in results.lines] == [None, None, "old, retrieval", "old, gold"]
+    assert results.compared_lines == ["new, retrieval", "new, gold"]
+    assert results.compare("new, gold", ["a"], "ret")["difference"] == 0
+    assert results.compare("old, gold", ["a"], "ret") is None
+    text = write_report(results, tmp_path / "report")
+    assert "## Against old, in the same mode" in text
+    assert "ahead in" in text and "Ret (+" not in text.replace("Ret (+0.0)", "")
+
+
 def test_modes_of_one_arm_are_compared_with_each_other(tmp_path):
     results = make(tmp_path, {"co": SCORES["old"]}, modes=("retrieval", "gold"), baseline="retrieval")
     assert results.lines == ["retrieval", "gold"]

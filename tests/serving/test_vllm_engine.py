@@ -269,6 +269,8 @@ def test_urls_belong_to_this_engine():
     ("part", "name", "value", "message"),
     [
         ("generation_config", "no_repeat_ngram_size", 3, "no_repeat_ngram_size=3 is not available with vLLM"),
+        ("generation_config", "typical_p", 0.9, "typical_p=0.9 is not available with vLLM"),
+        ("generation_config", "encoder_repetition_penalty", 1.2, "encoder_repetition_penalty=1.2 is not available"),
         ("generation_config", "suppress_tokens", [7], r"suppress_tokens=\[7\] is not available with vLLM"),
         ("config", "query_from", "query_encoder", "query_from='query_encoder' is not available with vLLM"),
         ("config", "nsp_token_id", None, "The model has no control tokens"),
