@@ -179,11 +179,11 @@ class RetrievalGenerationMixin(RefusalsMixin):
             call = RetrievalCall()
         prepared = self._check_retrieval_arguments(generation_config, kwargs)
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
-        for limit, name in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            given = [kwargs.get(limit), *(getattr(config, limit) for config in configs)]
+        for refused, name in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            given = [kwargs.get(refused), *(getattr(config, refused) for config in configs)]
             if any(given) and getattr(prepared, name) is None:
                 raise ValueError(
-                    f"generate_many takes no {limit}, which would count the longest prompt for all: give {name}."
+                    f"generate_many takes no {refused}, which would count the longest prompt for all: give {name}."
                 )
         if prepared.num_return_sequences not in (None, 1):
             raise ValueError("generate_many answers each prompt once: for num_return_sequences, repeat the prompts.")

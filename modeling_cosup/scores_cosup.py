@@ -3,6 +3,7 @@
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -237,7 +238,7 @@ class RowScores:
         return scores
 
     @contextlib.contextmanager
-    def _leaving_out_padding(self, processor: LogitsProcessor, group: _Group, history: torch.Tensor) -> Iterator[None]:
+    def _leaving_out_padding(self, processor: Any, group: _Group, history: torch.Tensor) -> Iterator[None]:
         """Let a repetition penalty leave out the padding before each row; a number that a caller chose stays."""
         ignored = getattr(processor, "prompt_ignore_length", 0)
         if ignored is not None and not isinstance(ignored, torch.Tensor):

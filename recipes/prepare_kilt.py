@@ -154,6 +154,10 @@ def check_arguments(args: KILTArguments) -> None:
         raise ValueError("give either --knowledge_file or --corpus_file.")
     if args.knowledge_file and not args.output_corpus:
         raise ValueError("--knowledge_file is cut into passages: say where they go with --output_corpus.")
+    if args.corpus_file and (args.words != 100 or args.max_other_pages is not None):
+        raise ValueError(
+            "--words and --max_other_pages cut pages; --corpus_file holds passages, which stay as they are."
+        )
     if args.words < 1:
         raise ValueError(f"--words is {args.words}, expected at least 1.")
     if args.max_other_pages is not None and args.max_other_pages < 0:

@@ -138,6 +138,8 @@ def prepare_training(run: Run) -> CoSupTrainer:
     check_output_dir(args.output_dir)
     check_index_options(script.index, script.index_uri)
     check_tied_options(script, args)
+    if script.push_index and not args.push_to_hub:
+        raise ValueError("--push_index pushes the index next to the model: set --push_to_hub true.")
     if script.index and (script.corpus_file or script.push_index):
         raise ValueError(
             "--index names an existing index: --corpus_file and --push_index are for one that training builds."

@@ -23,7 +23,7 @@ from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.hub_cosup import CARD_FILE, CARD_MARKER, FACTS_FILE, is_repo_id
 
 from .candidates import trains_passages
-from .judging.figures import FIGURES, MAIN, SEARCHING, Measured, cor_label, figure
+from .judging.figures import FIGURES, MAIN, MODES, SEARCHING, Measured, cor_label, figure
 from .judging.intervals import Rate
 from .model_setup import adapter_config, without_peft
 from .training_args import CoSupTrainingArguments
@@ -293,6 +293,10 @@ def evaluation_groups(results: dict[str, Any]) -> list[ResultGroup]:
             "gr": f"Gr (by {results['settings'].get('nli_model') or 'an NLI model'})",
         }
         title = name if scope == "corpus" else f"{name} (pools of {task['pool']})"
+        if mode == "forced":
+            title += f", {MODES[mode]}"
+        if task["top_k"] > 1:
+            title += f", {task['top_k']} passages for each [NSP]"
         groups.append(result_group(figures, title, task["passages"], labels))
     return [group for group in groups if group["metrics"]]
 

@@ -27,7 +27,8 @@ def shares_by_place(shares: Sequence[Sequence[float]]) -> list[float]:
 
 def best_is_gold(scores: Sequence[Sequence[float] | None], gold: Sequence[set[int]]) -> list[float]:
     """
-    Return, for each instance with a gold passage, whether its best passage is gold: 1.0 or 0.0.
+    Return, for each instance with a gold passage, whether its best passage is gold: 1.0 or 0.0. If several passages
+    are equally good, it is the share of them that is gold.
 
     Args:
         scores (sequence): for each instance the scores of its passages; `None` where there are none.
@@ -36,7 +37,8 @@ def best_is_gold(scores: Sequence[Sequence[float] | None], gold: Sequence[set[in
     hits = []
     for row, gold_numbers in zip(scores, gold, strict=True):
         if row is not None and gold_numbers:
-            hits.append(float(row.index(max(row)) in gold_numbers))
+            best = {number for number, score in enumerate(row) if score == max(row)}
+            hits.append(len(best & gold_numbers) / len(best))
     return hits
 
 

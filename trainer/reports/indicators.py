@@ -92,8 +92,9 @@ def _note_on_taught(results: dict) -> str:
     order = "in a random order" if results["settings"]["shuffle"] else "the nearest first"
     return (
         "How often the passage that a distillation_target prefers is gold, of the questions with a gold passage among "
-        f"theirs; 1 / {results['settings']['num_candidates']} by chance. Passages are read {order}: where the nearest "
-        "is first, a place and what it deserves cannot be told apart, so attention relative to its place says little."
+        f"theirs; 1 / {results['settings']['num_candidates']} by chance where one of them is gold. Passages are read "
+        f"{order}: where the nearest is first, a place and what it deserves cannot be told apart, so attention "
+        "relative to its place says little."
     )
 
 
