@@ -114,7 +114,8 @@ class BuildingMixin(Base):
             **{name: config.pop(name) for name in LOADING_OPTIONS if name in config},
             **(model_kwargs or {}),
         }
-        if model_kwargs and not any(isinstance(part, str | os.PathLike) for part in (gen, emb_seq, query_encoder)):
+        sources_given = (gen, emb_seq, query_encoder, tokenizer, emb_seq_tokenizer)
+        if model_kwargs and not any(isinstance(source, str | os.PathLike) for source in sources_given):
             raise ValueError(
                 f"from_gen_and_emb_seq got {', '.join(model_kwargs)}, for parts that it loads by their names, and all"
                 " parts are models already."

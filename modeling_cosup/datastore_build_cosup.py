@@ -131,7 +131,7 @@ def read_texts(source: Any) -> Iterator[str]:
         `ValueError`: names the place of a value that is not a text.
     """
     if isinstance(source, str | Path):
-        pairs = read_corpus(source)
+        pairs = read_corpus(source, columns=("text",), optional=())
     else:
         pairs = ((f"Text {number}", value) for number, value in enumerate(dataset_rows(source)))
     for where, value in pairs:

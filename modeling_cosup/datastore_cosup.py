@@ -20,7 +20,8 @@ from .hub_cosup import make_repo
 from .memory_cosup import MemoryConfig
 from .plain_card_cosup import package_memory_cards, plain_card
 from .shard_build_cosup import build_of, collect, finish, unfinished_folder, write_shards
-from .token_keys_cosup import document_ids, token_states, window_size
+from .token_keys_cosup import document_ids, gen_of, token_states, window_size
+from .tokenization_cosup import same_tokenizer
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -177,6 +178,9 @@ class KNNMemory(SearchableKeys):
             raise ValueError("Several processes can only build a memory in files: give save_directory.")
         if not 0 <= process_index < num_processes:
             raise ValueError(f"process_index is {process_index}, expected one of 0 to {num_processes - 1}.")
+        own = getattr(model, "tokenizer", None) if gen_of(model) is not model else None
+        if tokenizer is not None and own is not None and not same_tokenizer(tokenizer, own):
+            raise ValueError("tokenizer reads text differently than the model's own, which this memory is for.")
         tokenizer = tokenizer_of(model, tokenizer)
         builder = building.KeyBuilder(model, tokenizer, dtype, batch_size, max_length, stride)
         shards = building.split_texts(texts, shard_size)
@@ -184,6 +188,7 @@ class KNNMemory(SearchableKeys):
             "fingerprint": memory_fingerprint(model, tokenizer),
             "vocab_size": model.get_output_embeddings().weight.shape[0],
             "dtype": dtype,
+            "gen_dtype": str(gen_of(model).dtype),
             "shard_size": shard_size,
             "max_length": builder.max_length,
             "stride": builder.stride,

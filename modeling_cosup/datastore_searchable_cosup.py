@@ -87,7 +87,10 @@ class SearchableKeys(FolderStore):
         """Hash of values and norms, the model and the approximate search: it tells this memory from any other."""
         if self.config["content"] is None:
             self.config = {**self.config, "content": content_digest(self._shards)}
-        return digest({name: self.config[name] for name in ("content", "fingerprint", "approximate")})
+        used = self.config["approximate"] if self._approximate is not None else None
+        return digest(
+            {"content": self.config["content"], "fingerprint": self.config["fingerprint"], "approximate": used}
+        )
 
     @property
     def memory_config(self) -> MemoryConfig:

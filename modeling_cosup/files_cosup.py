@@ -6,6 +6,7 @@ process inherited.
 """
 
 import contextlib
+import errno
 import gzip
 import hashlib
 import json
@@ -20,6 +21,8 @@ try:
     import fcntl
 except ImportError:  # Windows has no flock; there, only one process may write to a folder
     fcntl = None  # type: ignore[assignment]  # checked before use
+
+WITHOUT_LOCKS = (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK)  # errors of file systems that have no locks
 
 BLOCK = 2**20  # bytes
 
@@ -142,7 +145,7 @@ def locked(path: Path, busy: str, on_wait: Callable[[str], object] | None = None
 
     Yields:
         `int`: the descriptor of the open file. A child process that inherits it holds the lock until it ends, even
-            after this process is gone. `None` on systems without locks.
+            after this process is gone. `None` on systems and file systems without locks.
 
     Raises:
         `ValueError`: `busy`, without `on_wait`.
@@ -159,6 +162,11 @@ def locked(path: Path, busy: str, on_wait: Callable[[str], object] | None = None
                     raise ValueError(busy) from None
                 on_wait(busy)
                 fcntl.flock(file, fcntl.LOCK_EX)
+            except OSError as error:
+                if error.errno not in WITHOUT_LOCKS:
+                    raise
+                yield None
+                return
             if _is_at(path, file.fileno()):
                 yield file.fileno()
                 return

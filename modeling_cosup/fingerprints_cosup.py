@@ -76,7 +76,7 @@ def hash_parameters(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
         titles.append(f"{name} {tuple(weights.shape)}".encode())
         weights = weights.reshape(-1)
         stride = max(1, len(weights) // 4096)
-        samples.append(weights[::stride].to(torch.bfloat16))
+        samples.append(weights[::stride].to(torch.bfloat16, copy=True))  # no view of weights that were gathered
     digest = hashlib.sha256()
     for title, sample in zip(titles, _on_host(samples), strict=True):
         digest.update(title)

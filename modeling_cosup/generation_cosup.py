@@ -1,5 +1,6 @@
 """generate() with retrieval, and generate_many(): their arguments and outputs, and the way to the decoding loop."""
 
+import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -160,7 +161,8 @@ class RetrievalGenerationMixin(RefusalsMixin):
         Raises:
             `TypeError`: for prompts that are not token ids, e.g. texts.
             `ValueError`: for prompts that are empty or fill the context (before anything is generated), an
-                `output_file` that holds answers to other prompts, and everything that generate() refuses.
+                `output_file` that holds answers to other prompts, `max_length` and `min_length`, and everything that
+                generate() refuses.
             [`RetrievalError`]: when a search fails; finished answers are in `output_file`.
         """
         for name in ("streamer", "prefix_allowed_tokens_fn"):
@@ -353,9 +355,13 @@ class RetrievalGenerationMixin(RefusalsMixin):
         # the loop has its own cache: transformers gets a placeholder, and must not allocate another
         kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
         kwargs["past_key_values"] = DynamicCache()
-        configs = [config for config in (generation_config, self.generation_config) if config is not None]
-        if any(config.cache_implementation is not None for config in configs):
-            kwargs["cache_implementation"] = None
+        if generation_config is None:
+            if self.generation_config.cache_implementation is not None:
+                kwargs["cache_implementation"] = None
+        elif prepared.cache_implementation is not None:
+            generation_config = copy.deepcopy(generation_config)
+            # transformers fills in None from the model's own config, and takes this for None
+            generation_config.cache_implementation = "hybrid"
         with maskable_attention(self.gen):
             # GenerationMixin's
             output = super().generate(inputs, generation_config, retrieval_call=call, **kwargs)  # type: ignore[misc]

@@ -289,7 +289,7 @@ def check_queries(query_embeds: torch.Tensor, size: int, k: int) -> torch.Tensor
         `TypeError`: for texts.
         `ValueError`: for the wrong shape, values that are NaN or infinite, or a k below 1.
     """
-    if isinstance(query_embeds, str) or (isinstance(query_embeds, list) and isinstance(query_embeds[0], str)):
+    if isinstance(query_embeds, str) or (isinstance(query_embeds, list) and str in map(type, query_embeds)):
         raise TypeError("A search takes query embeddings, not texts: index.search(model.embed_questions(texts), k=5).")
     queries = torch.as_tensor(query_embeds).detach().float()
     if queries.ndim != 2 or queries.shape[1] != size:

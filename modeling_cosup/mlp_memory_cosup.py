@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import CommitInfo, snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import PreTrainedTokenizerBase
@@ -195,6 +195,18 @@ class MLPMemory(nn.Module):
 
     # ------------------------------------------------------------------ files
 
+    @staticmethod
+    def check_save_directory(save_directory: str | os.PathLike[str]) -> Path:
+        """Return a folder to save to; `FileExistsError` if a memory of another kind, or a model, would be lost."""
+        folder = Path(save_directory)
+        path = folder / CONFIG_FILE
+        if path.exists():
+            if read_json(path).get("memory_type") != MEMORY_TYPE:
+                raise FileExistsError(f"{folder} holds a memory of another kind; choose another folder.")
+        elif (folder / WEIGHTS_FILE).exists() or (folder / "config.json").exists():
+            raise FileExistsError(f"{folder} holds a model; choose another folder.")
+        return folder
+
     def save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:
         """
         Save the memory: `memory_config.json` and `model.safetensors`.
@@ -203,17 +215,14 @@ class MLPMemory(nn.Module):
             save_directory (`str` or `Path`): created if it does not exist. A memory in it is replaced.
 
         Raises:
-            `FileExistsError`: for a folder that holds a memory of another kind.
+            `FileExistsError`: for a folder that holds a memory of another kind, or a model.
         """
-        folder = Path(save_directory)
+        folder = self.check_save_directory(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / CONFIG_FILE
-        if path.exists() and read_json(path).get("memory_type") != MEMORY_TYPE:
-            raise FileExistsError(f"{folder} holds a memory of another kind; choose another folder.")
         weights = {name: weight.detach().contiguous() for name, weight in self.state_dict().items()}
         with replacing_file(folder / WEIGHTS_FILE) as unfinished:
-            save_file(weights, unfinished, {"format": "pt"})
-        write_json(path, self._config())
+            save_file(weights, unfinished, {"format": "pt", "fingerprint": digest(self.gen_fingerprint)})
+        write_json(folder / CONFIG_FILE, self._config())
 
     def _config(self) -> dict[str, Any]:
         """Return the content of `memory_config.json`."""
@@ -270,8 +279,12 @@ class MLPMemory(nn.Module):
         try:
             weights = load_file(path, str(device))
             memory.load_state_dict(weights, assign=True)
+            with safe_open(path, "pt") as file:
+                made_for = (file.metadata() or {}).get("fingerprint")
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged, or of another memory: {error}") from error
+        if made_for not in (None, digest(memory.gen_fingerprint)):  # earlier releases wrote none
+            raise ValueError(f"{path} is of another memory than {CONFIG_FILE}: a save broke off. Save it again.")
         wrong = {weight.dtype for weight in weights.values()} - set(_DTYPES)
         if wrong:
             raise ValueError(f"{path} holds weights in {wrong.pop()}, expected float32, bfloat16 or float16.")

@@ -20,13 +20,14 @@ _SHORT = reprlib.Repr()
 _SHORT.maxstring = 80
 
 
-def read_corpus(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, object]]:
+def read_corpus(source: str | Path | Iterable[Any], **options: Any) -> Iterator[tuple[str, object]]:
     """
     Read the passages of a corpus one at a time, unchecked.
 
     Args:
         source (`str`, `Path`, list of these, or iterable of `dict`): files, see [`corpus_cosup`]; or anything that
             yields passages, such as a list or a (streamed) `datasets` data set; or a map-style dataset.
+        **options: of [`~corpus_cosup.read_files`], for files.
 
     Yields:
         `(str, object)`: the place, for error messages, and the value there.
@@ -37,13 +38,13 @@ def read_corpus(source: str | Path | Iterable[Any]) -> Iterator[tuple[str, objec
     if isinstance(source, str | Path):
         source = [source]
     if isinstance(source, list | tuple) and source and all(isinstance(path, str | Path) for path in source):
-        yield from _read_files(source)
+        yield from _read_files(source, **options)
         return
     for row, value in enumerate(dataset_rows(source)):
         yield f"Corpus row {row}", value
 
 
-def _read_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, object]]:
+def _read_files(paths: Sequence[str | Path], **options: Any) -> Iterator[tuple[str, object]]:
     try:
         from modeling_cosup.corpus_cosup import read_files
     except ImportError:
@@ -56,7 +57,7 @@ def _read_files(paths: Sequence[str | Path]) -> Iterator[tuple[str, object]]:
             raise FileNotFoundError(
                 f"{_SHORT.repr(str(path))[1:-1]} is not a file. A passage is an object with id, title and text."
             )
-    return read_files(paths)
+    return read_files(paths, **options)
 
 
 def dataset_rows(source: Any) -> Iterator[Any]:

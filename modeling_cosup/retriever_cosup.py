@@ -6,7 +6,7 @@ To add a back end, write a class with the members of [`Retriever`] in a new file
 works with an index of the installed package.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from os import PathLike
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
@@ -120,13 +120,21 @@ def content_digest(index: Retriever) -> str:
     """
     Return a hash that differs for indexes of another model, of other passages or with another search.
 
-    Of an index in a folder, the checksums of its files and the deleted rows count; of a Milvus collection, its
-    properties. Of any other index, only its fingerprint and length are known.
+    Of an index in a folder, the checksums of its files, the deleted rows and the approximate search count; of a Milvus
+    collection, its properties and how it is searched. Of any other index, only its fingerprint and length are known.
     """
-    config = getattr(index, "config", None) or {}
-    content = {name: config.get(name) for name in ("files", "deleted", "approximate")}
+    content: dict[str, Any] = {}
+    config = getattr(index, "config", None)
+    if isinstance(config, Mapping):
+        files = config.get("files") or {}
+        content["files"] = {name: facts for name, facts in files.items() if not name.endswith(".faiss")}
+        content["deleted"] = config.get("deleted")
+        if getattr(index, "_approximate", None) is not None:
+            content["approximate"] = config.get("approximate")
+    for name in ("_properties", "search_params"):  # of Milvus
+        content[name] = getattr(index, name, None)
     length = len(index) if hasattr(index, "__len__") else None  # generate() does not need it
-    return digest([index.fingerprint, length, content, getattr(index, "_properties", None)])
+    return digest([index.fingerprint, length, content])
 
 
 def check_fingerprint(fingerprint: dict[str, Any], model: CoSupModel) -> None:

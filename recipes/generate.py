@@ -15,7 +15,7 @@ from typing import Literal
 
 from shared.cli import clear_errors, parse
 
-from shared.indexes import FAISS_HELP, INDEX_HELP, INDEX_URI_HELP, check_index_options, open_index
+from shared.indexes import FAISS_HELP, INDEX_HELP, INDEX_URI_HELP, check_index_options, faiss_options, open_index
 from shared.memory_options import MemoryOptions, open_memory
 
 
@@ -93,10 +93,9 @@ def answer(args: GenerateArguments, memory_options: MemoryOptions) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load_emb_seq = CoSupConfig.from_pretrained(args.model).query_from != "gen"  # otherwise generation needs only Gen
     model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq).to(device)
-    index_options = {"allow_faiss_files": True} if args.allow_faiss_files else {}
-    index = open_index(model, args.index, args.index_uri, **index_options)
+    index = open_index(model, args.index, args.index_uri, **faiss_options(args))
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
-    options |= open_memory(model, memory_options)
+    options |= open_memory(model, memory_options, **faiss_options(args))
     if index is not None:
         options["retriever"] = index
         options["retrieval_config"] = RetrievalConfig(

@@ -20,6 +20,7 @@ from shared.cli import clear_errors, parse, table_of_counts
 
 from modeling_cosup.corpus_cosup import read_files
 from modeling_cosup.lines_cosup import write_lines
+from modeling_cosup.passages_cosup import check_title_and_text
 
 
 @dataclass
@@ -56,8 +57,7 @@ def prepare(args: MemoryTextArguments) -> dict[str, int]:
         raise ValueError(f"held_out_share is {args.held_out_share}, expected more than 0 and less than 0.5.")
     topics: dict[str, list[dict]] = {}
     for place, passage in read_files([args.corpus_file]):
-        if "text" not in passage:
-            raise ValueError(f"{place}: a passage has no text.")
+        check_title_and_text(passage, place)
         if passage.get("title"):
             topics.setdefault(passage["title"], []).append(passage)
     if not 1 <= args.num_topics < len(topics):

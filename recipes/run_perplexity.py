@@ -23,7 +23,8 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
 import torch
 
 from modeling_cosup import KNNMemory, MLPMemory
-from modeling_cosup.files_cosup import write_json
+from modeling_cosup.files_cosup import digest_file, read_json, write_json
+from modeling_cosup.mlp_memory_cosup import CONFIG_FILE, MEMORY_TYPE
 from modeling_cosup.opening_cosup import load_memory
 from modeling_cosup.token_keys_cosup import window_size
 from trainer.judging.figures import figure, figure_line, shown
@@ -33,6 +34,7 @@ from trainer.judging.perplexity import LM, Memories, TextScores, peak_memory, sc
 from trainer.judging.results import FORMAT
 from trainer.reports.perplexity import write_perplexity_report
 
+from shared.indexes import faiss_options
 from shared.memory_options import call_config
 from shared.processes import processes
 from shared.token_memories import load_gen, read_documents
@@ -54,7 +56,7 @@ def main() -> None:
         max_length, stride = window_size(model, args.max_length, args.stride)
         memories: dict[str, Any] = {}
         for path in args.memory:
-            memory = load_memory(path)
+            memory = load_memory(path, **faiss_options(args))
             memory.check_model(model, tokenizer)
             if isinstance(memory, MLPMemory):
                 memory.to(model.device)
@@ -77,6 +79,7 @@ def main() -> None:
             **environment(model),
         }
         results = results_of(scores, memories, overlaps)
+        results["warnings"] += warnings_of(args)
         seconds = round(time.perf_counter() - start, 1)
         results = {"format": FORMAT, "settings": settings, **results, "seconds": seconds}
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -128,6 +131,19 @@ def results_of(scores: TextScores, memories: Memories, overlaps: dict[str, float
             )
     text = {"documents": len(scores.tokens), "left_out": scores.left_out, "tokens": num_tokens}
     return {"text": text, "arms": arms, "warnings": warnings, "peak_memory": peak_memory()}
+
+
+def warnings_of(args: PerplexityArguments) -> list[str]:
+    """Return warnings of memories that were fitted on the text, or that do not keep what they were trained on."""
+    warnings = []
+    for path in args.memory:
+        fit_file = Path(path) / "memory_fit.json"
+        if fit_file.exists() and read_json(fit_file).get("sha256") == digest_file(args.text_file):
+            warnings.append(f"Weight and temperature of {path} were fitted on this text.")
+        config_file = Path(path) / CONFIG_FILE
+        if config_file.exists() and read_json(config_file).get("memory_type") == MEMORY_TYPE:
+            warnings.append(f"{path} does not keep what it was trained on: make sure that this text is not in it.")
+    return warnings
 
 
 def print_figures(results: dict[str, Any], output_dir: str) -> None:

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from shared.cli import clear_errors, parse
 
 from serving.arguments import ServeArguments
-from shared.indexes import check_index_options, open_index
+from shared.indexes import check_index_options, faiss_options, open_index
 from shared.memory_options import MemoryOptions, open_memory
 
 if TYPE_CHECKING:  # options and a port in use do not wait for torch
@@ -121,7 +121,7 @@ def load_served_model(args: ServeArguments, memory_options: MemoryOptions) -> Se
     return ServedModel(
         model,
         index=open_index(model, args.index, args.index_uri, **index_options(args)),
-        **open_memory(model, memory_options),
+        **open_memory(model, memory_options, **faiss_options(args)),
         max_running=args.max_running,
         max_batch_tokens=args.max_batch_tokens,
     )
@@ -129,8 +129,10 @@ def load_served_model(args: ServeArguments, memory_options: MemoryOptions) -> Se
 
 def index_options(args: ServeArguments) -> dict[str, Any]:
     """Return the options of the index. A search in Milvus must fail soon, because running answers wait for it."""
+    if args.allow_faiss_files and (args.index is None or args.index_uri is not None):
+        raise ValueError("--allow_faiss_files is for an index in a folder: give --index, without --index_uri.")
     if args.index_uri is None:
-        return {"allow_faiss_files": args.allow_faiss_files}
+        return faiss_options(args)
     return {"timeout": args.index_timeout, "max_retries": 1}
 
 

@@ -3,8 +3,8 @@ Train an MLP memory on the keys of a token datastore, and fit how a memory joins
 
     python recipes/train_memory.py --model out --memory mem --output_dir mlp --learning_rate 1e-5 --num_train_epochs 2
     accelerate launch recipes/train_memory.py --model out --memory mem --output_dir mlp --kl_weight 0.5 \\
-        --fit_file heldout.jsonl
-    python recipes/train_memory.py --model out --memory mem --fit_only true --fit_file heldout.jsonl
+        --fit_file fit.jsonl
+    python recipes/train_memory.py --model out --memory mem --fit_only true --fit_file fit.jsonl
 
 The keys are read from their files in shuffled blocks. Any option of `transformers.TrainingArguments` may be given, and
 `--resume_from_checkpoint` resumes a run. With `--fit_file`, the weight, temperature and (of a KNNMemory) k with the
@@ -24,9 +24,10 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
 
 import torch
 from transformers import set_seed
+from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_cosup import KNNMemory, MLPMemory
-from modeling_cosup.files_cosup import write_json
+from modeling_cosup.files_cosup import digest_file, write_json
 from modeling_cosup.opening_cosup import load_memory
 from modeling_cosup.token_keys_cosup import window_size
 from trainer.judging.figures import shown
@@ -36,6 +37,7 @@ from trainer.memory import MemoryTrainer
 from trainer.memory_args import MemoryTrainingArguments
 from trainer.memory_fit import MemoryFit, fit_memory_config, write_memory_config
 
+from shared.indexes import faiss_options
 from shared.token_memories import load_gen, read_documents
 
 
@@ -46,7 +48,9 @@ def main() -> None:
         torch.set_num_threads(script.num_threads)
     with clear_errors():
         check(script)
-        memory = load_memory(script.memory)
+        if not script.fit_only:
+            MLPMemory.check_save_directory(str(args.output_dir))
+        memory = load_memory(script.memory, **faiss_options(script))
         if not script.fit_only and not isinstance(memory, KNNMemory):
             raise ValueError(f"--memory {script.memory} has no keys to train on; --fit_only true fits it.")
         model, tokenizer = load_gen(script.model, script.dtype)
@@ -93,13 +97,33 @@ def train(
     """Train an MLP memory, and save it with its losses; return its trainer."""
     set_seed(args.seed)
     memory = MLPMemory.from_gen(model, script.intermediate_size, tokenizer)
+    checkpoint = checkpoint_to_resume(args, memory)
     trainer = MemoryTrainer(memory, args, datastore)
-    metrics = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint).metrics
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     trainer.save_metrics("train", metrics)
     if len(trainer.held_out):
         trainer.save_metrics("eval", trainer.evaluate())
     return trainer
+
+
+def checkpoint_to_resume(args: MemoryTrainingArguments, memory: MLPMemory) -> str | None:
+    """
+    Return the folder of the checkpoint to resume from, `None` without `--resume_from_checkpoint`.
+
+    Raises:
+        `ValueError`: if there is none, or if it is of a memory of another Gen.
+    """
+    wanted = args.resume_from_checkpoint
+    if wanted in (None, "false", "False"):
+        return None
+    folder = get_last_checkpoint(str(args.output_dir)) if wanted in ("true", "True") else wanted
+    if folder is None:
+        raise ValueError(f"--resume_from_checkpoint: {args.output_dir} holds no checkpoint.")
+    made_for = MLPMemory.from_pretrained(folder).gen_fingerprint
+    if made_for != memory.gen_fingerprint:
+        raise ValueError(f"{folder} is of a memory of another Gen: start anew.")
+    return folder
 
 
 def fit(
@@ -133,7 +157,8 @@ def fit(
     found = fit_memory_config(memory, keys, values, lm, lm_kept, kept_ids)
     write_memory_config(memory, folder, found.memory_config)
     overlap = None if datastore is None else documents.overlap(datastore)
-    facts = {"fit_file": script.fit_file, "tokens": len(lm), "ngram_overlap": overlap, **asdict(found)}
+    facts = {"fit_file": script.fit_file, "sha256": digest_file(script.fit_file), "tokens": len(lm)}
+    facts |= {"ngram_overlap": overlap, **asdict(found)}
     write_json(folder / "memory_fit.json", facts)
     print_fit(found, len(lm), folder)
     if overlap:

@@ -24,8 +24,9 @@ REFUSED = {
     ),
 }
 
-# fields of a collator: the first must be those of the default, the second may be off where the default has them on
+# fields of a collator that must equal those of the default
 SET_BY_ARGUMENTS = ("nsp_token_id", "supervision", "encoder_queries", "mask_duplicates", "max_instances", "max_tokens")
+# fields that may be on only where the default has them on
 OFF_WHERE_WRONG = ("padding_free", "padding_free_passages", "shorten_first_pass")
 
 RENAMED = {"tokenizer": "processing_class"}  # names that Trainer had in earlier releases

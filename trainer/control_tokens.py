@@ -81,7 +81,8 @@ def check_adapters(model: Any, args: CoSupTrainingArguments) -> None:
         `ValueError`: for a `PeftModel` whose Gen has new rows for `[Cs]` and `[CE]` and trains neither.
     """
     base = without_peft(model)
-    if base is model or args.freeze_gen:
+    reads_with_gen = args.trains_ntp or base.config.query_from == "gen"
+    if base is model or args.freeze_gen or not reads_with_gen:
         return
     matrices = {"embeddings": base.get_input_embeddings()}
     if args.trains_ntp:

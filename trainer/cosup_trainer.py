@@ -176,6 +176,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
 
         self._peft_config = peft_config
         self._has_default_collator = data_collator is None
+        self._has_checked_collator = False
         self.data_collator = data_collator
         trained_model = self._prepared(model)
         check_optimizer(optimizers[0], trained_model)

@@ -4,7 +4,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import datasets
 import numpy as np
@@ -151,8 +151,8 @@ class HeldOutMixin(TrainingStepMixin):
         if isinstance(dataset, str):
             dataset = self.eval_dataset[dataset]
         if isinstance(dataset, datasets.IterableDataset):
-            dataset = datasets.Dataset.from_list(list(dataset))
-        if not isinstance(dataset, datasets.Dataset):
+            dataset = list(dataset)
+        if not isinstance(dataset, datasets.Dataset | list):
             return super().get_eval_dataloader(eval_dataset)
         count, rank, args = len(dataset), self.args.process_index, self.args
         size = max(1, min(args.eval_batch_size, -(-count // world_size())))
@@ -162,7 +162,7 @@ class HeldOutMixin(TrainingStepMixin):
             start = (number * world_size() + rank) * size
             batches.append(list(range(start, min(start + size, count))))
         return DataLoader(
-            dataset,
+            cast(Any, dataset),
             batch_sampler=batches,
             collate_fn=self.data_collator,
             num_workers=args.dataloader_num_workers,

@@ -195,18 +195,19 @@ def knn_kl(
     log_probs: torch.Tensor, values: torch.Tensor, distances: torch.Tensor, temperature: float = 1.0
 ) -> torch.Tensor:
     """
-    Return KL(p_kNN ‖ p), where p_kNN(v) is proportional to the sum of exp(-d²/T) over the neighbours of value v.
+    Return KL(p_kNN ‖ p), where p_kNN(v) is proportional to the sum of exp(-d²/T) over the neighbours of value v. It is
+    0 for a key without neighbours.
 
     Args:
         log_probs (`torch.FloatTensor` of shape `(n, V)`): log p.
         values (`torch.LongTensor` of shape `(n, k)`): tokens of the neighbours.
-        distances (`torch.FloatTensor` of shape `(n, k)`): squared L2.
+        distances (`torch.FloatTensor` of shape `(n, k)`): squared L2, inf where nothing was found.
         temperature (`float`): T.
 
     Returns:
         `torch.FloatTensor` of shape `(n,)`.
     """
-    weights = (-distances / temperature).softmax(1)  # (n, k)
+    weights = (-distances / temperature).softmax(1).nan_to_num(0.0)  # (n, k); all 0 where nothing was found
     values, order = values.sort(1)
     weights = weights.gather(1, order)
     is_new = F.pad((values[:, 1:] != values[:, :-1]).long(), (1, 0))

@@ -202,7 +202,8 @@ class _NeighborCandidates:
             for distances, are_targets, are_kept in zip(*parts, strict=True):
                 distances = distances.double()
                 weights = ((distances[:, :1] - distances) / temperature).exp()  # (n, K); the nearest weighs 1
-                totals = weights.cumsum(1)[:, last]  # (n, number of ks)
+                weights = weights.masked_fill(distances.isinf(), 0.0)
+                totals = weights.cumsum(1)[:, last].clamp(min=1e-300)  # (n, number of ks); 0 where nothing was found
                 targets.append((weights * are_targets).cumsum(1)[:, last] / totals)
                 kept.append((weights * are_kept).cumsum(1)[:, last] / totals)
             log_targets, log_kept = torch.cat(targets).log(), torch.cat(kept).log()

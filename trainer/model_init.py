@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
 
-from .arguments import check_collator, read_by_tokenizing
+from .arguments import SET_BY_ARGUMENTS, check_collator, read_by_tokenizing
 from .control_tokens import check_adapters, check_control_token_lr
 from .isolation import check_isolation
 from .model_setup import (
@@ -42,6 +42,7 @@ class ModelInitMixin(Trainer):
     _given_tokenizers: tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]
     _peft_config: "PeftConfig | None"
     _has_default_collator: bool
+    _has_checked_collator: bool
     _read_by_tokenizing: dict[str, Any]
     _num_parameters: tuple[int, int] | None
 
@@ -81,8 +82,12 @@ class ModelInitMixin(Trainer):
         collator = default_collator(base, self.args, self.tokenizers)
         if self._has_default_collator:
             self.data_collator = collator
-        else:
+        elif not self._has_checked_collator:
             check_collator(self.data_collator, collator)
+            self._has_checked_collator = True
+        else:  # of a trial, whose arguments may be others
+            for name in SET_BY_ARGUMENTS:
+                setattr(self.data_collator, name, getattr(collator, name))
         return trained_model
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

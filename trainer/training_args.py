@@ -184,8 +184,8 @@ class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingA
         self._check_choices()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise TrainingArguments refuses bf16 on a CPU
-        if self.tf32 is None:
-            self.tf32 = False  # with torch_compile, TrainingArguments would turn it on, for the losses too
+        if self.tf32 is None and self.torch_compile:
+            self.tf32 = False  # TrainingArguments would turn it on, for the losses too
         # CoSupTrainer stops at a loss that is not finite; a check at every step would wait for the GPU
         self.logging_nan_inf_filter = False
         if self.ddp_find_unused_parameters is None:

@@ -130,7 +130,14 @@ class NoFFN(nn.Module):
 
 
 def remove_last_ffn(gen: PreTrainedModel) -> None:
-    """Replace the FFN of Gen's last layer by one that gives zeros."""
+    """
+    Replace the FFN of Gen's last layer by one that gives zeros.
+
+    Raises:
+        `ValueError`: for an architecture whose FFN adds the residual itself, or is not one module.
+    """
+    if gen.config.model_type in ("bloom", "opt"):
+        raise ValueError(f"The last FFN of {type(gen).__name__} cannot be left out by itself: leave out hurdle.")
     layer, _, ffn = ffn_name(gen).rpartition(".")
     setattr(gen.get_submodule(layer), ffn, NoFFN())
 

@@ -96,7 +96,8 @@ def prepare(experiment: MemoryExperiment, arm: str, seed: int, cache: Path) -> P
     mlp = MLPMemory.from_pretrained(mlp_folder / "memory").to(gen.device)
     mlp.check_model(gen)
     facts = {"gen": gen_facts, "knn": knn_facts, "mlp": mlp_facts}
-    key = digest([gen_folder.name, knn_folder.name, mlp_folder.name])[:12]
+    asked = [digest_of_content(data / name) for name in ("validation.jsonl", "test.jsonl")]
+    key = digest([gen_folder.name, knn_folder.name, mlp_folder.name, *asked])[:12]
     return Prepared(data, gen, tokenizer, knn, mlp, facts, key)
 
 

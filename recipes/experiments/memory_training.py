@@ -50,7 +50,7 @@ def new_gen(gen: str | dict[str, Any], tokenizer: PreTrainedTokenizerBase, seed:
         return AutoModelForCausalLM.from_pretrained(gen, dtype=torch.float32)
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
     config = AutoConfig.for_model(**{"vocab_size": len(tokenizer), **special, **gen})
-    return AutoModelForCausalLM.from_config(config)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
 def train_gen(

@@ -77,8 +77,11 @@ class LastBlock:
         Raises:
             `ValueError`: if g(z) is not the last hidden state, naming the architecture.
         """
-        with torch.no_grad():
-            difference = (self(z) - hidden).abs().max() / hidden.abs().max()
+        try:
+            with torch.no_grad():
+                difference = (self(z) - hidden).abs().max() / hidden.abs().max()
+        except (TypeError, RuntimeError) as error:  # its FFN takes or returns something else
+            raise self._error(f"its last FFN cannot be computed by itself ({error})") from error
         if not difference <= TOLERANCE:
             raise self._error(f"g(z) differs from its last hidden state by {float(difference):.1%}")
 

@@ -38,6 +38,11 @@ def check_index_options(index: str | None, index_uri: str | None) -> None:
         check_place(f"--index {index}", index)
 
 
+def faiss_options(args: Any) -> dict[str, Any]:
+    """Return the option of `load_index` and `load_memory` that `--allow_faiss_files` gives, or nothing."""
+    return {"allow_faiss_files": True} if args.allow_faiss_files else {}
+
+
 def open_index(
     model: CoSupForCausalLM, index: str | None, index_uri: str | None = None, **options: Any
 ) -> Retriever | None:

@@ -6,6 +6,8 @@ As in `arguments.py`, `--help` and a misspelt option need only this file.
 
 from dataclasses import dataclass, field
 
+from shared.indexes import FAISS_HELP
+
 WINDOW_HELP = "Tokens of a sliding window; defaults to what the model can read, at most 1,024."
 STRIDE_HELP = "Tokens from one window to the next; defaults to half a window."
 MEMORY_TRAINING_ARGUMENTS = "trainer.memory_args.MemoryTrainingArguments"  # a name, because the class needs torch
@@ -53,6 +55,7 @@ class MemoryTrainingScriptArguments:
         metadata={"local_or_hub": True, "help": "Name or path of the CoSup checkpoint or Gen that made the keys."}
     )
     memory: str = field(metadata={"local_or_hub": True, "help": "Name or path of a KNNMemory."})
+    allow_faiss_files: bool = field(default=False, metadata={"help": FAISS_HELP})
     intermediate_size: int = field(default=4096, metadata={"help": "Width of the hidden layer of the MLP."})
     fit_file: str | None = field(
         default=None,
@@ -84,6 +87,7 @@ class PerplexityArguments:
     memory: list[str] = field(
         default_factory=list, metadata={"help": "Names or paths of memories of this model, of either kind."}
     )
+    allow_faiss_files: bool = field(default=False, metadata={"help": FAISS_HELP})
     memory_weight: float | None = field(
         default=None, metadata={"help": "Weight of every memory; defaults to its own."}
     )

@@ -39,9 +39,9 @@ class MemoryOptions:
             raise ValueError(f"--{given[0]} without --memory: name the memory.")
 
 
-def open_memory(model: CoSupForCausalLM, options: MemoryOptions) -> dict[str, Any]:
+def open_memory(model: CoSupForCausalLM, options: MemoryOptions, **load_options: Any) -> dict[str, Any]:
     """
-    Load the memory of a recipe.
+    Load the memory of a recipe; `load_options` are of `load_memory`.
 
     Returns:
         `dict`: `memory` and `memory_config` for generate(); empty without a memory.
@@ -52,7 +52,7 @@ def open_memory(model: CoSupForCausalLM, options: MemoryOptions) -> dict[str, An
     """
     if options.memory is None:
         return {}
-    memory = model.load_memory(options.memory)
+    memory = model.load_memory(options.memory, **load_options)
     return {"memory": memory, "memory_config": call_config(memory, options)}
 
 

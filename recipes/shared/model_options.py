@@ -82,7 +82,7 @@ def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupFo
         check_unchanged(script.model_name_or_path, options)
         unread = [f"--{name}" for name in ("gen", "emb_seq", "query_encoder") if getattr(script, name) is not None]
         if unread:
-            logger.warning(f"{script.model_name_or_path} has parts of its own, so {', '.join(unread)} is not read.")
+            logger.warning(f"Not read, as {script.model_name_or_path} has parts of its own: {', '.join(unread)}.")
         return CoSupForCausalLM.from_pretrained(script.model_name_or_path, **model_kwargs)
     if args.freeze_gen or args.freeze_emb_seq or script.index:
         options.setdefault("tie_emb_seq", False)  # one part is kept as it is

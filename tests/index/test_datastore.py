@@ -6,17 +6,19 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from modeling_cosup import CoSupForCausalLM, KNNMemory, MemoryConfig, shard_build_cosup
-from modeling_cosup.datastore_build_cosup import KeyBuilder
+from modeling_cosup.datastore_build_cosup import KeyBuilder, read_texts
 from modeling_cosup.datastore_files_cosup import keys_file
 from modeling_cosup.fingerprints_cosup import memory_fingerprint
 from modeling_cosup.folders_cosup import digest_of_config
 from modeling_cosup.token_keys_cosup import document_ids, ffn_name
 from support.forks import run_forked
-from support.models import TEXTS, make_gen, make_model
+from support.models import TEXTS, make_gen, make_model, make_tokenizer
 from support.travelling import FOLDER, travelling_files
 
 FINGERPRINT = {"gen": "g", "tokenizer": "t", "key": "model.layers.1.mlp"}
@@ -191,6 +193,7 @@ def test_approximate_search_says_what_it_costs_and_is_saved(tmp_path):
     loaded = KNNMemory.from_pretrained(tmp_path / "memory", allow_faiss_files=True)
     assert torch.equal(loaded.search(queries, 50).rows, found.rows)
     assert loaded.fingerprint == memory.fingerprint
+    assert KNNMemory.from_pretrained(tmp_path / "memory", search="exact").fingerprint == before
     with pytest.raises(ValueError, match="pass allow_faiss_files=True if you trust it, or search='exact'"):
         KNNMemory.from_pretrained(tmp_path / "memory")
     # one list of four is searched: it has fewer entries than k
@@ -524,3 +527,24 @@ def test_the_datastore_travels_with_a_checkpoint():
 def test_another_architecture_is_refused(model):
     with pytest.raises(ValueError, match="The key of a mamba model is not known"):
         KNNMemory.build(make_gen("mamba"), ["x"], tokenizer=model.tokenizer)
+
+
+@pytest.mark.parametrize("extra", ["idx", "ids", "titles"])
+def test_texts_in_parquet_may_have_other_columns(model, tmp_path, extra):
+    rows = [{extra: 1, "text": text} for text in TEXTS[:2]]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "texts.parquet")
+    assert list(read_texts(tmp_path / "texts.parquet")) == TEXTS[:2]
+
+
+def test_a_tokenizer_that_reads_text_differently_is_refused(model):
+    with pytest.raises(ValueError, match="tokenizer reads text differently than the model's own"):
+        KNNMemory.build(model, TEXTS, tokenizer=make_tokenizer(vocab_size=300), show_progress_bar=False)
+
+
+def test_a_build_is_not_resumed_in_another_dtype(tmp_path, monkeypatch):
+    model = make_model()
+    options = {"max_length": 16, "stride": 8, "shard_size": 2, "show_progress_bar": False}
+    monkeypatch.setattr(KNNMemory, "merge", lambda *args: None)  # the build stays unfinished
+    KNNMemory.build(model, TEXTS, tmp_path / "memory", **options)
+    with pytest.raises(ValueError, match="gen_dtype: then 'torch.float32', now 'torch.bfloat16'"):
+        KNNMemory.build(model.bfloat16(), TEXTS, tmp_path / "memory", **options)

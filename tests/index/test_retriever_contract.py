@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList
 
 from modeling_cosup import PassageIndex, Retriever, milvus_cosup
 from modeling_cosup.milvus_cosup import MilvusPassageIndex
-from modeling_cosup.retriever_cosup import check_fingerprint
+from modeling_cosup.retriever_cosup import check_fingerprint, content_digest
 from modeling_cosup.tokenization_cosup import encode_passages_for_gen, encode_prompt
 from support.generation import Steer, left_pad
 from support.models import PASSAGES, make_model
@@ -584,3 +584,23 @@ def test_generation_refuses_an_index_of_another_model(changeable):
     retriever, _ = changeable
     with pytest.raises(ValueError, match="  emb_seq: "):
         run(make_model(emb_seq_kwargs={"seed": 9}), retriever)
+
+
+class WithConfig:
+    """A retriever of a user, whose config is no dictionary."""
+
+    fingerprint = {"a": 1}
+    config = object()
+
+
+def test_contents_of_indexes_are_told_apart(tmp_path):
+    model = make_model()
+    index = model.build_index(PASSAGES, save_directory=tmp_path / "index", show_progress_bar=False)
+    digests = [content_digest(index), content_digest(WithConfig())]
+    index.train_approximate("IVF1,Flat", nprobe=1)
+    digests.append(content_digest(index))
+    exact = model.load_index(tmp_path / "index", search="exact")
+    assert content_digest(exact) == digests[0]
+    index.delete(["p1"])
+    digests.append(content_digest(index))
+    assert len(set(digests)) == 4

@@ -1,5 +1,6 @@
 """JSON and JSON Lines that are written completely or not at all, digests, and locks."""
 
+import errno
 import gzip
 import signal
 import subprocess
@@ -8,6 +9,7 @@ from threading import Event, Thread
 
 import pytest
 
+from modeling_cosup import files_cosup
 from modeling_cosup.files_cosup import digest, digest_all, digest_file, locked, read_json, write_json
 from modeling_cosup.lines_cosup import lines_with_places, read_lines, write_lines, writing_lines
 
@@ -158,3 +160,16 @@ def test_a_waiter_holds_the_lock_even_if_the_previous_holder_removed_the_file(tm
         pass
     may_leave.set()
     thread.join()
+
+
+@pytest.mark.parametrize("code", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK])
+def test_a_file_system_without_locks_is_written_without_one(tmp_path, monkeypatch, code):
+    def fails(file, operation):
+        raise OSError(code, "no locks here")
+
+    monkeypatch.setattr(files_cosup.fcntl, "flock", fails)
+    with files_cosup.locked(tmp_path / "lock", "busy") as descriptor:
+        assert descriptor is None
+    monkeypatch.setattr(files_cosup, "WITHOUT_LOCKS", ())
+    with pytest.raises(OSError, match="no locks here"), files_cosup.locked(tmp_path / "lock", "busy"):
+        pass

@@ -159,3 +159,23 @@ def test_a_memory_without_entries_has_no_neighbors(memory, model):
     config = MemoryConfig(output_neighbors=2)
     with pytest.raises(ValueError, match="output_neighbors is 2, but a MLPMemory has no entries"):
         model.generate(torch.tensor([[5, 6]]), memory=memory, memory_config=config, max_new_tokens=1)
+
+
+@pytest.mark.parametrize("held", ["model.safetensors", "config.json"])
+def test_a_model_is_not_overwritten(memory, tmp_path, held):
+    (tmp_path / held).write_text("precious")
+    with pytest.raises(FileExistsError, match="holds a model; choose another folder"):
+        memory.save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [held]
+    assert (tmp_path / held).read_text() == "precious"
+
+
+def test_weights_under_the_config_of_another_gen_are_refused(memory, saved):
+    """A crash between the two files leaves the new weights and the old config."""
+    memory.save_pretrained(saved)  # a memory is replaced
+    old_config = (saved / "memory_config.json").read_text()
+    memory.gen_fingerprint = {**memory.gen_fingerprint, "gen": "another"}
+    memory.save_pretrained(saved)
+    (saved / "memory_config.json").write_text(old_config)
+    with pytest.raises(ValueError, match="is of another memory than memory_config.json: a save broke off"):
+        MLPMemory.from_pretrained(saved)

@@ -71,7 +71,8 @@ EXPECTED = {
         "num_questions": 2,
         "mrr": 0.75,
         "ndcg@10": (1 + 0.63092975 / 1.63092975) / 2,
-        "query_recall@1": 0.5,  # and no recall at 5: the rankings have two places
+        "query_recall@1": 0.5,
+        "query_recall@5": 1.0,
     },
     "kilt": {
         "accuracy": 0.0,
@@ -218,12 +219,14 @@ def test_rankings_of_an_evaluation_and_questions_of_unknown_provenance():
     assert over_corpus["num_questions"] == 2
     over_pool = load("nsp_retrieval").compute(**inputs, rankings=rankings, ranking="pool")
     assert over_pool["query_recall@1"] == 0.5
+    of_two = load("nsp_retrieval").compute(**inputs, rankings=rankings, ks=[1, 2], num_passages=2)
+    assert "query_recall@1" in of_two and "query_recall@2" not in of_two  # both passages: nothing can be missed
     assert "mrr" not in load("nsp_retrieval").compute(**inputs)
     nothing_found = [rankings[0], {**rankings[1], "corpus": []}]
     assert load("nsp_retrieval").compute(**inputs, rankings=nothing_found)["mrr"] == 0.25
     with pytest.raises(ValueError, match="1 of 2 questions with provenance have no ranking"):
         load("nsp_retrieval").compute(**inputs, rankings=rankings[:1])
-    with pytest.raises(ValueError, match="1 ids occur twice in the rankings"):
+    with pytest.raises(ValueError, match="1 of the rankings repeat the id of another"):
         load("nsp_retrieval").compute(**inputs, rankings=[*rankings, rankings[0]])
     with pytest.raises(ValueError, match="None of the rankings has the id of a prediction"):
         load("nsp_retrieval").compute(**inputs, rankings=[{**rankings[0], "id": "77"}])

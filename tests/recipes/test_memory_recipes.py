@@ -33,6 +33,7 @@ def world(tmp_path_factory):
     KNNMemory.build(gen, TEXTS, folder / "gen_knn", tokenizer=tokenizer, **options)
     torch.manual_seed(0)
     MLPMemory.from_gen(model, intermediate_size=8).save_pretrained(folder / "mlp")
+    MLPMemory.from_gen(gen, 4096, tokenizer).save_pretrained(folder / "other_mlp")
     write(folder / "text.jsonl", [{"id": str(i), "title": "", "text": text} for i, text in enumerate(HELD_OUT)])
     (folder / "book.txt").write_text(" ".join(HELD_OUT))
     return folder
@@ -165,6 +166,9 @@ def test_a_datastore_is_fitted_in_its_folder(world, results, monkeypatch, tmp_pa
     )
     arm = json.loads((tmp_path / "out" / "perplexity.json").read_text())["arms"][str(tmp_path / "knn")]
     assert arm["perplexity"]["value"] == pytest.approx(fit["perplexity"], rel=1e-5)
+    warnings = json.loads((tmp_path / "out" / "perplexity.json").read_text())["warnings"]
+    assert f"Weight and temperature of {tmp_path / 'knn'} were fitted on this text." in warnings
+    assert any("16-grams of the text are in" in warning for warning in warnings)
 
 
 def test_a_memory_is_built(world, monkeypatch, tmp_path, capsys):
@@ -219,6 +223,9 @@ def test_bad_options_are_reported(world, monkeypatch, tmp_path):
     ):
         assert re.search(message, fails_here(monkeypatch, "build_memory", *common, *options))
     assert not (tmp_path / "out").exists()
+    common = ["--model", world / "model", "--memory", knn]
+    for folder, message in (("model", "model holds a model"), ("knn", "knn holds a memory of another kind")):
+        assert message in fails_here(monkeypatch, "train_memory", *common, "--output_dir", world / folder)
     common = ["--model", world / "model", "--output_dir", tmp_path / "out"]
     for options, message in (
         (["--memory", world / "mlp"], "has no keys to train on"),
@@ -226,6 +233,8 @@ def test_bad_options_are_reported(world, monkeypatch, tmp_path):
         (["--memory", world / "gen_knn"], "This memory was made with another model"),
         (of_gen, "tokenizer: the memory has"),
         (["--memory", knn, "--fit_file", tmp_path / "none.jsonl"], "no such file"),
+        (["--memory", knn, "--resume_from_checkpoint", "true"], "holds no checkpoint"),
+        (["--memory", knn, "--resume_from_checkpoint", world / "other_mlp"], "is of a memory of another Gen: start"),
     ):
         assert message in fails_here(monkeypatch, "train_memory", *common, *options)
     assert not (tmp_path / "out").exists()

@@ -30,4 +30,4 @@ def test_parts_next_to_a_checkpoint_are_not_read_and_named(tmp_path, monkeypatch
     args = CoSupTrainingArguments(str(tmp_path / "out"))
     script = ScriptArguments(model_name_or_path=str(tmp_path / "built"), gen="not/read", emb_seq="not/read")
     load_model(script, args)
-    assert messages == [f"{tmp_path / 'built'} has parts of its own, so --gen, --emb_seq is not read."]
+    assert messages == [f"Not read, as {tmp_path / 'built'} has parts of its own: --gen, --emb_seq."]

@@ -84,6 +84,7 @@ def test_every_argument_of_trainer_is_in_one_table():
 
 def test_tf32_is_off_unless_it_is_asked_for(tmp_path):
     assert arguments(tmp_path, torch_compile=True).tf32 is False
+    assert arguments(tmp_path).tf32 is None  # what a program has chosen stays
 
 
 def test_a_collator_of_the_caller_does_what_the_arguments_ask_for(tmp_path):

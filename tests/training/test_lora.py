@@ -131,3 +131,11 @@ def test_adapters_of_a_model_in_memory_are_warned_of(tmp_path, monkeypatch):
         CoSupTrainer(model, arguments(tmp_path), train_dataset=world(["Ann", "Bob"]), peft_config=config)
     (message,) = messages
     assert message.startswith("The model that gets the adapters was built in memory")
+
+
+def test_adapters_of_encoders_alone_are_taken(tmp_path):
+    """Gen is not read: its control tokens need not be trained."""
+    model = make_model(query_from="emb_seq")
+    args = arguments(tmp_path, supervision="nsp")
+    trainer = CoSupTrainer(model, args, train_dataset=world(["Ann", "Bob"]), peft_config=peft.IA3Config(**IA3))
+    assert any(parameter.requires_grad for parameter in trainer.model.get_base_model().emb_seq.parameters())

@@ -125,6 +125,33 @@ def test_kl_of_far_neighbours_is_finite():
     assert gradient.tolist() == [[0.0, 0.0, -1.0, 0.0, 0.0]]
 
 
+def test_a_key_without_neighbours_has_no_target():
+    log_probs = torch.full((2, 5), 0.2).log().requires_grad_()
+    kl = knn_kl(log_probs, torch.tensor([[2, 3], [0, 0]]), torch.tensor([[0.0, 1e6], [math.inf, math.inf]]))
+    assert kl[1].item() == 0.0
+    (gradient,) = torch.autograd.grad(kl.sum(), log_probs)
+    assert gradient[1].tolist() == [0.0] * 5
+    assert gradient.isfinite().all()
+
+
+def test_a_fit_survives_a_search_that_finds_nothing(datastore, monkeypatch):
+    rows = torch.arange(20)
+    keys, targets = datastore.get_keys(rows), datastore.get_values(rows)
+    search = KNNMemory.search
+
+    def finds_nothing_for_the_first(memory, chunk, k, **options):
+        neighbors = search(memory, chunk, k, **options)
+        neighbors.distances[0] = math.inf
+        return neighbors
+
+    lm = torch.full((20,), -3.0)
+    whole = fit_memory_config(datastore, keys, targets, lm, ks=(4,))
+    monkeypatch.setattr(KNNMemory, "search", finds_nothing_for_the_first)
+    fitted = fit_memory_config(datastore, keys, targets, lm, ks=(4,))
+    assert 0.5 < fitted.memory_config.weight < 1
+    assert whole.perplexity < fitted.perplexity < fitted.lm_perplexity
+
+
 def test_a_run_resumes(datastore, tmp_path):
     """A checkpoint is a memory; a resumed run ends where an uninterrupted one does."""
     options = {"save_strategy": "steps", "save_steps": 5, "validation_split": 0.2}

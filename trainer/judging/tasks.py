@@ -15,7 +15,7 @@ from modeling_cosup.files_cosup import digest, digest_all, digest_file, locked
 from modeling_cosup.retriever_cosup import content_digest
 
 from ..data import load_corpus, load_evaluation_set
-from ..distributed import barrier, rank, world_size
+from ..distributed import barrier, broadcast_object, rank, world_size
 from ..questions import gold_ids, provenance_unknown
 from .correctness import TEXT_METRICS
 from .figures import SPLITS
@@ -222,7 +222,7 @@ def open_index(
         return None, None
     name = f"{corpus_digest(task.corpus_file)[:16]}-{digest(model.fingerprint())[:16]}"
     folder = Path(index_cache) / name
-    if not (folder / "index_config.json").exists():
+    if not broadcast_object((folder / "index_config.json").exists()):  # all processes take the same way
         Path(index_cache).mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             if rank() == 0:  # the other processes of this call wait for it
@@ -235,10 +235,7 @@ def open_index(
 
 def _embed_corpus(corpus_file: str, model: CoSupForCausalLM, folder: Path, batch_size: int) -> None:
     """Build the index of a corpus together with all processes, unless another run has built it."""
-    barrier()
-    is_built = (folder / "index_config.json").exists()
-    barrier()  # no process may still check for the index while another one builds it
-    if is_built:
+    if broadcast_object((folder / "index_config.json").exists()):
         return
     source = corpus_file if is_file(corpus_file) else load_corpus(corpus_file)
     model.build_index(

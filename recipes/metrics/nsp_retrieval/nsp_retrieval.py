@@ -22,6 +22,8 @@ Args:
         set], ...]}. A question with an empty provenance needs no passage and counts for `nsp_not_needed` only, or not
         at all if its "meta" says "provenance_unknown".
     ks (list of int): the k of kilt_recall@k and query_recall@k; 1 and 5 by default.
+    num_passages (int): how many passages were ranked. A query_recall@k with as many places is left out, as in an
+        evaluation: nothing can be missed.
     rankings (list of dict, optional): lines of query/ranking.jsonl, in place of "query_ranking": {"id", "corpus":
         [ids, best first], "pool": [...]}.
     ranking (str): which of the rankings to use, "corpus" by default.
@@ -84,7 +86,7 @@ class NSPRetrieval(evaluate.Metric):
             raise ValueError(f"{lacking} of {len(rankings)} rankings have no {ranking!r}.")
         ranking_of = {str(row["id"]): row[ranking] for row in rankings or []}
         if len(ranking_of) < len(rankings or []):
-            raise ValueError(f"{len(rankings) - len(ranking_of)} ids occur twice in the rankings.")
+            raise ValueError(f"{len(rankings) - len(ranking_of)} of the rankings repeat the id of another.")
         if rankings and ranking_of.keys().isdisjoint(str(prediction["id"]) for prediction in predictions):
             raise ValueError("None of the rankings has the id of a prediction: they are of another set.")
         with_rankings = []
@@ -102,7 +104,13 @@ class NSPRetrieval(evaluate.Metric):
             **options,
         )
 
-    def _compute(self, predictions: list[dict], references: list[dict], ks: Sequence[int] = (1, 5)) -> dict:
+    def _compute(
+        self,
+        predictions: list[dict],
+        references: list[dict],
+        ks: Sequence[int] = (1, 5),
+        num_passages: int | None = None,
+    ) -> dict:
         from trainer.judging.intervals import Mean
         from trainer.judging.matching import match_by_id, retrieved_ids, with_provenance
         from trainer.judging.retrieval import emission, mean_scores, ranking_scores, retrieval_scores
@@ -126,8 +134,8 @@ class NSPRetrieval(evaluate.Metric):
                 "embedding."
             )
         if num_ranked:
-            longest = max(len(prediction["query_ranking"]) for prediction, _ in judged)
-            ks = [k for k in ks if k < longest]  # among as many places as passages, nothing is missed
+            if num_passages is not None:
+                ks = [k for k in ks if k < num_passages]  # among as many places as passages, nothing is missed
             rows = [ranking_scores(prediction["query_ranking"], provenance, ks) for prediction, provenance in judged]
             scores |= mean_scores(rows)
         return scores
