@@ -117,7 +117,10 @@ def checkpoint_to_resume(args: MemoryTrainingArguments, memory: MLPMemory) -> st
     wanted = args.resume_from_checkpoint
     if wanted in (None, "false", "False"):
         return None
-    folder = get_last_checkpoint(str(args.output_dir)) if wanted in ("true", "True") else wanted
+    folder: str | None = wanted
+    if wanted in ("true", "True"):
+        output_dir = str(args.output_dir)
+        folder = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
     if folder is None:
         raise ValueError(f"--resume_from_checkpoint: {args.output_dir} holds no checkpoint.")
     made_for = MLPMemory.from_pretrained(folder).gen_fingerprint

@@ -29,6 +29,7 @@ class Query:
         positive_keys (`tuple[int, ...]`): hashes of the ids of further passages that would have been right.
         input_ids (`Sequence[int]`): what an encoder reads; empty if Gen makes the queries.
         number (`int`): of this query in its batch, counted instance by instance.
+        is_first (`bool`): it is the first query of its instance.
         candidates (`list[PassageMention]`): the passages that the reader scored for it.
         candidate_scores (`list[float]`): the reader's scores.
     """
@@ -39,6 +40,7 @@ class Query:
     positive_keys: tuple[int, ...] = ()
     input_ids: Sequence[int] = ()
     number: int = 0
+    is_first: bool = True
     candidates: list[PassageMention] = field(default_factory=list)
     candidate_scores: list[float] = field(default_factory=list)
 
@@ -128,6 +130,9 @@ def read_batch(
     rows = BatchRows(instances, passages, passage_keys, row_of_passage)
     for number, query in enumerate(rows.queries):
         query.number = number
+    for instance in instances:
+        for query in instance.queries[1:]:
+            query.is_first = False
     return rows
 
 

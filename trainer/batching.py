@@ -30,6 +30,7 @@ class BatchFacts:
         instance_ids (`list[list[str]]`): ids of the instances of each micro-batch.
         query_instance_ids (`list[str]`): for each query, the id of its instance.
         query_numbers (`list[int]`): for each query, its number in the batch, counted instance by instance.
+        are_first (`list[bool]`): for each query, whether it is the first of its instance.
         passage_keys (`list[tuple[int, ...]]`): for each passage row, a hash of its content, then hashes of its ids.
         positive_keys (`list[tuple[int, ...]]`): for each query, hashes of the ids of further passages that would have
             been right.
@@ -45,6 +46,7 @@ class BatchFacts:
     instance_ids: list[list[str]] = field(default_factory=list)
     query_instance_ids: list[str] = field(default_factory=list)
     query_numbers: list[int] = field(default_factory=list)
+    are_first: list[bool] = field(default_factory=list)
     passage_keys: list[tuple[int, ...]] = field(default_factory=list)
     positive_keys: list[tuple[int, ...]] = field(default_factory=list)
     query_keys: list[int] = field(default_factory=list)
@@ -276,6 +278,7 @@ class CoSupDataCollator:
                     continue
                 facts.query_instance_ids.append(query.instance_id)
                 facts.query_numbers.append(query.number)
+                facts.are_first.append(query.is_first)
                 facts.query_keys.append(query.key)
                 facts.positive_keys.append(query.positive_keys)
                 facts.passage_labels.append(new_row[rows.row_of_passage[query.passage]])

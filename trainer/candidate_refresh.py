@@ -58,7 +58,7 @@ class CandidatesMixin(Trainer):
         gold = gold_contents(_named_sets(self.train_dataset, self.eval_dataset))
         read = read_candidates_corpus(corpus, base, gold, named)
         _check_searchable(read, base, self.args)
-        self.candidates = CandidateIndex(read, self.args, self._host_group, self.compute_loss_context_manager)
+        self.candidates = CandidateIndex(read, self.args, self._host_group, lambda: self.accelerator.autocast())
 
     def _refresh_candidates(self) -> None:
         """Build the index of candidates if it is time; all ranks call this before they search it for a step."""

@@ -1,10 +1,11 @@
 """CoSupTrainer, which minimises L = L_NTP + λ·L_NSP over the global batch; its step is in `training_step`."""
 
+import contextlib
 import dataclasses
 import functools
 import inspect
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,7 +16,7 @@ from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
 from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grad_norm_
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from torch.utils.data import DataLoader, Sampler
@@ -29,9 +30,11 @@ from transformers import (
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 
 from modeling_cosup import CoSupForCausalLM
+from modeling_cosup.files_cosup import read_json, write_json
 
 from .arguments import check_optimizer, check_sharding, check_trainer_arguments, read_by_tokenizing
 from .batching import CoSupDataCollator
@@ -43,19 +46,21 @@ from .dataset_setup import (
     OPTIONAL_COLUMNS,
     PATIENCE,
     AnyDataset,
+    EpochLengthSampler,
     no_duplicates_sampler,
     report_no_query,
     tokenize_dataset,
 )
 from .distillation_step import running_figures
 from .distributed import gather_objects, host_group, world_size
+from .duplicates import NoDuplicatesSampler
 from .gradient_cosine import GradientCosineMixin
 from .held_out import HeldOutMixin
 from .hub import HubMixin
 from .model_init import ModelInitMixin
 from .model_setup import without_peft
 from .positions import check_positions
-from .running import peak_memory
+from .running import CLOCK_FILE, peak_memory
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses, explained_full_disk, explained_memory_errors, last_complete_checkpoint
 
@@ -124,6 +129,9 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
         `FullDiskError`: while saving; what was written of that checkpoint is removed.
     """
 
+    _sampler: NoDuplicatesSampler | EpochLengthSampler | None = None  # one that must be told each epoch
+    _num_attempts = 0  # of auto_find_batch_size, in this training
+    _unclipped_norm: torch.Tensor | None = None  # of the gradients that clip_gen_only leaves as they are
     loss_is_scaled_for_ga = True  # over tokens and queries of the whole accumulated batch, not per micro-batch
 
     def __init__(
@@ -241,24 +249,53 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
 
     # ------------------------------------------------------------------ data
 
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, num_epochs: int, checkpoint: Any, trial: Any
+    ) -> tuple[int, int]:
+        """
+        Return the epochs and the batches of the next one that a checkpoint has behind it.
+
+        `Trainer` takes a stream for one epoch, as it does not know when it ends. The state's `epoch` says more: its
+        whole part counts passes, and the rest the batches of the current one, as a share of those of all steps.
+        """
+        epochs, batches = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
+        path = Path(checkpoint or "", TRAINER_STATE_NAME)
+        is_stream = not isinstance(self.train_dataset, datasets.Dataset)
+        if checkpoint is None or not is_stream or self.args.ignore_data_skip or not path.exists():
+            return epochs, batches
+        state = read_json(path)
+        epochs = int(state["epoch"])
+        num_batches = state["max_steps"] * self.args.gradient_accumulation_steps
+        return epochs, round((state["epoch"] - epochs) * num_batches)
+
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = COLUMNS + OPTIONAL_COLUMNS  # type: ignore[assignment]  # Trainer begins with None
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """Return the sampler; with `batch_sampler="no_duplicates"`, no batch over all ranks names a passage twice."""
+        """
+        Return the sampler. With `batch_sampler="no_duplicates"`, no batch over all ranks names a passage twice.
+
+        The order of an epoch depends on the seed and its number, also after a resume and on all ranks.
+        """
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.batch_sampler != "no_duplicates":
-            return super()._get_train_sampler(train_dataset)
-        self._sampler = no_duplicates_sampler(dataset, self.args, self._loaded_batch_size * world_size())
-        return self._sampler
+        if self.args.batch_sampler == "no_duplicates":
+            batch_size = self._loaded_batch_size * world_size()
+            self._sampler = no_duplicates_sampler(dataset, self.args, batch_size)
+            return self._sampler
+        sampler = super()._get_train_sampler(train_dataset)
+        if isinstance(sampler, LengthGroupedSampler):
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            sampler = self._sampler = EpochLengthSampler(sampler.batch_size, sampler.lengths, seed)
+        return sampler
 
     def get_train_dataloader(self) -> DataLoader:
-        """Return `Trainer`'s loader, with NSP batches. It also tells a `no_duplicates` sampler each epoch."""
+        """Return `Trainer`'s loader, with NSP batches. It also tells our own samplers each epoch."""
+        self._sampler = None
         micro_batch_size = self._train_batch_size
         self._train_batch_size = self._loaded_batch_size
         loader = super().get_train_dataloader()
         self._train_batch_size = micro_batch_size
-        if self.args.batch_sampler == "no_duplicates":
+        if self._sampler is not None:
             # otherwise the sampler would not get the epoch when a resumed run skips batches
             cast(DataLoaderShard, loader).set_sampler(self._sampler)
         return loader
@@ -278,6 +315,13 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
 
         With `nsp_batch_size`, the micro-batch shrinks. The NSP batch stays the same, and so does the loss.
         """
+        self._num_attempts += 1
+        if self._num_attempts > 1 and self.state.global_step > self._initial_global_step:
+            raise ValueError(
+                f"auto_find_batch_size: memory ran out after step {self.state.global_step}, and another attempt would"
+                f" begin at step 0 with weights that are trained already. Set per_device_train_batch_size={batch_size}"
+                " or less, and leave out auto_find_batch_size."
+            )
         if self.args.nsp_batch_size is not None:
             batch_size = min(batch_size, self.args.per_device_train_batch_size)
             self.data_collator.max_instances = batch_size
@@ -287,7 +331,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run `Trainer.train`; `resume_from_checkpoint=True` resumes from the last checkpoint that is complete."""
-        self._num_trained_instances = self._num_trained_queries = 0
+        self._num_trained_instances = self._num_trained_queries = self._num_attempts = 0
         if self.args.nsp_batch_size is not None:
             self._train_batch_size = self.args.per_device_train_batch_size  # where auto_find_batch_size begins
         if resume_from_checkpoint is True:
@@ -295,7 +339,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
         if self.model is not None:  # else the last trial of a search has freed it
             # an earlier evaluation has prepared the model, but not for data parallelism
             vars(self.model).pop("_is_accelerate_prepared", None)
-        with explained_memory_errors(self.args), self._candidates_of_training():
+        with explained_memory_errors(self.args), self._candidates_of_training(), self._without_noise_afterwards():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._finite.check()
         # a whole dataset was checked before, and a resumed run may see only the end of a stream
@@ -305,6 +349,17 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
         if not self._running.has_losses:
             output = output._replace(training_loss=float("nan"))
         return output
+
+    @contextlib.contextmanager
+    def _without_noise_afterwards(self) -> Iterator[None]:
+        """Remove NEFTune's hook after an error too: a second training would add its noise to that of the first."""
+        self.neftune_hook_handle = None
+        try:
+            yield
+        except BaseException:
+            if self.neftune_hook_handle is not None:
+                self.neftune_hook_handle.remove()
+            raise
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Return the operations of a batch: 6 per token and parameter that reads it, embeddings not counted."""
@@ -404,6 +459,9 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
     def _clip_grad_norm(self, model: nn.Module) -> Any:
         gen = without_peft(self.accelerator.unwrap_model(model)).gen
         if self.args.clip_gen_only:
+            members = set(gen.parameters())
+            others = [p.grad for p in model.parameters() if p.grad is not None and p not in members]
+            self._unclipped_norm = get_total_norm(others) if others else None
             return self.accelerator.clip_grad_norm_(gen.parameters(), self.args.max_grad_norm)
         distributed_type = self.accelerator.distributed_type
         is_fsdp1 = distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2
@@ -424,8 +482,18 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
         if isinstance(grad_norm, torch.Tensor) and not self.args.fp16:  # float16 skips such steps by itself
             norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm  # over all ranks
             finite = norm.detach().isfinite()[None]
+            if self._unclipped_norm is not None:
+                others = self._unclipped_norm
+                finite = finite & (others.full_tensor() if isinstance(others, DTensor) else others).isfinite()
+                self._unclipped_norm = None
             self._finite.add(self.state.global_step, "gradient", finite, [self._step_instance_ids])
         return grad_norm
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """Let `train_loss` be that of all ranks after the last log too, then do what `Trainer` does."""
+        if world_size() > 1:
+            self._tr_loss = self._sum_over_ranks(self._tr_loss.double()[None])[0] / world_size()
+        return super()._finalize_training(*args, **kwargs)
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -442,6 +510,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
     def _save_rng_state(self, output_dir: str) -> None:
         super()._save_rng_state(output_dir)
         self._save_candidates(output_dir)
+        if self.args.should_save:
+            write_json(Path(output_dir, CLOCK_FILE), {"training_seconds": self._running.training_seconds})
         self.accelerator.wait_for_everyone()  # the state file, written next and last, says that all ranks are done
 
     def _issue_warnings_after_load(self, load_result: Any) -> None:

@@ -291,7 +291,8 @@ class DistillationStepMixin(CandidatesMixin):
         model = without_peft(self.model)
         waiting = [feature for feature in features if needs_candidates(feature)]
         # compiled layers would compile again for the shapes of queries and readings
-        with evaluating(model), torch.no_grad(), self.compute_loss_context_manager(), without_compilation():
+        # Trainer autocasts the forward of the prepared model alone
+        with evaluating(model), torch.no_grad(), self.accelerator.autocast(), without_compilation():
             separator = encode_texts(model.tokenizer, ["\n"])[0]
             retrieved = self._retrieve(model, waiting)
             resolution = Resolution(values=self._retrieval_values(waiting, retrieved))

@@ -1,6 +1,5 @@
 """Figures of an evaluation set: losses and recall over all its distinct passages, and distillation."""
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -105,7 +104,7 @@ def retrieval_metrics(
         ranks.append(_ranks(scores, positives))
 
     compared = torch.from_numpy(batch.has_negatives)  # (N,)
-    are_first = torch.from_numpy(_are_first(facts))  # (N,)
+    are_first = torch.tensor([flag for batch_facts in facts for flag in batch_facts.are_first])  # (N,)
     metrics: dict[str, float] = {"num_passages": len(rows), "num_queries": int(compared.sum())}
     if compared.any():
         for name, chunks in losses.items():
@@ -123,16 +122,6 @@ def retrieval_metrics(
                 if queries_of_place.any() and not are_first.all():
                     metrics[f"{name}_query_recall@{k}"] = float(are_hits[queries_of_place].double().mean())
     return metrics, rows, labels
-
-
-def _are_first(facts: Sequence[BatchFacts]) -> np.ndarray:
-    """Return `(N,)`: whether each query of a set is at the first `[NSP]` of its instance."""
-    instance_ids = [id for batch_facts in facts for id in batch_facts.query_instance_ids]
-    are_first = np.ones(len(instance_ids), dtype=bool)
-    order = order_of_queries(facts)
-    for previous, query in itertools.pairwise(order):
-        are_first[query] = instance_ids[query] != instance_ids[previous]
-    return are_first
 
 
 def _reverse_batch(query_embeds: np.ndarray, batch: GlobalBatch, start: int, count: int) -> ReverseBatch:

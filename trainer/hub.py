@@ -154,9 +154,9 @@ class HubMixin(TrainerBase):
         step = self.state.global_step
         if not ends:
             return [entry for entry in log if entry["step"] == step]
-        best_step = self.state.best_global_step
-        if self.args.load_best_model_at_end and best_step is not None:
-            step = best_step
+        best_checkpoint = self.state.best_model_checkpoint
+        if self.args.load_best_model_at_end and best_checkpoint is not None:
+            step = int(best_checkpoint.rpartition("-")[2])  # a better step need not have been saved
         during, afterwards = log[: ends[-1]], log[ends[-1] + 1 :]
         return [entry for entry in during if entry["step"] == step] + afterwards
 

@@ -209,6 +209,10 @@ def _packs_rows(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> tuple[
     """Return whether rows of Gen, and rows of the encoders, are packed into one row without padding."""
     encoders = [encoder for encoder in (model.emb_seq, model.query_encoder) if encoder is not None]
     can_pack_passages = model.find_causal_encoders() and model.config.emb_seq_pooling in ("eos", "lasttoken")
+    if args.neftune_noise_alpha is not None:  # the noise depends on the length of a row
+        if args.padding_free:
+            raise ValueError("padding_free=True with neftune_noise_alpha: the noise would depend on what is packed.")
+        return False, False
     if args.padding_free is None:
         packs_gen = keeps_packed_rows_apart(model.gen, args)
         return packs_gen, can_pack_passages and all(keeps_packed_rows_apart(encoder, args) for encoder in encoders)

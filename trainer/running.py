@@ -6,7 +6,11 @@ from pathlib import Path
 
 import torch
 
+from modeling_cosup.files_cosup import read_json
+
 from .batching import BatchFacts
+
+CLOCK_FILE = "training_clock.json"  # of a checkpoint: how long it was trained
 
 
 class RunningFigures:
@@ -167,8 +171,10 @@ class RunningFigures:
         return figures
 
 
-def logged_seconds(log_history: Sequence[Mapping[str, float]]) -> float:
-    """Return the seconds of training that a log says last, or 0."""
+def seconds_of_checkpoint(folder: str | None, log_history: Sequence[Mapping[str, float]]) -> float:
+    """Return the seconds of training up to a checkpoint, or what the log says last; 0 without either."""
+    if folder is not None and Path(folder, CLOCK_FILE).exists():
+        return float(read_json(Path(folder, CLOCK_FILE))["training_seconds"])
     seconds = [entry["training_seconds"] for entry in log_history if "training_seconds" in entry]
     return seconds[-1] if seconds else 0.0
 

@@ -48,7 +48,7 @@ from .losses import (
 )
 from .micro_batches import forward_arguments
 from .model_setup import trains_retriever, without_peft
-from .running import RunningFigures, logged_seconds
+from .running import RunningFigures, seconds_of_checkpoint
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses, lone_queries
 
@@ -72,12 +72,12 @@ class TrainingStepMixin(DistillationStepMixin):
     _num_trained_queries: int
     _measured_weights: dict[str, float] | None = None  # while the gradient of one loss is measured
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any) -> Any:
         """Run `Trainer`'s method, then start the log: by now, a trial of a search has set its arguments."""
         self._candidate_watch = CandidateWatch(self.args, trains_retriever(without_peft(self.model)))
-        prepared = super()._prepare_for_training(*args, **kwargs)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
         self._running = running_figures(self.loss_weights, self.args)  # its clock starts
-        self._running.seconds_before = logged_seconds(self.state.log_history)
+        self._running.seconds_before = seconds_of_checkpoint(resume_from_checkpoint, self.state.log_history)
         return prepared
 
     # ------------------------------------------------------------------ what all ranks know of a step

@@ -88,6 +88,7 @@ def run(
     evaluate_first=False,
     predict=False,
     stream_held_out=False,
+    logging_steps=1,
     **options,
 ):
     """Train one step, evaluate, and write parameters and log; on one process `fsdp` changes nothing."""
@@ -106,7 +107,7 @@ def run(
         report_to="none",
         save_strategy="no",
         disable_tqdm=True,
-        logging_steps=1,
+        logging_steps=logging_steps,
         gradient_accumulation_steps=accumulation,
         per_device_eval_batch_size=3,
         **options,
@@ -118,7 +119,7 @@ def run(
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
     if evaluate_first:
         trainer.evaluate()
-    trainer.train()
+    output = trainer.train()
     state = {}
     for key, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         value = parameter.detach()
@@ -127,8 +128,8 @@ def run(
         state[key] = value.clone()
     if sharded and trainer.is_world_process_zero():
         trainer.model.save_pretrained(Path(output, f"{name}-saved"), state_dict=dict(state))
-    (entry,) = [entry for entry in trainer.state.log_history if "loss" in entry]
-    entry |= trainer.evaluate()
+    entry = next((entry for entry in trainer.state.log_history if "loss" in entry), {})
+    entry |= {"train_loss": output.training_loss, **trainer.evaluate()}
     if predict:
         (query_embeds, passage_embeds), labels, _ = trainer.predict(held_out)
         for i, (query, positive) in enumerate(zip(query_embeds, passage_embeds[labels], strict=True)):

@@ -59,6 +59,7 @@ CASES = {
     "lone, local": {"pattern": "lone", "gather": "local"},
     "cached, lone": CACHED | {"nsp_batch_size": 6, "pattern": "lone", "accumulation": 2},
     "evaluated first": {"evaluate_first": True},
+    "unlogged": {"logging_steps": 5},  # whose loss is in the output of train() alone
     "streamed evaluation": {"stream_held_out": True, "max_length": 512},
     "ntp": {"supervision": "ntp"},
     "smoothed": SMOOTHED,

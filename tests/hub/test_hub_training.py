@@ -309,6 +309,8 @@ def test_a_card_has_the_recall_of_the_weights_that_it_is_about(tmp_path):
     assert recalls() == {"held-out instances of nq": 75.0}
     state.log_history.append({"step": 4, "train_runtime": 1.0})
     state.best_global_step, trainer.args.load_best_model_at_end = 2, True
+    assert recalls() == {"held-out instances of nq": 75.0}  # the best step was not saved, so the last weights stay
+    state.best_model_checkpoint = str(tmp_path / "checkpoint-2")
     assert recalls() == {"held-out instances of nq": 25.0, "held-out instances of mine": 50.0}
     state.log_history.append(evaluated(4, 0.375))  # after training, of the best weights
     assert recalls() == {"held-out instances of nq": 37.5, "held-out instances of mine": 50.0}

@@ -120,6 +120,7 @@ def test_retrieval_metrics_by_hand():
         BatchFacts(
             query_instance_ids=["a", "b"],
             query_numbers=[0, 1],
+            are_first=[True, True],
             passage_keys=[(1,), (2,)],
             positive_keys=[(), (1,)],
             query_keys=[10, 11],
@@ -128,6 +129,7 @@ def test_retrieval_metrics_by_hand():
         BatchFacts(
             query_instance_ids=["c", "d"],
             query_numbers=[0, 1],
+            are_first=[True, True],
             passage_keys=[(2,), (3,)],
             positive_keys=[(), ()],
             query_keys=[12, 13],

@@ -3,6 +3,7 @@
 import copy
 import re
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -162,6 +163,9 @@ def test_recall_tells_first_queries_from_later_ones(tmp_path):
     assert hits[[0, 2, 4]].mean() != hits[[1, 3]].mean()  # otherwise the two figures could be mixed up
     assert metrics["test_first_query_recall@1"] == pytest.approx(hits[[0, 2, 4]].mean())
     assert metrics["test_later_query_recall@1"] == pytest.approx(hits[[1, 3]].mean())
+    rows = [{name: value for name, value in row.items() if name != "id"} for row in trainer.train_dataset]
+    _, _, of_rows_without_ids = trainer.predict(datasets.Dataset.from_list(rows))
+    assert of_rows_without_ids["test_later_query_recall@1"] == metrics["test_later_query_recall@1"]
     (_, _, of_single) = trainer.predict(world(NAMES[1:5]))
     assert "test_query_recall@1" in of_single and "test_later_query_recall@1" not in of_single
 

@@ -61,9 +61,12 @@ def test_nan_stops_with_step_loss_and_instances(tmp_path, part, cached):
         assert "embed_tokens" in name or parameter.isfinite().all()  # no step was taken with it
 
 
-def test_a_nan_gradient_of_a_finite_loss_stops_before_the_step(tmp_path):
+@pytest.mark.parametrize("part", ["gen", "emb_seq"])
+@pytest.mark.parametrize("clip_gen_only", [False, True])
+def test_a_nan_gradient_of_a_finite_loss_stops_before_the_step(tmp_path, part, clip_gen_only):
     model = make_model()
     options = {
+        "clip_gen_only": clip_gen_only,
         "save_strategy": "steps",
         "save_steps": 1,
         "max_steps": 4,
@@ -71,7 +74,8 @@ def test_a_nan_gradient_of_a_finite_loss_stops_before_the_step(tmp_path):
         "train_sampling_strategy": "sequential",
     }
     trainer = CoSupTrainer(model, arguments(tmp_path, **options), train_dataset=world(NAMES[:16]))
-    weight = model.gen.model.layers[0].mlp.up_proj.weight
+    body = model.gen.model if part == "gen" else model.emb_seq
+    weight = body.layers[0].mlp.up_proj.weight
 
     def poison(gradient):
         return gradient * float("nan") if trainer.state.global_step == 1 else gradient
