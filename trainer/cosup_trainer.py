@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import torch
-from accelerate.data_loader import DataLoaderShard
 from accelerate.optimizer import AcceleratedOptimizer
 from accelerate.utils import DistributedType, DynamoBackend
 from torch import nn
@@ -19,22 +18,19 @@ from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
-from torch.utils.data import DataLoader, Sampler
 from torch.utils.hooks import RemovableHandle
 from transformers import (
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
-    TrainingArguments,
     enable_full_determinism,
     set_seed,
 )
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalPrediction, TrainOutput
 
 from modeling_cosup import CoSupForCausalLM
-from modeling_cosup.files_cosup import read_json, write_json
+from modeling_cosup.files_cosup import write_json
 
 from .arguments import check_optimizer, check_sharding, check_trainer_arguments, read_by_tokenizing
 from .batching import CoSupDataCollator
@@ -42,21 +38,17 @@ from .candidate_refresh import check_given_index
 from .candidate_watch import FLATNESS, UNTAUGHT
 from .control_tokens import set_control_token_lr
 from .dataset_setup import (
-    COLUMNS,
-    OPTIONAL_COLUMNS,
     PATIENCE,
     AnyDataset,
-    EpochLengthSampler,
-    no_duplicates_sampler,
     report_no_query,
     tokenize_dataset,
 )
 from .distillation_step import running_figures
 from .distributed import gather_objects, host_group, world_size
-from .duplicates import NoDuplicatesSampler
 from .gradient_cosine import GradientCosineMixin
 from .held_out import HeldOutMixin
 from .hub import HubMixin
+from .loading import LoadingMixin
 from .model_init import ModelInitMixin
 from .model_setup import without_peft
 from .positions import check_positions
@@ -69,7 +61,7 @@ if TYPE_CHECKING:
 
 
 # create_model_card of HubMixin takes other arguments than Trainer's
-class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, Trainer):  # type: ignore[misc]
+class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, LoadingMixin, ModelInitMixin, Trainer):  # type: ignore[misc]
     """
     A Trainer for [`CoSupForCausalLM`]: next token and next sequence prediction in the same step.
 
@@ -129,8 +121,6 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
         `FullDiskError`: while saving; what was written of that checkpoint is removed.
     """
 
-    _sampler: NoDuplicatesSampler | EpochLengthSampler | None = None  # one that must be told each epoch
-    _num_attempts = 0  # of auto_find_batch_size, in this training
     _unclipped_norm: torch.Tensor | None = None  # of the gradients that clip_gen_only leaves as they are
     loss_is_scaled_for_ga = True  # over tokens and queries of the whole accumulated batch, not per micro-batch
 
@@ -246,88 +236,6 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, ModelInitMixin, 
         """Return accelerate's FSDP plugin if it is set to FSDP2, else `None`."""
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         return plugin if getattr(plugin, "fsdp_version", 1) == 2 else None
-
-    # ------------------------------------------------------------------ data
-
-    def _init_training_state(
-        self, max_steps: int, steps_per_epoch: int, num_epochs: int, checkpoint: Any, trial: Any
-    ) -> tuple[int, int]:
-        """
-        Return the epochs and the batches of the next one that a checkpoint has behind it.
-
-        `Trainer` takes a stream for one epoch, as it does not know when it ends. The state's `epoch` says more: its
-        whole part counts passes, and the rest the batches of the current one, as a share of those of all steps.
-        """
-        epochs, batches = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
-        path = Path(checkpoint or "", TRAINER_STATE_NAME)
-        is_stream = not isinstance(self.train_dataset, datasets.Dataset)
-        if checkpoint is None or not is_stream or self.args.ignore_data_skip or not path.exists():
-            return epochs, batches
-        state = read_json(path)
-        epochs = int(state["epoch"])
-        num_batches = state["max_steps"] * self.args.gradient_accumulation_steps
-        return epochs, round((state["epoch"] - epochs) * num_batches)
-
-    def _set_signature_columns_if_needed(self) -> None:
-        self._signature_columns = COLUMNS + OPTIONAL_COLUMNS  # type: ignore[assignment]  # Trainer begins with None
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler | None:
-        """
-        Return the sampler. With `batch_sampler="no_duplicates"`, no batch over all ranks names a passage twice.
-
-        The order of an epoch depends on the seed and its number, also after a resume and on all ranks.
-        """
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        if self.args.batch_sampler == "no_duplicates":
-            batch_size = self._loaded_batch_size * world_size()
-            self._sampler = no_duplicates_sampler(dataset, self.args, batch_size)
-            return self._sampler
-        sampler = super()._get_train_sampler(train_dataset)
-        if isinstance(sampler, LengthGroupedSampler):
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            sampler = self._sampler = EpochLengthSampler(sampler.batch_size, sampler.lengths, seed)
-        return sampler
-
-    def get_train_dataloader(self) -> DataLoader:
-        """Return `Trainer`'s loader, with NSP batches. It also tells our own samplers each epoch."""
-        self._sampler = None
-        micro_batch_size = self._train_batch_size
-        self._train_batch_size = self._loaded_batch_size
-        loader = super().get_train_dataloader()
-        self._train_batch_size = micro_batch_size
-        if self._sampler is not None:
-            # otherwise the sampler would not get the epoch when a resumed run skips batches
-            cast(DataLoaderShard, loader).set_sampler(self._sampler)
-        return loader
-
-    def get_total_train_batch_size(self, args: TrainingArguments) -> int:
-        """Return the instances of an optimiser step, over all ranks."""
-        return super().get_total_train_batch_size(args) // self._train_batch_size * self._loaded_batch_size
-
-    @property
-    def _loaded_batch_size(self) -> int:
-        """Instances that a rank loads at a time. With `nsp_batch_size`, `_train_batch_size` counts a micro-batch's."""
-        return self._train_batch_size if self.args.nsp_batch_size is None else self.args.train_batch_size
-
-    def _update_auto_batch_size(self, batch_size: int) -> None:
-        """
-        Begin an attempt of `auto_find_batch_size`: the first one, or the next one after running out of memory.
-
-        With `nsp_batch_size`, the micro-batch shrinks. The NSP batch stays the same, and so does the loss.
-        """
-        self._num_attempts += 1
-        if self._num_attempts > 1 and self.state.global_step > self._initial_global_step:
-            raise ValueError(
-                f"auto_find_batch_size: memory ran out after step {self.state.global_step}, and another attempt would"
-                f" begin at step 0 with weights that are trained already. Set per_device_train_batch_size={batch_size}"
-                " or less, and leave out auto_find_batch_size."
-            )
-        if self.args.nsp_batch_size is not None:
-            batch_size = min(batch_size, self.args.per_device_train_batch_size)
-            self.data_collator.max_instances = batch_size
-        super()._update_auto_batch_size(batch_size)
-        self._running.restart()  # the figures of an attempt that failed do not count
-        self._restart_candidates()
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run `Trainer.train`; `resume_from_checkpoint=True` resumes from the last checkpoint that is complete."""

@@ -1,14 +1,13 @@
 """Prepare a dataset for CoSupTrainer: check instances, tokenize them, and drop those that are too long."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, TypeAlias
 
 import datasets
 import torch
 from transformers import PreTrainedTokenizerBase
-from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.utils import logging
 
 from modeling_cosup import CoSupConfig
@@ -181,21 +180,6 @@ def no_duplicates_sampler(
         passages.append({_passage_key(value) for value in values if value is not None})
     seed = args.seed if args.data_seed is None else args.data_seed
     return NoDuplicatesSampler(passages, batch_size, seed)
-
-
-class EpochLengthSampler(LengthGroupedSampler):
-    """transformers' sampler of rows of similar length, whose order depends on a seed and the epoch alone."""
-
-    def __init__(self, batch_size: int, lengths: list[int], seed: int) -> None:
-        super().__init__(batch_size, lengths=lengths)
-        self.seed, self.epoch = seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __iter__(self) -> Iterator[int]:
-        self.generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        return super().__iter__()
 
 
 def _passage_key(id_or_tokens: str | list[int]) -> int:

@@ -252,6 +252,11 @@ class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingA
             raise ValueError("matryoshka_dims cuts embeddings for the NSP loss, not for a distillation: leave it out.")
         check_candidates(self)
         check_ablations(self)
+        if self.train_sampling_strategy == "batch_rebalance":
+            raise ValueError(
+                "train_sampling_strategy='batch_rebalance' has another order after a resume: take group_by_length, or"
+                " max_tokens_per_micro_batch."
+            )
         if self.batch_sampler == "no_duplicates" and self.train_sampling_strategy != "random":
             raise ValueError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} and batch_sampler='no_duplicates' both say"

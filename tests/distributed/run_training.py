@@ -119,7 +119,7 @@ def run(
     assert trainer.accelerator.num_processes == world_size, trainer.accelerator.num_processes
     if evaluate_first:
         trainer.evaluate()
-    output = trainer.train()
+    trained = trainer.train()
     state = {}
     for key, parameter in trainer.accelerator.unwrap_model(trainer.model).named_parameters():
         value = parameter.detach()
@@ -129,7 +129,7 @@ def run(
     if sharded and trainer.is_world_process_zero():
         trainer.model.save_pretrained(Path(output, f"{name}-saved"), state_dict=dict(state))
     entry = next((entry for entry in trainer.state.log_history if "loss" in entry), {})
-    entry |= {"train_loss": output.training_loss, **trainer.evaluate()}
+    entry |= {"train_loss": trained.training_loss, **trainer.evaluate()}
     if predict:
         (query_embeds, passage_embeds), labels, _ = trainer.predict(held_out)
         for i, (query, positive) in enumerate(zip(query_embeds, passage_embeds[labels], strict=True)):

@@ -116,6 +116,7 @@ def test_a_collator_of_the_caller_does_what_the_arguments_ask_for(tmp_path):
         ({"label_smoothing_factor": 1.0}, "label_smoothing_factor is 1.0, expected 0 or more, and less than 1"),
         ({"label_smoothing_factor": 0.1, "supervision": "nsp"}, "which supervision='nsp' does not train"),
         ({"batch_sampler": "no_duplicates", "train_sampling_strategy": "group_by_length"}, "give one of them"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "has another order after a resume: take group_by_length"),
         ({"parallelism_config": ParallelismConfig(tp_size=2)}, "only data parallelism works here"),
         ({"nsp_batch_size": 8, "optim": "lomo"}, "optim='lomo' changes weights during backward"),
         ({"nsp_batch_size": 8, "optim": "galore_adamw_layerwise"}, "changes weights during backward"),
