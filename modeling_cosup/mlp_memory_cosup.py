@@ -24,6 +24,7 @@ from .token_keys_cosup import gen_of
 CONFIG_FILE = "memory_config.json"
 WEIGHTS_FILE = "model.safetensors"
 MEMORY_TYPE = "mlp"
+_FINGERPRINT = "fingerprint"  # key of the metadata of the weights
 LOGITS_AT_ONCE = 2**24  # logits that are alive at a time: 64 MB
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -203,7 +204,7 @@ class MLPMemory(nn.Module):
         if path.exists():
             if read_json(path).get("memory_type") != MEMORY_TYPE:
                 raise FileExistsError(f"{folder} holds a memory of another kind; choose another folder.")
-        elif (folder / WEIGHTS_FILE).exists() or (folder / "config.json").exists():
+        elif (folder / "config.json").exists() or _has_other_weights(folder):
             raise FileExistsError(f"{folder} holds a model; choose another folder.")
         return folder
 
@@ -221,7 +222,7 @@ class MLPMemory(nn.Module):
         folder.mkdir(parents=True, exist_ok=True)
         weights = {name: weight.detach().contiguous() for name, weight in self.state_dict().items()}
         with replacing_file(folder / WEIGHTS_FILE) as unfinished:
-            save_file(weights, unfinished, {"format": "pt", "fingerprint": digest(self.gen_fingerprint)})
+            save_file(weights, unfinished, {"format": "pt", _FINGERPRINT: digest(self.gen_fingerprint)})
         write_json(folder / CONFIG_FILE, self._config())
 
     def _config(self) -> dict[str, Any]:
@@ -280,7 +281,7 @@ class MLPMemory(nn.Module):
             weights = load_file(path, str(device))
             memory.load_state_dict(weights, assign=True)
             with safe_open(path, "pt") as file:
-                made_for = (file.metadata() or {}).get("fingerprint")
+                made_for = (file.metadata() or {}).get(_FINGERPRINT)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged, or of another memory: {error}") from error
         if made_for not in (None, digest(memory.gen_fingerprint)):  # earlier releases wrote none
@@ -341,6 +342,18 @@ class MLPMemory(nn.Module):
             summary = "An MLP memory of a language model: `model.load_memory` loads it."
             return plain_card(repo_id, summary, license, ["token-memory"])
         return cards.memory_card(self._config(), repo_id, model, license)
+
+
+def _has_other_weights(folder: Path) -> bool:
+    """Return whether a folder holds weights that are not those of an MLP memory whose save broke off."""
+    path = folder / WEIGHTS_FILE
+    if not path.exists():
+        return False
+    try:
+        with safe_open(path, "pt") as file:
+            return _FINGERPRINT not in (file.metadata() or {})
+    except SafetensorError:
+        return True
 
 
 def _folder_of(name_or_path: str | os.PathLike[str], revision: str | None, **kwargs: Any) -> Path:

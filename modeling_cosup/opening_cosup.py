@@ -10,7 +10,7 @@ from .files_cosup import read_json
 from .mlp_memory_cosup import CONFIG_FILE, MEMORY_TYPE, MLPMemory
 from .retriever_cosup import Retriever
 
-_DATASTORE_OPTIONS = {"allow_faiss_files", "search", "verify"}  # which MLPMemory.from_pretrained does not have
+_DATASTORE_OPTIONS = {"search", "verify"}  # which MLPMemory.from_pretrained does not have
 
 
 def open_by_uri(uri: str, name: str, options: dict[str, Any]) -> Retriever:
@@ -56,17 +56,20 @@ def load_memory(name_or_path: str | os.PathLike[str], **kwargs: Any) -> KNNMemor
         `FileNotFoundError`: when the folder or repository holds no memory.
         `ValueError`: for damaged files.
     """
+    # a permission, which an MLP does not need
+    of_mlp = {name: value for name, value in kwargs.items() if name != "allow_faiss_files"}
     path = Path(name_or_path) / CONFIG_FILE
     if path.exists():
         config = read_json(path)
         is_mlp = isinstance(config, dict) and config.get("memory_type") == MEMORY_TYPE
-        kind = MLPMemory if is_mlp else KNNMemory
-        return kind.from_pretrained(name_or_path, **kwargs)
+        if is_mlp:
+            return MLPMemory.from_pretrained(name_or_path, **of_mlp)
+        return KNNMemory.from_pretrained(name_or_path, **kwargs)
     if Path(name_or_path).is_dir():
         raise FileNotFoundError(f"{name_or_path} is not a token memory: {CONFIG_FILE} is missing.")
     if _DATASTORE_OPTIONS & kwargs.keys():
         return KNNMemory.from_pretrained(name_or_path, **kwargs)
     try:
-        return MLPMemory.from_pretrained(name_or_path, **kwargs)
+        return MLPMemory.from_pretrained(name_or_path, **of_mlp)
     except FileNotFoundError:
         return KNNMemory.from_pretrained(name_or_path, **kwargs)

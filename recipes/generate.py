@@ -15,7 +15,15 @@ from typing import Literal
 
 from shared.cli import clear_errors, parse
 
-from shared.indexes import FAISS_HELP, INDEX_HELP, INDEX_URI_HELP, check_index_options, faiss_options, open_index
+from shared.indexes import (
+    FAISS_HELP,
+    INDEX_HELP,
+    INDEX_URI_HELP,
+    check_faiss_option,
+    check_index_options,
+    faiss_options,
+    open_index,
+)
 from shared.memory_options import MemoryOptions, open_memory
 
 
@@ -64,8 +72,8 @@ class GenerateArguments:
 
 
 RETRIEVAL_OPTIONS = (
-    *("allow_faiss_files", "max_retrievals", "passages_per_nsp", "min_score", "force_nsp_first", "forbid_nsp"),
-    *("no_repeat_passages", "forget_passages"),
+    *("max_retrievals", "passages_per_nsp", "min_score", "force_nsp_first", "forbid_nsp", "no_repeat_passages"),
+    "forget_passages",
 )
 
 
@@ -81,6 +89,7 @@ def answer(args: GenerateArguments, memory_options: MemoryOptions) -> None:
     check_options(args)
     questions = read_questions(args)
     check_index_options(args.index, args.index_uri)
+    check_faiss_option(args, memory_options.memory)
     if not questions:
         raise ValueError("no question given: write them after the options, into --file, or to stdin.")
 
@@ -93,7 +102,8 @@ def answer(args: GenerateArguments, memory_options: MemoryOptions) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     load_emb_seq = CoSupConfig.from_pretrained(args.model).query_from != "gen"  # otherwise generation needs only Gen
     model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype, load_emb_seq=load_emb_seq).to(device)
-    index = open_index(model, args.index, args.index_uri, **faiss_options(args))
+    index_options = {} if args.index_uri else faiss_options(args)
+    index = open_index(model, args.index, args.index_uri, **index_options)
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": args.do_sample}
     options |= open_memory(model, memory_options, **faiss_options(args))
     if index is not None:

@@ -41,7 +41,7 @@ from trainer.judging.judge import command_line, evaluate_tasks
 from trainer.judging.tasks import Task, read_tasks, task_name
 from trainer.reports.evaluation import write_report
 
-from shared.indexes import check_index_options
+from shared.indexes import check_index_options, faiss_options
 from shared.processes import end_processes, processes
 
 
@@ -71,7 +71,7 @@ def main() -> None:
             seed=args.seed,
             facts=facts,
             gr_hypothesis=args.gr_hypothesis,
-            **open_memory(model, memory_options),
+            **open_memory(model, memory_options, **faiss_options(args)),
         )
         if state.is_main_process:
             write_report(args.output_dir, args.num_examples)

@@ -24,7 +24,6 @@ import torch
 
 from modeling_cosup import KNNMemory, MLPMemory
 from modeling_cosup.files_cosup import digest_file, read_json, write_json
-from modeling_cosup.mlp_memory_cosup import CONFIG_FILE, MEMORY_TYPE
 from modeling_cosup.opening_cosup import load_memory
 from modeling_cosup.token_keys_cosup import window_size
 from trainer.judging.figures import figure, figure_line, shown
@@ -79,7 +78,7 @@ def main() -> None:
             **environment(model),
         }
         results = results_of(scores, memories, overlaps)
-        results["warnings"] += warnings_of(args)
+        results["warnings"] += warnings_of(memories, args.text_file)
         seconds = round(time.perf_counter() - start, 1)
         results = {"format": FORMAT, "settings": settings, **results, "seconds": seconds}
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -133,16 +132,16 @@ def results_of(scores: TextScores, memories: Memories, overlaps: dict[str, float
     return {"text": text, "arms": arms, "warnings": warnings, "peak_memory": peak_memory()}
 
 
-def warnings_of(args: PerplexityArguments) -> list[str]:
-    """Return warnings of memories that were fitted on the text, or that do not keep what they were trained on."""
+def warnings_of(memories: Memories, text_file: str) -> list[str]:
+    """Return warnings of memories that were fitted on the text, or that do not record what they were trained on."""
     warnings = []
-    for path in args.memory:
-        fit_file = Path(path) / "memory_fit.json"
-        if fit_file.exists() and read_json(fit_file).get("sha256") == digest_file(args.text_file):
-            warnings.append(f"Weight and temperature of {path} were fitted on this text.")
-        config_file = Path(path) / CONFIG_FILE
-        if config_file.exists() and read_json(config_file).get("memory_type") == MEMORY_TYPE:
-            warnings.append(f"{path} does not keep what it was trained on: make sure that this text is not in it.")
+    for name, (memory, _) in memories.items():
+        # a datastore from the Hub lies in its cache
+        fit_file = Path(memory.folder if isinstance(memory, KNNMemory) else name, "memory_fit.json")
+        if fit_file.exists() and read_json(fit_file).get("sha256") == digest_file(text_file):
+            warnings.append(f"Weight and temperature of {name} were fitted on this text.")
+        if isinstance(memory, MLPMemory):
+            warnings.append(f"{name} does not record what it was trained on: make sure that it was not this text.")
     return warnings
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from shared.cli import clear_errors, parse
 
 from serving.arguments import ServeArguments
-from shared.indexes import check_index_options, faiss_options, open_index
+from shared.indexes import check_faiss_option, check_index_options, faiss_options, open_index
 from shared.memory_options import MemoryOptions, open_memory
 
 if TYPE_CHECKING:  # options and a port in use do not wait for torch
@@ -41,6 +41,7 @@ def main() -> None:
 def serve(args: ServeArguments, memory_options: MemoryOptions) -> None:
     """Open everything, beginning with what is quick to check, and serve it."""
     check_index_options(args.index, args.index_uri)
+    check_faiss_option(args, memory_options.memory)
     set_up_logging()
     from serving.running import EngineServer, open_socket
 
@@ -129,8 +130,6 @@ def load_served_model(args: ServeArguments, memory_options: MemoryOptions) -> Se
 
 def index_options(args: ServeArguments) -> dict[str, Any]:
     """Return the options of the index. A search in Milvus must fail soon, because running answers wait for it."""
-    if args.allow_faiss_files and (args.index is None or args.index_uri is not None):
-        raise ValueError("--allow_faiss_files is for an index in a folder: give --index, without --index_uri.")
     if args.index_uri is None:
         return faiss_options(args)
     return {"timeout": args.index_timeout, "max_retries": 1}

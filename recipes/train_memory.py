@@ -24,7 +24,6 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
 
 import torch
 from transformers import set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 from modeling_cosup import KNNMemory, MLPMemory
 from modeling_cosup.files_cosup import digest_file, write_json
@@ -36,6 +35,7 @@ from trainer.judging.perplexity import gen_scores, kept_ids_of
 from trainer.memory import MemoryTrainer
 from trainer.memory_args import MemoryTrainingArguments
 from trainer.memory_fit import MemoryFit, fit_memory_config, write_memory_config
+from trainer.watch import last_complete_checkpoint
 
 from shared.indexes import faiss_options
 from shared.token_memories import load_gen, read_documents
@@ -117,12 +117,7 @@ def checkpoint_to_resume(args: MemoryTrainingArguments, memory: MLPMemory) -> st
     wanted = args.resume_from_checkpoint
     if wanted in (None, "false", "False"):
         return None
-    folder: str | None = wanted
-    if wanted in ("true", "True"):
-        output_dir = str(args.output_dir)
-        folder = get_last_checkpoint(output_dir) if Path(output_dir).is_dir() else None
-    if folder is None:
-        raise ValueError(f"--resume_from_checkpoint: {args.output_dir} holds no checkpoint.")
+    folder = last_complete_checkpoint(str(args.output_dir)) if wanted in ("true", "True") else wanted
     made_for = MLPMemory.from_pretrained(folder).gen_fingerprint
     if made_for != memory.gen_fingerprint:
         raise ValueError(f"{folder} is of a memory of another Gen: start anew.")

@@ -239,7 +239,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, LoadingMixin, Mo
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """Run `Trainer.train`; `resume_from_checkpoint=True` resumes from the last checkpoint that is complete."""
-        self._num_trained_instances = self._num_trained_queries = self._num_attempts = 0
+        self._num_trained_instances = self._num_trained_queries = 0
+        self._first_step = None
         if self.args.nsp_batch_size is not None:
             self._train_batch_size = self.args.per_device_train_batch_size  # where auto_find_batch_size begins
         if resume_from_checkpoint is True:
@@ -369,7 +370,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, LoadingMixin, Mo
         if self.args.clip_gen_only:
             members = set(gen.parameters())
             others = [p.grad for p in model.parameters() if p.grad is not None and p not in members]
-            self._unclipped_norm = get_total_norm(others) if others else None
+            self._unclipped_norm = get_total_norm(others) if others and not self.args.fp16 else None
             return self.accelerator.clip_grad_norm_(gen.parameters(), self.args.max_grad_norm)
         distributed_type = self.accelerator.distributed_type
         is_fsdp1 = distributed_type == DistributedType.FSDP and not self.accelerator.is_fsdp2
@@ -392,7 +393,9 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, LoadingMixin, Mo
             finite = norm.detach().isfinite()[None]
             if self._unclipped_norm is not None:
                 others = self._unclipped_norm
-                finite = finite & (others.full_tensor() if isinstance(others, DTensor) else others).isfinite()
+                others = others.full_tensor() if isinstance(others, DTensor) else others
+                # the norm of no gradients is on the CPU
+                finite = finite.to(self.args.device) & others.isfinite().to(self.args.device)
                 self._unclipped_norm = None
             self._finite.add(self.state.global_step, "gradient", finite, [self._step_instance_ids])
         return grad_norm

@@ -1,5 +1,6 @@
 """How instances are loaded for training: their order, the size of batches, and where a resumed run goes on."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -44,7 +45,7 @@ class LoadingMixin(Trainer):
     _running: RunningFigures
     _restart_candidates: Any
     _sampler: NoDuplicatesSampler | EpochLengthSampler | None = None  # one that must be told each epoch
-    _num_attempts = 0  # of auto_find_batch_size, in this training
+    _first_step: int | None = None  # where the last attempt of auto_find_batch_size began, in this training
 
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, num_epochs: int, checkpoint: Any, trial: Any
@@ -53,15 +54,17 @@ class LoadingMixin(Trainer):
         Return the epochs and the batches of the next one that a checkpoint has behind it.
 
         `Trainer` takes a stream for one epoch, as it does not know when it ends. The state's `epoch` says more: its
-        whole part counts passes, and the rest the batches of the current one, as a share of those of all steps.
+        whole part counts passes, and the rest the batches of the current one, as a share of those of all steps. A
+        share of 1 is the end of a run that stayed within its first pass: the next pass has not begun.
         """
         epochs, batches = super()._init_training_state(max_steps, steps_per_epoch, num_epochs, checkpoint, trial)
+        self._first_step = self.state.global_step
         path = Path(checkpoint or "", TRAINER_STATE_NAME)
         is_stream = not isinstance(self.train_dataset, datasets.Dataset)
         if checkpoint is None or not is_stream or self.args.ignore_data_skip or not path.exists():
             return epochs, batches
         state = read_json(path)
-        epochs = int(state["epoch"])
+        epochs = max(0, math.ceil(state["epoch"]) - 1)
         num_batches = state["max_steps"] * self.args.gradient_accumulation_steps
         return epochs, round((state["epoch"] - epochs) * num_batches)
 
@@ -112,12 +115,11 @@ class LoadingMixin(Trainer):
 
         With `nsp_batch_size`, the micro-batch shrinks. The NSP batch stays the same, and so does the loss.
         """
-        self._num_attempts += 1
-        if self._num_attempts > 1 and self.state.global_step > self._initial_global_step:
+        if self._first_step is not None and self.state.global_step > self._first_step:
             raise ValueError(
                 f"auto_find_batch_size: memory ran out after step {self.state.global_step}, and another attempt would"
-                f" begin at step 0 with weights that are trained already. Set per_device_train_batch_size={batch_size}"
-                " or less, and leave out auto_find_batch_size."
+                f" begin at step {self._first_step} with weights that are trained already. Set"
+                f" per_device_train_batch_size={batch_size} or less, and leave out auto_find_batch_size."
             )
         if self.args.nsp_batch_size is not None:
             batch_size = min(batch_size, self.args.per_device_train_batch_size)

@@ -88,6 +88,7 @@ class ModelInitMixin(Trainer):
         else:  # of a trial, whose arguments may be others
             for name in SET_BY_ARGUMENTS:
                 setattr(self.data_collator, name, getattr(collator, name))
+            check_collator(self.data_collator, collator)
         return trained_model
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

@@ -30,8 +30,8 @@ class RunningFigures:
         counts (`dict[str, float]`): how many queries or instances each mean of the last averages was over.
         steps (`int`): optimiser steps since the last log.
         has_losses (`bool`): whether any loss was measured, since the last log or before.
-        seconds_before (`float`): seconds of training before this object was made, by the log of the checkpoint from
-            which a run resumes.
+        seconds_before (`float`): seconds of training before this object was made, by the clock of the checkpoint
+            from which a run resumes, or by its log.
     """
 
     def __init__(

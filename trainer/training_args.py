@@ -184,7 +184,8 @@ class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingA
         self._check_choices()
         if not torch.accelerator.is_available():
             self.use_cpu = True  # otherwise TrainingArguments refuses bf16 on a CPU
-        if self.tf32 is None and self.torch_compile:
+        compiles = self.torch_compile or self.torch_compile_backend or self.torch_compile_mode
+        if self.tf32 is None and compiles:
             self.tf32 = False  # TrainingArguments would turn it on, for the losses too
         # CoSupTrainer stops at a loss that is not finite; a check at every step would wait for the GPU
         self.logging_nan_inf_filter = False
@@ -254,8 +255,8 @@ class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingA
         check_ablations(self)
         if self.train_sampling_strategy == "batch_rebalance":
             raise ValueError(
-                "train_sampling_strategy='batch_rebalance' has another order after a resume: take group_by_length, or"
-                " max_tokens_per_micro_batch."
+                "train_sampling_strategy='batch_rebalance' does not keep its order after a resume: use group_by_length"
+                " or max_tokens_per_micro_batch."
             )
         if self.batch_sampler == "no_duplicates" and self.train_sampling_strategy != "random":
             raise ValueError(

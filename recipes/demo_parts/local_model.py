@@ -59,14 +59,17 @@ class LocalModel:
         self.score_name = self.model.config.similarity
         self.instruction = args.instruction
         self.index = None
+        faiss_options = {"allow_faiss_files": True} if args.allow_faiss_files else {}
         if args.index:
             options = {} if args.index_revision is None else {"revision": args.index_revision}
+            if args.index_uri is None:
+                options |= faiss_options
             self.index = self.model.load_index(args.index, args.index_uri, **options)
         self.status, self.note = "There is no index: answers come from Gen alone.", "there is no index"
         if self.index is not None:
             self.status = f"An index of {len(self.index):,} passages is searched."
             self.note = "searched: the index of this demo"
-        self.memory = self.model.load_memory(args.memory) if args.memory else None
+        self.memory = self.model.load_memory(args.memory, **faiss_options) if args.memory else None
         # from the code of the checkpoint: it renders a question so that a typed [NSP] stays text
         package = type(self.model).__module__.rpartition(".")[0]
         self.encode_prompt = importlib.import_module(".tokenization_cosup", package).encode_prompt

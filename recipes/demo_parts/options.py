@@ -29,6 +29,9 @@ def parse(argv: list[str] | None = None, description: str | None = None) -> argp
     add("--index", default=variable("COSUP_INDEX"), help=index_help)
     add("--index_uri", default=variable("COSUP_INDEX_URI"), help=uri_help)
     add("--memory", default=variable("COSUP_MEMORY"), help="name or path of a token memory of the model")
+    faiss_help = "let FAISS read the file of an approximate index or memory; do so only if you trust its maker"
+    allow_faiss = variable("COSUP_ALLOW_FAISS_FILES", "0") != "0"
+    add("--allow_faiss_files", action="store_true", default=allow_faiss, help=faiss_help)
     add("--revision", default=variable("COSUP_REVISION"), help="branch, tag or commit of the checkpoint")
     add("--index_revision", default=variable("COSUP_INDEX_REVISION"), help="branch, tag or commit of the index")
     add("--instruction", default=variable("COSUP_INSTRUCTION", ""), help=instruction_help)
@@ -49,7 +52,7 @@ def parse(argv: list[str] | None = None, description: str | None = None) -> argp
 def _check_base_url(args, parser):
     if not args.base_url.startswith(("http://", "https://")):
         parser.error(f"--base_url is {args.base_url!r}, expected a URL such as http://127.0.0.1:8000/v1.")
-    for name in ("index", "index_uri", "memory", "revision", "index_revision"):
+    for name in ("index", "index_uri", "memory", "allow_faiss_files", "revision", "index_revision"):
         if getattr(args, name):
             parser.error(f"--{name} cannot be used with --base_url: the server opens the model with all its parts.")
     args.upload = False  # a server takes no corpora

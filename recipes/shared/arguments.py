@@ -10,7 +10,7 @@ from typing import Literal
 
 from trainer.judging.grounding import HYPOTHESIS
 
-from shared.indexes import INDEX_HELP, INDEX_URI_HELP
+from shared.indexes import FAISS_HELP, INDEX_HELP, INDEX_URI_HELP
 
 RECIPES = Path(__file__).resolve().parents[1]
 TRAINING_ARGUMENTS = "trainer.training_args.CoSupTrainingArguments"  # a name, because the class needs torch
@@ -18,6 +18,7 @@ TASK_OPTIONS = (
     "corpus_file",
     "index",
     "index_uri",
+    "allow_faiss_files",
     "split",
     "pool",
     "gold_in_pool",
@@ -226,6 +227,7 @@ class EvaluationArguments:
         default=None, metadata={"help": f"Index of the model, in place of a corpus: {INDEX_HELP}."}
     )
     index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
+    allow_faiss_files: bool = field(default=False, metadata={"help": FAISS_HELP})
     split: str | None = field(default=None, metadata={"help": "in-domain or out-of-domain, for the averages."})
     pool: str | None = field(
         default=None,

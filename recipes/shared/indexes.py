@@ -19,7 +19,7 @@ INDEX_URI_HELP = (
     "MILVUS_TOKEN"
 )
 
-FAISS_HELP = "let FAISS read the file of an approximate index in a folder; do so only if you trust its maker"
+FAISS_HELP = "let FAISS read the file of an approximate index or memory; do so only if you trust its maker"
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")
 
@@ -36,6 +36,21 @@ def check_index_options(index: str | None, index_uri: str | None) -> None:
         raise ValueError(f"--index_uri {index_uri} without --index: name the collection that holds the index.")
     if index and index_uri is None:
         check_place(f"--index {index}", index)
+
+
+def check_faiss_option(args: Any, memory: str | None) -> None:
+    """
+    Check that `--allow_faiss_files` has files to allow: of an index in a folder, or of a memory.
+
+    Raises:
+        `ValueError`: if there is neither.
+    """
+    has_folder = args.index is not None and args.index_uri is None
+    if args.allow_faiss_files and not has_folder and memory is None:
+        raise ValueError(
+            "--allow_faiss_files is for an index in a folder and for a memory: give --index, without --index_uri, or"
+            " --memory."
+        )
 
 
 def faiss_options(args: Any) -> dict[str, Any]:

@@ -88,7 +88,7 @@ if job["all"]:
     except ValueError as error:
         results["refused"] = str(error)
     pipe = pipeline("text-generation", model="tester/plain", trust_remote_code=True)
-    results["memory"] = pipe.model.load_memory("tester/plain-memory").fingerprint
+    results["memory"] = pipe.model.load_memory("tester/plain-memory", allow_faiss_files=True).fingerprint
     index = pipe.model.load_index("tester/plain-index")
     chat, config = [{"role": "user", "content": "who?"}], pipe.model.retrieval_config_class(force_nsp_first=True)
     results["pipeline"] = pipe(chat, retriever=index, retrieval_config=config, max_new_tokens=8)

@@ -170,6 +170,13 @@ def test_a_model_is_not_overwritten(memory, tmp_path, held):
     assert (tmp_path / held).read_text() == "precious"
 
 
+def test_a_save_that_broke_off_is_made_again(memory, saved):
+    """Weights without a config are those of a memory, and no model is lost."""
+    (saved / "memory_config.json").unlink()
+    memory.save_pretrained(saved)
+    assert MLPMemory.from_pretrained(saved).fingerprint == memory.fingerprint
+
+
 def test_weights_under_the_config_of_another_gen_are_refused(memory, saved):
     """A crash between the two files leaves the new weights and the old config."""
     memory.save_pretrained(saved)  # a memory is replaced

@@ -354,6 +354,9 @@ def test_a_model_must_be_named(module, capsys, monkeypatch):
     args = module.parse(["--model", "here"])
     assert args.examples == ["one?", "two?"]
     assert args.upload is False
+    assert args.allow_faiss_files is False
+    monkeypatch.setenv("COSUP_ALLOW_FAISS_FILES", "1")
+    assert module.parse(["--model", "here"]).allow_faiss_files is True
 
 
 def test_a_passage_shows_where_it_comes_from(module):

@@ -233,7 +233,7 @@ def test_bad_options_are_reported(world, monkeypatch, tmp_path):
         (["--memory", world / "gen_knn"], "This memory was made with another model"),
         (of_gen, "tokenizer: the memory has"),
         (["--memory", knn, "--fit_file", tmp_path / "none.jsonl"], "no such file"),
-        (["--memory", knn, "--resume_from_checkpoint", "true"], "holds no checkpoint"),
+        (["--memory", knn, "--resume_from_checkpoint", "true"], "holds no complete checkpoint"),
         (["--memory", knn, "--resume_from_checkpoint", world / "other_mlp"], "is of a memory of another Gen: start"),
     ):
         assert message in fails_here(monkeypatch, "train_memory", *common, *options)

@@ -399,6 +399,24 @@ def test_build_index_trains_an_approximate_index_and_prints_its_recall(checkpoin
     assert config["dtype"] == "float16"
     assert config["approximate"]["search_options"] == {"efSearch": 32}
 
+    options = flags(model=checkpoint, index=tmp_path / "index")
+    evaluation = flags(eval_file=inputs / "eval.jsonl", modes="retrieval", max_new_tokens=8)
+    evaluation += flags(output_dir=tmp_path / "results")
+    for recipe, more in (("generate", ["who?"]), ("run_evaluation", evaluation)):
+        refused = run_forked(f"recipes/{recipe}.py", *options, *more)
+        assert "is searched through a FAISS file: pass allow_faiss_files=True" in refused.stderr
+        answered = run_forked(f"recipes/{recipe}.py", *options, *more, "--allow_faiss_files")
+        assert answered.returncode == 0, answered.stderr[-2000:]
+
+
+@pytest.mark.parametrize("recipe", ["generate", "serve"])
+def test_files_of_faiss_are_allowed_where_there_are_any(checkpoint, tmp_path, recipe):
+    options = flags(model=checkpoint)
+    questions = ["who?"] if recipe == "generate" else []
+    result = run_forked(f"recipes/{recipe}.py", *options, "--allow_faiss_files", *questions)
+    assert result.returncode != 0
+    assert "--allow_faiss_files is for an index in a folder and for a memory" in result.stderr
+
 
 def test_the_benchmark_of_the_index_runs(tmp_path):
     pytest.importorskip("sentence_transformers")

@@ -83,7 +83,8 @@ def test_every_argument_of_trainer_is_in_one_table():
 
 
 def test_tf32_is_off_unless_it_is_asked_for(tmp_path):
-    assert arguments(tmp_path, torch_compile=True).tf32 is False
+    for options in ({"torch_compile": True}, {"torch_compile_backend": "inductor"}, {"torch_compile_mode": "default"}):
+        assert arguments(tmp_path, **options).tf32 is False
     assert arguments(tmp_path).tf32 is None  # what a program has chosen stays
 
 
@@ -116,7 +117,7 @@ def test_a_collator_of_the_caller_does_what_the_arguments_ask_for(tmp_path):
         ({"label_smoothing_factor": 1.0}, "label_smoothing_factor is 1.0, expected 0 or more, and less than 1"),
         ({"label_smoothing_factor": 0.1, "supervision": "nsp"}, "which supervision='nsp' does not train"),
         ({"batch_sampler": "no_duplicates", "train_sampling_strategy": "group_by_length"}, "give one of them"),
-        ({"train_sampling_strategy": "batch_rebalance"}, "has another order after a resume: take group_by_length"),
+        ({"train_sampling_strategy": "batch_rebalance"}, "does not keep its order after a resume"),
         ({"parallelism_config": ParallelismConfig(tp_size=2)}, "only data parallelism works here"),
         ({"nsp_batch_size": 8, "optim": "lomo"}, "optim='lomo' changes weights during backward"),
         ({"nsp_batch_size": 8, "optim": "galore_adamw_layerwise"}, "changes weights during backward"),

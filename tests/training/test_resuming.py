@@ -63,6 +63,17 @@ def test_a_stream_with_accumulated_batches_goes_on_where_it_was(tmp_path):
     check_resume(tmp_path, Stream, (2, 3), **options)
 
 
+def test_a_finished_run_within_a_first_pass_is_extended(tmp_path):
+    class Long(Stream):
+        def __iter__(self):
+            return iter(world(NAMES[:48]))
+
+    whole = run(tmp_path / "whole", Long(), max_steps=4)
+    run(tmp_path / "short", Long(), max_steps=2)
+    extended = run(tmp_path / "extended", Long(), tmp_path / "short" / "checkpoint-2", max_steps=4)
+    assert extended == {step: whole[step] for step in (3, 4)}
+
+
 @pytest.mark.parametrize("strategy", ["random", "group_by_length"])
 def test_every_epoch_has_its_order_after_a_resume_too(tmp_path, strategy):
     """Dropout draws random numbers, on which the order must not depend."""
@@ -97,7 +108,7 @@ def test_a_smaller_batch_is_not_tried_with_weights_that_are_trained(tmp_path):
 
     args = arguments(tmp_path, max_steps=4, auto_find_batch_size=True)
     trainer = Full(make_model(), args, train_dataset=world(NAMES[:16]))
-    message = "memory ran out after step 2, .* Set per_device_train_batch_size=7 or less"
+    message = "memory ran out after step 2, .* begin at step 0 .* Set per_device_train_batch_size=7 or less"
     with pytest.raises(ValueError, match=message):
         trainer.train()
 

@@ -88,6 +88,15 @@ def test_a_nan_gradient_of_a_finite_loss_stops_before_the_step(tmp_path, part, c
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-1"]
 
 
+def test_only_emb_seq_is_trained_and_nothing_is_clipped(tmp_path):
+    """The norm of the gradients of a frozen Gen is 0; those of Emb_seq are checked all the same."""
+    args = arguments(tmp_path, clip_gen_only=True, freeze_gen=True, supervision="nsp", max_steps=2)
+    trainer = CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:16]))
+    trainer.train()
+    assert trainer.state.global_step == 2
+    assert trainer.state.log_history[0]["grad_norm"] == 0
+
+
 def test_sharding_that_cannot_do_it_is_refused(tmp_path, monkeypatch):
     """DeepSpeed, faked here, is refused the options that only DDP and FSDP2 support."""
     for option, message in (

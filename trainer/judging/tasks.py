@@ -38,6 +38,7 @@ class Task:
             is retrieved.
         index (`str`, *optional*): name or path of an existing index.
         index_uri (`str`, *optional*): the Milvus server or local file that holds `index` as a collection.
+        allow_faiss_files (`bool`): let FAISS read the file of `index`, if its search is approximate.
         split (`str`, *optional*): `"in-domain"` or `"out-of-domain"`, for the averages.
         pool (`str` or `int`): `"full"` searches the whole index. A number searches that many candidates of each
             question, in the order of the file, with gold candidates first if `gold_in_pool`.
@@ -59,6 +60,7 @@ class Task:
     corpus_file: str | None = None
     index: str | None = None
     index_uri: str | None = None
+    allow_faiss_files: bool = False
     split: str | None = None
     pool: str | int = "full"
     gold_in_pool: bool = True
@@ -216,7 +218,8 @@ def open_index(
         `ValueError`: if the index belongs to another model, or the corpus is not valid.
     """
     if task.index is not None:
-        index = model.load_index(task.index, task.index_uri)
+        options = {"allow_faiss_files": True} if task.allow_faiss_files and task.index_uri is None else {}
+        index = model.load_index(task.index, task.index_uri, **options)
         return index, content_digest(index)
     if task.corpus_file is None:
         return None, None
