@@ -4,6 +4,10 @@ from typing import Any
 
 import torch
 from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+# pipeline("text-generation") looks for the class here, and not among registered ones: it would log an error and work
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["cosup"] = "CoSupForCausalLM"
 
 # Model types whose first position is `pad_token_id + 1`: nothing reads the rows before it in their table of positions.
 COUNTING_FROM_PADDING = (

@@ -20,8 +20,7 @@ from .hub_cosup import make_repo
 from .memory_cosup import MemoryConfig
 from .plain_card_cosup import package_memory_cards, plain_card
 from .shard_build_cosup import build_of, collect, finish, unfinished_folder, write_shards
-from .token_keys_cosup import document_ids, gen_of, token_states, window_size
-from .tokenization_cosup import same_tokenizer
+from .token_keys_cosup import document_ids, gen_of, token_states, tokenizer_of, window_size
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -178,9 +177,6 @@ class KNNMemory(SearchableKeys):
             raise ValueError("Several processes can only build a memory in files: give save_directory.")
         if not 0 <= process_index < num_processes:
             raise ValueError(f"process_index is {process_index}, expected one of 0 to {num_processes - 1}.")
-        own = getattr(model, "tokenizer", None) if gen_of(model) is not model else None
-        if tokenizer is not None and own is not None and not same_tokenizer(tokenizer, own):
-            raise ValueError("tokenizer reads text differently than the model's own, which this memory is for.")
         tokenizer = tokenizer_of(model, tokenizer)
         builder = building.KeyBuilder(model, tokenizer, dtype, batch_size, max_length, stride)
         shards = building.split_texts(texts, shard_size)
@@ -422,15 +418,6 @@ def new_config(
         "approximate": None,
         "files": files or {},
     }
-
-
-def tokenizer_of(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a CoSup model, or the given one of a plain language model; `ValueError` without one."""
-    if tokenizer is None:
-        tokenizer = getattr(model, "tokenizer", None)
-    if tokenizer is None:
-        raise ValueError("A plain language model knows no tokenizer: pass its own as tokenizer=.")
-    return tokenizer
 
 
 def state_after(text: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:

@@ -17,6 +17,8 @@ from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
 
+HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # of a download
+KEPT_HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "subfolder")  # the config has the commit
 CARD_FILE = "README.md"
 FACTS_FILE = "training_facts.json"
 CURVES_FILE = "loss_curves.png"

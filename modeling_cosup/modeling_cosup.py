@@ -9,7 +9,6 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.modeling_outputs import ModelOutput
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from .architectures_cosup import encoder_from_config, lm_logits
 from .building_cosup import BuildingMixin
@@ -17,6 +16,7 @@ from .configuration_cosup import CoSupConfig
 from .datastore_cosup import KNNMemory
 from .encoding_cosup import EncodingMixin
 from .generation_cosup import RetrievalGenerationMixin
+from .hub_cosup import HUB_OPTIONS, KEPT_HUB_OPTIONS
 from .loss_cosup import chunked_cross_entropy, info_nce
 from .memory_cosup import MemoryConfig
 from .mlp_memory_cosup import MLPMemory
@@ -28,8 +28,6 @@ from .retriever_cosup import Retriever
 from .settings_cosup import RetrievalConfig
 from .sharing_cosup import SharingMixin
 from .states_cosup import recording, states_at
-
-_HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download", "subfolder")
 
 
 @dataclass
@@ -180,7 +178,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         """
         config = kwargs.get("config")
         if config is not None and name_or_path is not None:
-            options = {name: kwargs[name] for name in _HUB_OPTIONS if name in kwargs}
+            options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
             options["tie_emb_seq"] = getattr(config, "tie_emb_seq", False)
             CoSupConfig.get_config_dict(name_or_path, **options)  # raises if the weights are of another model
         loaded: Any = super().from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
@@ -188,12 +186,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         missing = sorted(info["missing_keys"])
         if missing and not model._hf_peft_config_loaded:  # transformers reports tied weights of adapters as missing
             raise ValueError(f"{name_or_path} lacks {len(missing)} weights of its model, e.g. {missing[0]}.")
-        # the commit is in the config
-        kept = [name for name in _HUB_OPTIONS if name in kwargs and name not in ("revision", "force_download")]
-        model.hub_options = {name: kwargs[name] for name in kept}
-        if output_loading_info:
-            return loaded
-        return model
+        model.hub_options = {name: kwargs[name] for name in KEPT_HUB_OPTIONS if name in kwargs}
+        return loaded if output_loading_info else model
 
     # ------------------------------------------------------------------ forward
 
@@ -453,5 +447,3 @@ def _chosen_states(
 
 
 CoSupForCausalLM.register_for_auto_class("AutoModelForCausalLM")
-# pipeline("text-generation") looks for the class here, and not among registered ones: it would log an error and work
-MODEL_FOR_CAUSAL_LM_MAPPING_NAMES["cosup"] = "CoSupForCausalLM"

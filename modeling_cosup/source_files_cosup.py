@@ -10,8 +10,6 @@ from transformers.utils import cached_file
 
 from .files_cosup import read_json
 
-HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")
-
 
 @dataclass
 class SourceFiles:
@@ -20,7 +18,7 @@ class SourceFiles:
 
     Args:
         name (`str`): folder, or repository on the Hub.
-        options (`dict`): `revision`, `token` and other [`HUB_OPTIONS`] of a download.
+        options (`dict`): `revision`, `token` and other [`~hub_cosup.HUB_OPTIONS`] of a download.
     """
 
     name: str

@@ -25,8 +25,9 @@ from .adapters_cosup import base_error, find_adapter, load_merged, merge_adapter
 from .architectures_cosup import encoder_auto_class
 from .checks_cosup import check_causal, check_config, check_part, check_weights
 from .configuration_cosup import CoSupConfig
+from .hub_cosup import HUB_OPTIONS
 from .retriever_files_cosup import DECIDED_BY_FILES, RetrieverFacts, emb_seq_settings, read_retriever
-from .source_files_cosup import HUB_OPTIONS, SourceFiles
+from .source_files_cosup import SourceFiles
 from .tokenization_cosup import same_tokenizer
 
 logger = logging.get_logger(__name__)

@@ -16,7 +16,7 @@ from .architectures_cosup import num_positions
 from .encoding_cosup import evaluating
 from .packing_cosup import pad_rows
 from .states_cosup import recording, states_at
-from .tokenization_cosup import encode_texts
+from .tokenization_cosup import encode_texts, same_tokenizer
 
 # Model type -> name of the FFN of layer {}. In gptj, gpt_neox, falcon, phi and cohere, attention and FFN are parallel:
 # the key does not hold the attention of the last layer. In olmo2 no norm comes before the FFN.
@@ -60,6 +60,22 @@ class TokenStates:
 def gen_of(model: Any) -> PreTrainedModel:
     """Return the Gen of a [`CoSupForCausalLM`]; a plain causal language model is returned as it is."""
     return model.gen if model.config.model_type == "cosup" else model
+
+
+def tokenizer_of(model: Any, tokenizer: PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+    """
+    Return the tokenizer of a CoSup model, or the given one of a plain language model.
+
+    Raises:
+        `ValueError`: if a plain language model has none given, or a CoSup model another one.
+    """
+    if gen_of(model) is model:
+        if tokenizer is None:
+            raise ValueError("A plain language model knows no tokenizer: pass its own as tokenizer=.")
+        return tokenizer
+    if tokenizer is not None and not same_tokenizer(tokenizer, model.tokenizer):
+        raise ValueError("tokenizer reads text differently than the model's own, which this memory is for.")
+    return model.tokenizer
 
 
 def ffn_name(gen: Any) -> str:

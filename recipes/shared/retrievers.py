@@ -74,12 +74,16 @@ class CoSupRetriever:
         corpus_digest = digest_all(passage for _, passage in checked_passages(read_corpus(corpus_file)))
         folder = Path(index_dir) / digest([corpus_digest, self.model.fingerprint()])[:16]
         folder.parent.mkdir(parents=True, exist_ok=True)
+        lock = folder.with_name(f".{folder.name}.lock")
         busy = f"{folder}: another process embeds this corpus; waiting"
-        with locked(folder.with_name(f".{folder.name}.lock"), busy, on_wait=partial(print, flush=True)):
-            if folder.is_dir():
-                print(f"Loading the index of this corpus by this model from {folder}", flush=True)
-                return self.model.load_index(str(folder), search="exact")
-            return self.model.build_index(corpus_file, save_directory=folder, batch_size=self.batch_size)
+        with locked(lock, busy, on_wait=partial(print, flush=True)):
+            try:
+                if folder.is_dir():
+                    print(f"Loading the index of this corpus by this model from {folder}", flush=True)
+                    return self.model.load_index(str(folder), search="exact")
+                return self.model.build_index(corpus_file, save_directory=folder, batch_size=self.batch_size)
+            finally:
+                lock.unlink(missing_ok=True)
 
     def __len__(self) -> int:
         return len(self.index)

@@ -39,6 +39,8 @@ def kilt(tmp_path, **changes):
         "triviaqa_file": None,
         "instruction": None,
     }
+    if changes.get("corpus_file"):
+        defaults["words"] = 100  # the default: passages are not cut
     return Namespace(**defaults | changes)
 
 

@@ -206,7 +206,8 @@ def test_figures_reach_the_card(many, call, nli, tmp_path, capsys):
     model = CoSupForCausalLM.from_pretrained(folder)
     old_metrics = [{"type": "ret", "name": "Ret", "value": 1.25, "n": 9}]
     old_groups = []
-    for name in "ax":
+    forced = ", [NSP] forced first"
+    for name in (f"a{forced}", "x"):
         dataset = {"name": name, "type": "custom"}
         old_groups.append({"dataset": dataset, "index_size": 2, "metrics": old_metrics})
     write_card(model, folder, "me/model", {"results": old_groups, "training": {"instances": {"nq": 7}}})
@@ -233,7 +234,7 @@ def test_figures_reach_the_card(many, call, nli, tmp_path, capsys):
     update("out")
     tasks = results_of(tmp_path / "out")["tasks"]
     facts = recorded_facts()
-    assert names(facts) == ["x", "a", "b (pools of 4)"]
+    assert names(facts) == ["x", f"a{forced}", f"b (pools of 4){forced}"]
     assert facts["training"] == {"instances": {"nq": 7}}
     for group, name, scope in zip(facts["results"][1:], "ab", ("corpus", "pool"), strict=True):
         on_card = {metric["type"]: metric for metric in group["metrics"]}
@@ -265,7 +266,7 @@ def test_figures_reach_the_card(many, call, nli, tmp_path, capsys):
     model.save_pretrained(folder)
     (folder / "training_facts.json").write_text(json.dumps(facts))
     update("other", "--max_eval_samples", 2)
-    assert names(recorded_facts()) == ["a", "b (pools of 4)"]
+    assert names(recorded_facts()) == [f"a{forced}", f"b (pools of 4){forced}"]
 
 
 def test_only_a_local_checkpoint_has_a_card_to_update(many, call, tmp_path):

@@ -50,7 +50,7 @@ _MISSING_IF: dict[str, tuple[str, ...]] = {
     "no question has meta.claims": ("claim_recall",),
     "no answer holds grounded text": ("gr", "gr_success", "gr_failure", "k_precision"),
     "nothing was retrieved": ("citation_recall", "citation_precision"),
-    "there is no memory": ("ngram_overlap",),
+    "there is no memory, or it is an MLP": ("ngram_overlap",),
     "anywhere but in the evaluate module correctness": ("cor_success", "cor_failure"),
     "anywhere but in the name of the metric of Cor": ("short_answer",),
 }
