@@ -133,7 +133,10 @@ def content_digest(index: Retriever) -> str:
             content["approximate"] = config.get("approximate")
     for name in ("_properties", "search_params"):  # of Milvus
         content[name] = getattr(index, name, None)
-    length = len(index) if hasattr(index, "__len__") else None  # generate() does not need it
+    try:
+        length = len(index)
+    except TypeError:  # generate() does not need it
+        length = None
     return digest([index.fingerprint, length, content])
 
 

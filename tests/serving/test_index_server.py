@@ -33,6 +33,9 @@ class Killing:
     def __getattr__(self, name):
         return getattr(self.index, name)
 
+    def __len__(self):
+        return len(self.index)
+
     def search(self, *args, **kwargs):
         self.searches += 1
         if self.searches == 3:
