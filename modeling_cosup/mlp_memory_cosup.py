@@ -285,7 +285,7 @@ class MLPMemory(nn.Module):
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{path} is damaged, or of another memory: {error}") from error
         if made_for not in (None, digest(memory.gen_fingerprint)):  # earlier releases wrote none
-            raise ValueError(f"{path} is of another memory than {CONFIG_FILE}: a save broke off. Save it again.")
+            raise ValueError(f"{path} is of another memory than {CONFIG_FILE}: a save was interrupted. Save it again.")
         wrong = {weight.dtype for weight in weights.values()} - set(_DTYPES)
         if wrong:
             raise ValueError(f"{path} holds weights in {wrong.pop()}, expected float32, bfloat16 or float16.")
@@ -345,7 +345,7 @@ class MLPMemory(nn.Module):
 
 
 def _has_other_weights(folder: Path) -> bool:
-    """Return whether a folder holds weights that are not those of an MLP memory whose save broke off."""
+    """Return whether a folder holds other weights than those that an interrupted save of an MLP memory leaves."""
     path = folder / WEIGHTS_FILE
     if not path.exists():
         return False

@@ -170,8 +170,8 @@ def test_a_model_is_not_overwritten(memory, tmp_path, held):
     assert (tmp_path / held).read_text() == "precious"
 
 
-def test_a_save_that_broke_off_is_made_again(memory, saved):
-    """Weights without a config are those of a memory, and no model is lost."""
+def test_an_interrupted_save_can_be_repeated(memory, saved):
+    """It leaves weights without a config. They are known for those of a memory."""
     (saved / "memory_config.json").unlink()
     memory.save_pretrained(saved)
     assert MLPMemory.from_pretrained(saved).fingerprint == memory.fingerprint
@@ -184,5 +184,5 @@ def test_weights_under_the_config_of_another_gen_are_refused(memory, saved):
     memory.gen_fingerprint = {**memory.gen_fingerprint, "gen": "another"}
     memory.save_pretrained(saved)
     (saved / "memory_config.json").write_text(old_config)
-    with pytest.raises(ValueError, match="is of another memory than memory_config.json: a save broke off"):
+    with pytest.raises(ValueError, match="is of another memory than memory_config.json: a save was interrupted"):
         MLPMemory.from_pretrained(saved)
