@@ -123,7 +123,7 @@ def open_text(path: Path) -> tuple[TextIO, str]:
         sample = file.read(SAMPLE_BYTES)
         if not sample:
             raise DocumentError("it is empty")
-        if sample.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # before UTF-16, whose mark is the beginning of theirs
+        if sample.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):  # they begin like UTF-16
             return path.open(encoding="utf-32"), ""
         if sample.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             return path.open(encoding="utf-16"), ""
