@@ -24,9 +24,9 @@ REFUSED = {
     ),
 }
 
-# fields of a collator that must equal those of the default
+# fields that must be equal to those of the default collator
 SET_BY_ARGUMENTS = ("nsp_token_id", "supervision", "encoder_queries", "mask_duplicates", "max_instances", "max_tokens")
-# fields that may be on only where the default has them on
+# fields that may be on only if they are on in the default collator
 OFF_WHERE_WRONG = ("padding_free", "padding_free_passages", "shorten_first_pass")
 
 RENAMED = {"tokenizer": "processing_class"}  # names that Trainer had in earlier releases

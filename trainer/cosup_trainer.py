@@ -261,7 +261,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, LoadingMixin, Mo
 
     @contextlib.contextmanager
     def _without_noise_afterwards(self) -> Iterator[None]:
-        """Remove NEFTune's hook after an error too: a second training would add its noise to that of the first."""
+        """Remove NEFTune's hook even after an error. Otherwise a second training would add noise twice."""
         self.neftune_hook_handle = None
         try:
             yield
@@ -401,7 +401,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, LoadingMixin, Mo
         return grad_norm
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        """Let `train_loss` be that of all ranks after the last log too, then do what `Trainer` does."""
+        """Average the loss since the last log over all ranks, for `train_loss`; then finish as `Trainer` does."""
         if world_size() > 1:
             self._tr_loss = self._sum_over_ranks(self._tr_loss.double()[None])[0] / world_size()
         return super()._finalize_training(*args, **kwargs)

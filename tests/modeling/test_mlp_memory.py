@@ -171,7 +171,7 @@ def test_a_model_is_not_overwritten(memory, tmp_path, held):
 
 
 def test_an_interrupted_save_can_be_repeated(memory, saved):
-    """It leaves weights without a config. They are known for those of a memory."""
+    """It leaves weights without a config, which are recognised as those of a memory."""
     (saved / "memory_config.json").unlink()
     memory.save_pretrained(saved)
     assert MLPMemory.from_pretrained(saved).fingerprint == memory.fingerprint

@@ -89,7 +89,7 @@ def test_a_nan_gradient_of_a_finite_loss_stops_before_the_step(tmp_path, part, c
 
 
 def test_only_emb_seq_is_trained_and_nothing_is_clipped(tmp_path):
-    """The norm of the gradients of a frozen Gen is 0; those of Emb_seq are checked all the same."""
+    """A frozen Gen has a gradient norm of 0. The gradients of Emb_seq are still checked."""
     args = arguments(tmp_path, clip_gen_only=True, freeze_gen=True, supervision="nsp", max_steps=2)
     trainer = CoSupTrainer(make_model(), args, train_dataset=world(NAMES[:16]))
     trainer.train()
