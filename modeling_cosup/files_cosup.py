@@ -131,17 +131,20 @@ def _canonical(value: Any) -> bytes:
 
 
 @contextlib.contextmanager
-def locked(path: Path, busy: str, on_wait: Callable[[str], object] | None = None) -> Iterator[int | None]:
+def locked(
+    path: Path, busy: str, on_wait: Callable[[str], object] | None = None, keep: bool = False
+) -> Iterator[int | None]:
     """
     Hold a lock file while the block runs. Nothing else can hold it, in this process or another.
 
     The lock is released when its process dies.
 
     Args:
-        path (`Path`): the lock file. It is left in place, but its holder may remove it.
+        path (`Path`): the lock file.
         busy (`str`): the message when someone else holds the lock.
         on_wait (`Callable`, *optional*): called with `busy` before waiting for the other holder. Without it, `busy` is
             raised.
+        keep (`bool`): leave the lock file in place afterwards. A child process that inherits it needs it there.
 
     Yields:
         `int`: the descriptor of the open file. A child process that inherits it holds the lock until it ends, even
@@ -168,7 +171,11 @@ def locked(path: Path, busy: str, on_wait: Callable[[str], object] | None = None
                 yield None
                 return
             if _is_at(path, file.fileno()):
-                yield file.fileno()
+                try:
+                    yield file.fileno()
+                finally:
+                    if not keep:
+                        path.unlink(missing_ok=True)
                 return
         # The previous holder removed the file while we waited, so this lock guards nothing: try again.
 

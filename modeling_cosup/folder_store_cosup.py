@@ -65,12 +65,9 @@ class FolderStore:
         lock = self.folder / LOCK_FILE
         busy = f"{self.folder} is being changed by another process: wait for it, then load it again."
         with locked(lock, busy):
-            try:
-                self._check_unchanged(self.folder)
-                with _sweeping_on_failure(self.folder, self.form):
-                    yield
-            finally:
-                lock.unlink(missing_ok=True)
+            self._check_unchanged(self.folder)
+            with _sweeping_on_failure(self.folder, self.form):
+                yield
 
     def _check_unchanged(self, folder: Path) -> None:
         """Raise `ValueError` if another process has changed the folder since it was loaded."""

@@ -65,11 +65,8 @@ def build_of(save_directory: Path, settings: Settings, process_index: int = 0) -
     folder = unfinished_folder(save_directory)
     lock = save_directory.with_name(f".{save_directory.name}.lock-{process_index}")
     with locked(lock, f"{save_directory} is being built by another process: wait for it, or name another folder."):
-        try:
-            begin(folder, settings)
-            yield folder
-        finally:
-            lock.unlink(missing_ok=True)
+        begin(folder, settings)
+        yield folder
 
 
 def begin(folder: Path, settings: Settings) -> None:

@@ -131,7 +131,7 @@ def locked_folder(folder: Path) -> AbstractContextManager[int | None]:
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder.with_name(f".{folder.name}.lock")
     busy = f"{folder}: another process is working on it; waiting"
-    return locked(lock, busy, on_wait=functools.partial(print, flush=True))
+    return locked(lock, busy, on_wait=functools.partial(print, flush=True), keep=True)
 
 
 def hardware(options: dict[str, Any]) -> str:

@@ -77,13 +77,10 @@ class CoSupRetriever:
         lock = folder.with_name(f".{folder.name}.lock")
         busy = f"{folder}: another process embeds this corpus; waiting"
         with locked(lock, busy, on_wait=partial(print, flush=True)):
-            try:
-                if folder.is_dir():
-                    print(f"Loading the index of this corpus by this model from {folder}", flush=True)
-                    return self.model.load_index(str(folder), search="exact")
-                return self.model.build_index(corpus_file, save_directory=folder, batch_size=self.batch_size)
-            finally:
-                lock.unlink(missing_ok=True)
+            if folder.is_dir():
+                print(f"Loading the index of this corpus by this model from {folder}", flush=True)
+                return self.model.load_index(str(folder), search="exact")
+            return self.model.build_index(corpus_file, save_directory=folder, batch_size=self.batch_size)
 
     def __len__(self) -> int:
         return len(self.index)

@@ -232,7 +232,6 @@ def open_index(
                 lock = Path(index_cache) / f".{name}.lock"
                 busy = f"{folder}: another evaluation embeds this corpus; waiting"
                 stack.enter_context(locked(lock, busy, on_wait=logger.warning))
-                stack.callback(lock.unlink, missing_ok=True)
             _embed_corpus(task.corpus_file, model, folder, batch_size)
     return model.load_index(folder), name
 
