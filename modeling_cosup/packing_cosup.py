@@ -38,7 +38,8 @@ class Packing:
 
     Args:
         position_ids (`torch.LongTensor` of shape `(1, L)`): start at 0 in each row.
-        ends (`torch.LongTensor` of shape `(M,)`): the column of the last token of each row.
+        ends (`torch.LongTensor` of shape `(M,)`): columns of the last tokens of the rows, and of shorter rows that
+            begin them.
     """
 
     position_ids: torch.Tensor

@@ -81,12 +81,15 @@ class BatchRows:
         passages (`list[tuple[int, ...]]`): token ids of each passage row.
         passage_keys (`list[list[int]]`): for each passage row, a hash of its content, then hashes of its ids.
         row_of_passage (`dict[PassageMention, int]`): for each mention of a passage, its passage row.
+        query_rows (`list[list[Query]]`): the queries that an encoder reads in one row, which is the last of them; the
+            others are its beginnings.
     """
 
     instances: list[InstanceRow]
     passages: list[tuple[int, ...]]
     passage_keys: list[list[int]]
     row_of_passage: dict[PassageMention, int]
+    query_rows: list[list[Query]] = field(default_factory=list)
 
     @property
     def queries(self) -> list[Query]:
@@ -103,6 +106,7 @@ def read_batch(
     supervision: str,
     encoder_queries: bool,
     mask_duplicates: bool,
+    share_query_rows: bool = False,
 ) -> BatchRows:
     """
     Return the rows of tokenized instances.
@@ -112,6 +116,8 @@ def read_batch(
             have them, see [`~trainer.distillation_step.DistillationStepMixin`].
         nsp_token_id (`int`, *optional*): id of `[NSP]`.
         supervision (`str`), encoder_queries (`bool`), mask_duplicates (`bool`): see [`CoSupDataCollator`].
+        share_query_rows (`bool`): a query that begins a later one of its instance has no row of its own. A causal
+            encoder reads it on the way.
 
     Raises:
         `ValueError`: for a malformed instance, naming its id, or a passage id with two contents.
@@ -133,6 +139,21 @@ def read_batch(
     for instance in instances:
         for query in instance.queries[1:]:
             query.is_first = False
+    if encoder_queries:
+        for instance in instances:
+            rows.query_rows += _query_rows(instance.queries, share_query_rows)
+    return rows
+
+
+def _query_rows(queries: Sequence[Query], share: bool) -> list[list[Query]]:
+    """Return the queries of an instance in rows; if they share rows, each query of a row begins the next one."""
+    rows: list[list[Query]] = []
+    for query in queries:
+        last_ids = rows[-1][-1].input_ids if rows else []
+        if share and rows and query.input_ids[: len(last_ids)] == last_ids:
+            rows[-1].append(query)
+        else:
+            rows.append([query])
     return rows
 
 

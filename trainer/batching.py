@@ -81,8 +81,8 @@ class Cut:
     The rows of one micro-batch.
 
     Args:
-        instances, passages, queries (`list[int]`): row numbers in [`BatchRows`]. `queries` is empty if Gen makes the
-            queries.
+        instances, passages, queries (`list[int]`): row numbers in [`BatchRows`]; `queries` are those of `query_rows`,
+            none if Gen makes the queries.
     """
 
     instances: list[int]
@@ -112,7 +112,8 @@ class CoSupDataCollator:
         call_overhead (`int`, *optional*): without either limit, a batch is cut if that saves padding; each further
             micro-batch counts as this many tokens. `None`: the batch is not cut.
         padding_free (`bool`): rows of Gen are concatenated into one row; position ids restart at 0 in each.
-        padding_free_passages (`bool`): the same for rows of the encoders.
+        padding_free_passages (`bool`): the same for rows of the encoders, which are causal. The queries of an instance
+            then share a row where each begins the next, as the text up to one `[NSP]` begins the text up to the next.
         shorten_first_pass (`bool`): add `first_pass` to each micro-batch: its rows up to their last `[NSP]`, which is
             all that the first pass of GradCache must read. It is empty if Gen makes no queries.
 
@@ -158,7 +159,14 @@ class CoSupDataCollator:
 
     def collate(self, features: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Return the batch of instances that have their passages or candidates."""
-        rows = read_batch(features, self.nsp_token_id, self.supervision, self.encoder_queries, self.mask_duplicates)
+        rows = read_batch(
+            features,
+            self.nsp_token_id,
+            self.supervision,
+            self.encoder_queries,
+            self.mask_duplicates,
+            share_query_rows=self.padding_free_passages,
+        )
         cuts = self._cut(rows)
         micro_batches = [self._micro_batch(rows, cut) for cut in cuts]
         facts = self._facts(rows, cuts, micro_batches)
@@ -215,8 +223,7 @@ class CoSupDataCollator:
         if not self._without_gen:
             lengths["gen"] = [len(instance.input_ids) for instance in rows.instances]
         lengths["passages"] = [len(passage) for passage in rows.passages]
-        if self.encoder_queries:
-            lengths["queries"] = [len(query.input_ids) for query in rows.queries]
+        lengths["queries"] = [len(queries[-1].input_ids) for queries in rows.query_rows]
         return lengths
 
     def _cut(self, rows: BatchRows) -> list[Cut]:
@@ -286,10 +293,11 @@ class CoSupDataCollator:
 
     def _queries(self, rows: BatchRows, cut: Cut) -> list[Query]:
         """Return the queries of a micro-batch, in the order in which the model computes them."""
+        queries: list[Query] = []
         if self.encoder_queries:
-            all_queries = rows.queries
-            return [all_queries[i] for i in cut.queries]
-        queries = []
+            for row in cut.queries:
+                queries += rows.query_rows[row]
+            return queries
         for i in cut.instances:
             queries += rows.instances[i].queries
         return queries
@@ -302,9 +310,13 @@ class CoSupDataCollator:
         if cut.instances:
             micro_batch |= self._gen_tensors([rows.instances[i] for i in cut.instances])
         if cut.passages:
-            micro_batch |= self._encoder_tensors("passage", [rows.passages[row] for row in cut.passages])
+            passages = [rows.passages[row] for row in cut.passages]
+            last_columns = [[len(passage) - 1] for passage in passages]
+            micro_batch |= self._encoder_tensors("passage", passages, last_columns)
         if cut.queries:
-            micro_batch |= self._encoder_tensors("query", [query.input_ids for query in self._queries(rows, cut)])
+            query_rows = [rows.query_rows[row] for row in cut.queries]
+            last_columns = [[len(query.input_ids) - 1 for query in queries] for queries in query_rows]
+            micro_batch |= self._encoder_tensors("query", [row[-1].input_ids for row in query_rows], last_columns)
         return micro_batch
 
     def _gen_tensors(self, instances: list[InstanceRow]) -> dict[str, Any]:
@@ -336,11 +348,17 @@ class CoSupDataCollator:
         tensors["nsp_positions"] = flat_positions(offsets, [instance.columns for instance in retrieving])
         return tensors
 
-    def _encoder_tensors(self, prefix: str, rows: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        """Return what an encoder reads, under names that begin with `prefix`, `"passage"` or `"query"`."""
+    def _encoder_tensors(
+        self, prefix: str, rows: Sequence[Sequence[int]], last_columns: Sequence[Sequence[int]]
+    ) -> dict[str, torch.Tensor]:
+        """
+        Return what an encoder reads, under names that begin with `prefix`, `"passage"` or `"query"`.
+
+        `last_columns` are the columns of each row whose states become embeddings; only packed rows have several.
+        """
         tensors, offsets = lay_out(rows, self.emb_seq_pad_token_id, self.padding_free_passages)
         if self.padding_free_passages:
-            tensors["ends"] = flat_positions(offsets, [[len(row) - 1] for row in rows])
+            tensors["ends"] = flat_positions(offsets, last_columns)
         else:
             lengths = torch.tensor([len(row) for row in rows])
             width = tensors["input_ids"].shape[1]

@@ -9,6 +9,7 @@ Sections:
 - `step`: forward and backward of a whole batch in each arm, interleaved, median of `--repeats` after one warm-up
 - `profile`: the kinds of work that the time of a step goes into, eager and with `--torch_compile`
 - `attention`: fused attention and plain products on a CPU, by length of rows; needs no model and no data
+- `queries`: queries of an encoder, in rows of their own and in one row for each instance
 - `nsp_batch`: memory of GradCache as its batch grows
 - `duplicates`: the share of a batch's passages that repeat another one
 - `precision`: loss after 300 steps in float32 and bf16
@@ -43,6 +44,7 @@ from shared.quickstart import WorldArguments, prepare_world
 from train_attention import section_attention
 from train_nsp_batch import section_nsp_batch
 from train_profile import section_profile
+from train_queries import section_queries
 from train_step import section_step
 
 HELD_OUT = ("ntp_loss", "query_recall@1", "query_recall@5")
@@ -261,6 +263,13 @@ def main() -> None:
                 results["profile"] = section_profile(model, instances, script, folder)
             if "nsp_batch" in sections:
                 results["nsp_batch"] = section_nsp_batch(model, instances, script, folder)
+        if "queries" in sections:
+            model_kwargs = {"dtype": "float32"}
+            model = CoSupForCausalLM.from_gen_and_emb_seq(
+                script.gen, tie_emb_seq=False, query_from="emb_seq", model_kwargs=model_kwargs
+            )
+            model.to(device).train()
+            results["queries"] = section_queries(model, load_instances(script.train_file), script, folder)
         if "attention" in sections:
             results["attention"] = section_attention(script)
         if "duplicates" in sections:

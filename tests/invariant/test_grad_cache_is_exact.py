@@ -323,3 +323,25 @@ def test_packed_rows_equal_padded_rows(tmp_path, attention, cached, settings):
     packed = step(tmp_path, model, padding_free=True, **options)
     assert_same(packed, whole)
     assert (packed.num_micro_batches > 1) == cached
+
+
+@pytest.mark.parametrize("cached", [False, True])
+@pytest.mark.parametrize("supervision", ["separate", "nsp"])
+def test_queries_that_share_a_row_equal_queries_with_rows_of_their_own(tmp_path, supervision, cached):
+    """Packed, an encoder reads the text up to the last `[NSP]` of an instance once, and makes all queries of it."""
+    implementation = {"attn_implementation": "sdpa"}
+    model = make_model(query_from="emb_seq", gen_kwargs=implementation, emb_seq_kwargs=implementation)
+    options = {"supervision": supervision, "learning_rate": 1e-3}
+    padded = step(tmp_path, model, ONE_MICRO_BATCH, padding_free=False, **options)
+    assert padded.gradients["emb_seq.embed_tokens.weight"].any()
+    if cached:
+        options |= {"nsp_batch_size": 8, "max_tokens_per_micro_batch": 150}
+    shared = step(tmp_path, model, padding_free=True, **options)
+    assert_same(shared, padded)
+    assert (shared.num_micro_batches > 1) == cached
+
+    trainer = make_trainer(tmp_path, copy.deepcopy(model), padding_free=True, supervision=supervision)
+    (micro_batch,) = prepared_batch(trainer)[0]["micro_batches"]
+    rows = [row["query_input_ids"] for row in trainer.train_dataset]
+    assert micro_batch["query_input_ids"].numel() == sum(len(queries[-1]) for queries in rows if queries)
+    assert len(micro_batch["query_ends"]) == sum(map(len, rows)) == 8

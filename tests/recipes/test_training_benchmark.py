@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from support.recipes import write_inputs
+from support.models import PASSAGES
+from support.recipes import write, write_inputs
 
 BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 
@@ -100,6 +101,17 @@ def test_kinds_of_work_are_counted(benchmark):
         train_profile.OUTSIDE: 1 / 8,
     }
     assert train_profile.shares_of_kinds(events, seconds=70, cuda=True)["shares"]["attention"] == 20 / 70
+
+
+def test_queries_that_share_a_row_read_fewer_tokens(benchmark, monkeypatch, tmp_path, capsys):
+    segments = [{"text": f"answer {i}", "passage": PASSAGES[i]} for i in range(3)]
+    several = tmp_path / "several.jsonl"
+    write(several, [{"id": f"i{i}", "input": f"question {i}?", "segments": segments} for i in range(4)])
+    result = run(benchmark, monkeypatch, tmp_path, "--sections", "queries", "--train_file", several)["queries"]
+    own, shared = result["arms"].values()
+    assert 0 < shared["query_tokens"] < own["query_tokens"]
+    assert result["gradient_error_in_float32"] < 1e-4
+    assert "| one row for all queries of an instance |" in capsys.readouterr().out
 
 
 def test_both_ways_of_attention_compute_the_same(benchmark, monkeypatch, tmp_path, capsys):

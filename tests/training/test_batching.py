@@ -15,6 +15,7 @@ from trainer.batching import BatchFacts
 from trainer.cutting import cut_by_number, cut_by_padding, cut_by_tokens
 from trainer.data import check_instance
 from trainer.duplicates import NoDuplicatesSampler, global_batch
+from trainer.micro_batches import query_rows
 from trainer.tokenizing import tokenize_instance
 
 SEGMENTS = [[0, 1], [], [1, 2, 0], [3], [], [4]]
@@ -178,6 +179,26 @@ def test_what_each_supervision_reads(model):
     assert "labels" not in micro_batch
     assert len(micro_batch["query_input_ids"]) == 7
     assert len(alone["facts"].instance_ids[0]) == 7
+
+
+@pytest.mark.parametrize("max_tokens", [None, 60])
+def test_packed_queries_share_the_row_of_the_longest_that_they_begin(max_tokens):
+    separate = make_model(query_from="emb_seq")
+    rows = features(separate)
+    changed = rows[2]["query_input_ids"][1]
+    changed[0] = separate.config.ce_token_id  # such as a query that lost its beginning: neither begins the other
+    options = {"supervision": "separate", "padding_free_passages": True, "max_tokens": max_tokens}
+    batch = collator(separate, **options)(copy.deepcopy(rows))
+    read = []
+    num_tokens = 0
+    for micro_batch in batch["micro_batches"]:
+        read += query_rows(micro_batch) if "query_input_ids" in micro_batch else []
+        num_tokens += micro_batch.get("query_input_ids", torch.zeros(0)).numel()
+    by_number = dict(zip(batch["facts"].query_numbers, read, strict=True))
+    assert [by_number[number] for number in range(7)] == [ids for row in rows for ids in row["query_input_ids"]]
+    own_rows = [rows[0]["query_input_ids"][1], *rows[2]["query_input_ids"], *rows[3]["query_input_ids"]]
+    own_rows += rows[5]["query_input_ids"]
+    assert num_tokens == sum(map(len, own_rows))
 
 
 def test_a_batch_without_any_passage_still_touches_every_part(model):
