@@ -3,7 +3,7 @@ Run one of the paper's experiments: train and evaluate what is missing, then wri
 
     python recipes/run_experiments.py --experiment recipes/experiments/main_table.yaml --output_dir runs/main
     python recipes/run_experiments.py --experiment recipes/experiments/main_table.yaml --output_dir runs/real \\
-        --override config=recipes/configs/smollm2_135m.yaml gen=HuggingFaceTB/SmolLM2-135M \\
+        --override world=null config=recipes/configs/smollm2_135m.yaml gen=HuggingFaceTB/SmolLM2-135M \\
         train_file=DATA/train.jsonl.gz data=DATA tasks=recipes/experiments/tasks/folder.yaml
 
 recipes/train.py trains every arm with every seed, and recipes/run_evaluation.py evaluates the model, each in a process
