@@ -1,5 +1,6 @@
 """Find passages of a global batch that are the same or right for a query; sample batches without duplicates."""
 
+import collections
 import itertools
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
@@ -234,25 +235,25 @@ class NoDuplicatesSampler(torch.utils.data.Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         generator = np.random.default_rng([self.seed, self.epoch])
-        waiting = generator.permutation(len(self.passages)).tolist()
+        waiting = collections.deque(generator.permutation(len(self.passages)).tolist())
         while waiting:
-            batch, waiting = self._next_batch(waiting)
+            batch = self._take_batch(waiting)
             yield from batch
             if len(batch) < self.batch_size:  # no full batch without duplicates is left
                 yield from waiting
                 return
 
-    def _next_batch(self, waiting: list[int]) -> tuple[list[int], list[int]]:
-        """Return a batch of the first instances in `waiting` that share no passage, and the instances left over."""
+    def _take_batch(self, waiting: collections.deque[int]) -> list[int]:
+        """Take the first instances of `waiting` that share no passage, up to a batch; the others keep their order."""
         batch: list[int] = []
-        left_over: list[int] = []
+        passed_over: list[int] = []
         named: set[int] = set()
-        for position, instance in enumerate(waiting):
+        while waiting and len(batch) < self.batch_size:
+            instance = waiting.popleft()
             if named.isdisjoint(self.passages[instance]):
                 batch.append(instance)
                 named.update(self.passages[instance])
             else:
-                left_over.append(instance)
-            if len(batch) == self.batch_size:
-                return batch, left_over + waiting[position + 1 :]
-        return batch, left_over
+                passed_over.append(instance)
+        waiting.extendleft(reversed(passed_over))
+        return batch
