@@ -23,7 +23,7 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
 import torch
 
 from modeling_cosup import KNNMemory, MLPMemory
-from modeling_cosup.files_cosup import digest_file, read_json, write_json
+from modeling_cosup.files_cosup import digest_file, write_json
 from modeling_cosup.opening_cosup import load_memory
 from modeling_cosup.token_keys_cosup import window_size
 from trainer.judging.figures import figure, figure_line, shown
@@ -124,9 +124,9 @@ def results_of(scores: TextScores, memories: Memories, overlaps: dict[str, float
             "seconds_per_1000_tokens": 1000 * seconds / num_tokens,
         }
         if overlap:
-            share = shown(overlap, "ngram_overlap")
+            share = f"{shown(overlap, 'ngram_overlap')} % of the text"
             warnings.append(
-                f"{share} % of the 16-grams of the text are in {arm}: it has seen text that it is judged on."
+                f"{share} is in {arm}, as 16-grams or as short documents: it has seen what it is judged on."
             )
     text = {"documents": len(scores.tokens), "left_out": scores.left_out, "tokens": num_tokens}
     return {"text": text, "arms": arms, "warnings": warnings, "peak_memory": peak_memory()}
@@ -136,9 +136,7 @@ def warnings_of(memories: Memories, text_file: str) -> list[str]:
     """Return warnings of memories that were fitted on the text, or that do not record what they were trained on."""
     warnings = []
     for name, (memory, _) in memories.items():
-        # a datastore from the Hub lies in its cache
-        fit_file = Path(memory.folder if isinstance(memory, KNNMemory) else name, "memory_fit.json")
-        if fit_file.exists() and read_json(fit_file).get("sha256") == digest_file(text_file):
+        if memory.fit is not None and memory.fit.get("sha256") == digest_file(text_file):
             warnings.append(f"Weight and temperature of {name} were fitted on this text.")
         if isinstance(memory, MLPMemory):
             warnings.append(f"{name} does not record what it was trained on: make sure that it was not this text.")

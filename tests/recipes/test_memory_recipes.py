@@ -84,11 +84,11 @@ def test_perplexity_of_text(world, results):
             assert (arm["memory_config"]["weight"], arm["memory_config"]["k"]) == (0.5, 3)
     assert measured["arms"][knn]["entries"] == len(KNNMemory.from_pretrained(knn))
     stored = len(document_ids(LONG, tokenizer)) - 16  # the third text is in the store
-    total = sum(max(0, len(document_ids(text, tokenizer)) - 16) for text in HELD_OUT)
+    total = sum(max(1, len(document_ids(text, tokenizer)) - 16) for text in HELD_OUT)  # a short one counts once
     assert measured["arms"][knn]["ngram_overlap"] == pytest.approx(stored / total)
     assert measured["arms"][mlp]["ngram_overlap"] is None
     overlapping, unknown = measured["warnings"]
-    assert f"of the 16-grams of the text are in {knn}" in overlapping
+    assert f"of the text is in {knn}, as 16-grams or as short documents" in overlapping
     assert f"{mlp} does not record what it was trained on" in unknown
     assert measured["peak_memory"] > 1e7
     assert (measured["settings"]["max_length"], measured["settings"]["stride"]) == (16, 8)
@@ -138,6 +138,11 @@ def test_train_fit_and_measure_with_a_plain_gen(world, monkeypatch, tmp_path, ca
     assert measured["text"]["documents"] == 1
     assert measured["arms"]["lm"]["perplexity"]["interval"] is None
     assert measured["arms"][str(output)]["memory_config"] == fit["memory_config"]
+    # which text the MLP was trained on is not known any more
+    options = {"model": world / "gen", "memory": output, "fit_file": world / "text.jsonl", "max_length": 16}
+    runs_here(monkeypatch, "train_memory", fit_only="true", **options)
+    not_checked = f"warning: not checked: {output} does not record whether it was trained on {world / 'text.jsonl'}."
+    assert not_checked in capsys.readouterr().out
 
 
 def test_a_datastore_is_fitted_in_its_folder(world, results, monkeypatch, tmp_path, capsys):
@@ -151,7 +156,8 @@ def test_a_datastore_is_fitted_in_its_folder(world, results, monkeypatch, tmp_pa
     fit = json.loads((tmp_path / "knn" / "memory_fit.json").read_text())
     measured = json.loads((results / "perplexity.json").read_text())
     assert fit["ngram_overlap"] == measured["arms"][str(world / "knn")]["ngram_overlap"] > 0
-    assert "are in the datastore: the weight is too high" in capsys.readouterr().out
+    assert "is in the datastore, as 16-grams or as short documents: the weight is too high" in capsys.readouterr().out
+    (tmp_path / "knn" / "memory_fit.json").unlink()  # a copy, or a repository on the Hub, does not hold it
     fitted = KNNMemory.from_pretrained(tmp_path / "knn")
     assert fitted.memory_config.to_dict() == fit["memory_config"]
     assert {trial["k"] for trial in fit["trials"]} == {min(k, len(fitted)) for k in KS}
@@ -169,7 +175,7 @@ def test_a_datastore_is_fitted_in_its_folder(world, results, monkeypatch, tmp_pa
     assert arm["perplexity"]["value"] == pytest.approx(fit["perplexity"], rel=1e-5)
     warnings = json.loads((tmp_path / "out" / "perplexity.json").read_text())["warnings"]
     assert f"Weight and temperature of {tmp_path / 'knn'} were fitted on this text." in warnings
-    assert any("16-grams of the text are in" in warning for warning in warnings)
+    assert any("as 16-grams or as short documents" in warning for warning in warnings)
 
 
 def test_a_memory_is_built(world, monkeypatch, tmp_path, capsys):
