@@ -292,6 +292,16 @@ def test_bad_held_out_tokens_raise(datastore, change, message):
         fit_memory_config(datastore, **(options | change))
 
 
+def test_the_speed_of_a_training_counts_the_keys_that_are_trained(datastore, tmp_path):
+    options = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "save_strategy": "no", "report_to": "none"}
+    args = MemoryTrainingArguments(str(tmp_path), validation_split=0.5, disable_tqdm=True, **options)
+    trainer = MemoryTrainer(make_memory(), args, datastore)
+    metrics = trainer.train().metrics
+    num_trained = metrics["train_samples_per_second"] * metrics["train_runtime"]
+    assert num_trained == pytest.approx(len(datastore) - len(trainer.held_out), rel=0.05)
+    assert len(trainer.held_out) >= 48
+
+
 def test_a_fitted_config_is_written_into_the_folder_and_what_it_was_fitted_on_stays_with_it(datastore, tmp_path):
     config = MemoryConfig(weight=0.4, k=3, temperature=2.5)
     record = {"sha256": "of a text", "tokens": 7, "ngram_overlap": None}
