@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shared.cli import check_options, clear_errors, parse, table
+from shared.cli import check_options, clear_errors, parse, refuse_given, table
 
 from shared.memory_arguments import MEMORY_TRAINING_ARGUMENTS, MemoryTrainingScriptArguments
 
@@ -41,6 +41,9 @@ from trainer.watch import last_complete_checkpoint
 from shared.indexes import faiss_options
 from shared.token_memories import load_gen, read_documents
 
+NO_OUTPUT_DIR = "trainer_output"  # what TrainingArguments takes if none is given
+TRAINING_OPTIONS = ("learning_rate", "num_train_epochs", "kl_weight", "validation_split", "resume_from_checkpoint")
+
 
 def main() -> None:
     """Train a memory, or take the one that is given, and fit it."""
@@ -48,7 +51,7 @@ def main() -> None:
     if script.num_threads:
         torch.set_num_threads(script.num_threads)
     with clear_errors():
-        check(script)
+        check(script, args)
         if not script.fit_only:
             MLPMemory.check_save_directory(str(args.output_dir))
         memory = load_memory(script.memory, **faiss_options(script))
@@ -69,7 +72,7 @@ def main() -> None:
             fit(script, model, tokenizer, memory, folder, datastore)
 
 
-def check(script: MemoryTrainingScriptArguments) -> None:
+def check(script: MemoryTrainingScriptArguments, args: MemoryTrainingArguments) -> None:
     """
     Check the options before anything is loaded.
 
@@ -86,6 +89,12 @@ def check(script: MemoryTrainingScriptArguments) -> None:
         raise ValueError("--fit_only needs a --fit_file: held-out text.")
     if script.fit_only and not Path(script.memory).is_dir():
         raise ValueError(f"--memory {script.memory}: --fit_only writes into a folder, and this is not one.")
+    if script.fit_only:
+        if args.output_dir != NO_OUTPUT_DIR:
+            raise ValueError(f"--output_dir {args.output_dir}: --fit_only writes into the folder of --memory.")
+        reason = "is for training, and --fit_only trains nothing"
+        refuse_given(script, ("intermediate_size",), reason)
+        refuse_given(args, TRAINING_OPTIONS, reason)
 
 
 def train(
