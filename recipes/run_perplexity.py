@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shared.cli import check_options, check_place, clear_errors, parse, table
+from shared.cli import check_options, check_place, clear_errors, parse, refuse_given, table
 
 from shared.memory_arguments import PerplexityArguments
 
@@ -29,9 +29,10 @@ from modeling_cosup.token_keys_cosup import window_size
 from trainer.judging.figures import figure, figure_line, shown
 from trainer.judging.judge import command_line, environment
 from trainer.judging.overlap import NgramHashes
-from trainer.judging.perplexity import LM, Memories, TextScores, peak_memory, score_text
+from trainer.judging.perplexity import LM, Memories, TextScores, score_text
 from trainer.judging.results import FORMAT
-from trainer.reports.perplexity import write_perplexity_report
+from trainer.reports.perplexity import text_read, write_perplexity_report
+from trainer.running import peak_memory
 
 from shared.indexes import faiss_options
 from shared.memory_options import call_config
@@ -62,6 +63,8 @@ def main() -> None:
             elif args.memory_device:
                 memory.to(args.memory_device)
             memories[path] = (memory, call_config(memory, args))
+        if not any(isinstance(memory, KNNMemory) for memory, _ in memories.values()):
+            refuse_given(args, ("memory_k", "memory_device"), "is for a KNNMemory, and no --memory is one")
         documents = NgramHashes(read_documents(args.text_file, tokenizer, args.max_documents))
         scores = score_text(
             model, documents, memories, max_length=max_length, stride=stride, batch_size=args.batch_size
@@ -79,6 +82,9 @@ def main() -> None:
         }
         results = results_of(scores, memories, overlaps)
         results["warnings"] += warnings_of(memories, args.text_file)
+        peak = peak_memory(model.device)
+        if peak is not None:
+            results["peak_memory"] = peak
         seconds = round(time.perf_counter() - start, 1)
         results = {"format": FORMAT, "settings": settings, **results, "seconds": seconds}
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -102,6 +108,9 @@ def check(args: PerplexityArguments) -> None:
         raise FileNotFoundError(f"--text_file {args.text_file}: no such file.")
     for path in args.memory:
         check_place(f"--memory {path}", path)
+    if not args.memory:
+        options = ("memory_weight", "memory_k", "memory_temperature", "memory_device", "allow_faiss_files")
+        refuse_given(args, options, "without --memory: name the memory")
     repeated = [path for path in args.memory if args.memory.count(path) > 1]
     if repeated:
         raise ValueError(f"--memory names {repeated[0]} twice.")
@@ -129,7 +138,7 @@ def results_of(scores: TextScores, memories: Memories, overlaps: dict[str, float
                 f"{share} is in {arm}, as 16-grams or as short documents: it has seen what it is judged on."
             )
     text = {"documents": len(scores.tokens), "left_out": scores.left_out, "tokens": num_tokens}
-    return {"text": text, "arms": arms, "warnings": warnings, "peak_memory": peak_memory()}
+    return {"text": text, "arms": arms, "warnings": warnings}
 
 
 def warnings_of(memories: Memories, text_file: str) -> list[str]:
@@ -145,8 +154,7 @@ def warnings_of(memories: Memories, text_file: str) -> list[str]:
 
 def print_figures(results: dict[str, Any], output_dir: str) -> None:
     """Print perplexity and cost of each arm, and warnings."""
-    text = results["text"]
-    print(f"{text['tokens']:,} tokens of {text['documents']:,} documents (95 % intervals in brackets)\n")
+    print(f"{text_read(results['text'])} (95 % intervals in brackets)\n")
     for name, arm in results["arms"].items():
         rows = [(figure(metric).label, figure_line(arm[metric], metric)) for metric in ("perplexity", "nll")]
         if arm["difference"] is not None:
