@@ -102,6 +102,15 @@ class SearchableKeys(FolderStore):
         self.config = {**self.config, "memory_config": memory_config.to_dict()}
 
     @property
+    def fit(self) -> dict[str, Any] | None:
+        """The text that `memory_config` was fitted on: `sha256`, `tokens` and `ngram_overlap`; `None` if on none."""
+        return self.config.get("fit")
+
+    @fit.setter
+    def fit(self, fit: dict[str, Any] | None) -> None:
+        self.config = {**self.config, "fit": fit}
+
+    @property
     def document_starts(self) -> torch.Tensor:
         """Row with which each document begins, int64 `(D,)`; a document without entries begins with the next one."""
         if self._document_starts is None:

@@ -44,6 +44,7 @@ class MLPMemory(nn.Module):
         fingerprint (`dict`, *optional*): of the Gen whose keys the memory reads, see
             [`~fingerprints_cosup.memory_fingerprint`]; without it the memory cannot be used in generate().
         memory_config ([`MemoryConfig`], *optional*): how it is used unless a call says otherwise.
+        fit (`dict`, *optional*): the text that `memory_config` was fitted on: `sha256`, `tokens`, `ngram_overlap`.
 
     Attributes:
         gen_fingerprint (`dict[str, str]`): as given; empty if not.
@@ -60,6 +61,7 @@ class MLPMemory(nn.Module):
         bias: bool = False,
         fingerprint: dict[str, str] | None = None,
         memory_config: MemoryConfig | None = None,
+        fit: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
         sizes = {"hidden_size": hidden_size, "vocab_size": vocab_size, "intermediate_size": intermediate_size}
@@ -71,6 +73,7 @@ class MLPMemory(nn.Module):
         self.intermediate_size = intermediate_size
         self.gen_fingerprint = dict(fingerprint or {})
         self.memory_config = MemoryConfig() if memory_config is None else memory_config
+        self.fit = fit
         self.up_proj = nn.Linear(hidden_size, intermediate_size)
         self.down_proj = nn.Linear(intermediate_size, hidden_size)
         self.norm = nn.LayerNorm(hidden_size)
@@ -227,7 +230,7 @@ class MLPMemory(nn.Module):
 
     def _config(self) -> dict[str, Any]:
         """Return the content of `memory_config.json`."""
-        return {
+        config = {
             "memory_type": MEMORY_TYPE,
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
@@ -236,6 +239,7 @@ class MLPMemory(nn.Module):
             "fingerprint": self.gen_fingerprint,
             "memory_config": self.memory_config.to_dict(),
         }
+        return config if self.fit is None else {**config, "fit": self.fit}
 
     @classmethod
     def from_pretrained(

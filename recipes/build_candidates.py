@@ -72,6 +72,13 @@ def build(args: CandidateArguments) -> list[tuple[str, str]]:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     instances = load_evaluation_set(args.eval_file, args.split, answers_required=False)
     retriever_class = CoSupRetriever if is_cosup(args.model) else SentenceRetriever
+    if args.index and args.index_dir:
+        raise ValueError(f"--index_dir {args.index_dir} keeps a corpus that is encoded here: --index needs none.")
+    if retriever_class is CoSupRetriever and args.passage_template != CandidateArguments.passage_template:
+        raise ValueError(
+            f"--passage_template {args.passage_template!r} is for a sentence-transformers model: {args.model} is a"
+            " CoSup checkpoint, which has its own."
+        )
     if args.index and retriever_class is SentenceRetriever:
         raise ValueError(f"--index {args.index}: {args.model} is not a CoSup checkpoint; give a --corpus_file.")
     retriever = retriever_class(args)

@@ -11,7 +11,7 @@ already in `output_dir` stays until the new one is complete. `recipes/train_memo
 k on held-out text.
 """
 
-from shared.cli import check_options, clear_errors, parse, table
+from shared.cli import check_options, clear_errors, parse, refuse_given, table
 
 from shared.memory_arguments import BuildMemoryArguments
 
@@ -62,8 +62,9 @@ def check(args: BuildMemoryArguments, key_size: int) -> None:
     """
     if args.index_factory:
         empty_approximate(args.index_factory, key_size, args.train_size, L2, **search_options(args))
-    elif search_options(args):
-        raise ValueError("nprobe and ef_search are options of an approximate index: they need an index_factory.")
+    else:
+        options = ("train_size", "nprobe", "ef_search", "seed")
+        refuse_given(args, options, "is for an approximate index: give --index_factory")
 
 
 def finish(args: BuildMemoryArguments, num_processes: int) -> None:

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from shared.cli import check_options, check_place, clear_errors, parse, table
+from shared.cli import check_options, check_place, clear_errors, parse, refuse_given, table
 
 from shared.memory_arguments import PerplexityArguments
 
@@ -23,15 +23,16 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
 import torch
 
 from modeling_cosup import KNNMemory, MLPMemory
-from modeling_cosup.files_cosup import digest_file, read_json, write_json
+from modeling_cosup.files_cosup import digest_file, write_json
 from modeling_cosup.opening_cosup import load_memory
 from modeling_cosup.token_keys_cosup import window_size
 from trainer.judging.figures import figure, figure_line, shown
 from trainer.judging.judge import command_line, environment
 from trainer.judging.overlap import NgramHashes
-from trainer.judging.perplexity import LM, Memories, TextScores, peak_memory, score_text
+from trainer.judging.perplexity import LM, Memories, TextScores, score_text
 from trainer.judging.results import FORMAT
-from trainer.reports.perplexity import write_perplexity_report
+from trainer.reports.perplexity import text_read, write_perplexity_report
+from trainer.running import peak_memory
 
 from shared.indexes import faiss_options
 from shared.memory_options import call_config
@@ -62,6 +63,8 @@ def main() -> None:
             elif args.memory_device:
                 memory.to(args.memory_device)
             memories[path] = (memory, call_config(memory, args))
+        if not any(isinstance(memory, KNNMemory) for memory, _ in memories.values()):
+            refuse_given(args, ("memory_k", "memory_device"), "is for a KNNMemory, and no --memory is one")
         documents = NgramHashes(read_documents(args.text_file, tokenizer, args.max_documents))
         scores = score_text(
             model, documents, memories, max_length=max_length, stride=stride, batch_size=args.batch_size
@@ -79,6 +82,9 @@ def main() -> None:
         }
         results = results_of(scores, memories, overlaps)
         results["warnings"] += warnings_of(memories, args.text_file)
+        peak = peak_memory(model.device)
+        if peak is not None:
+            results["peak_memory"] = peak
         seconds = round(time.perf_counter() - start, 1)
         results = {"format": FORMAT, "settings": settings, **results, "seconds": seconds}
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
@@ -102,6 +108,9 @@ def check(args: PerplexityArguments) -> None:
         raise FileNotFoundError(f"--text_file {args.text_file}: no such file.")
     for path in args.memory:
         check_place(f"--memory {path}", path)
+    if not args.memory:
+        options = ("memory_weight", "memory_k", "memory_temperature", "memory_device", "allow_faiss_files")
+        refuse_given(args, options, "without --memory: name the memory")
     repeated = [path for path in args.memory if args.memory.count(path) > 1]
     if repeated:
         raise ValueError(f"--memory names {repeated[0]} twice.")
@@ -124,21 +133,19 @@ def results_of(scores: TextScores, memories: Memories, overlaps: dict[str, float
             "seconds_per_1000_tokens": 1000 * seconds / num_tokens,
         }
         if overlap:
-            share = shown(overlap, "ngram_overlap")
+            share = f"{shown(overlap, 'ngram_overlap')} % of the text"
             warnings.append(
-                f"{share} % of the 16-grams of the text are in {arm}: it has seen text that it is judged on."
+                f"{share} is in {arm}, as 16-grams or as short documents: it has seen what it is judged on."
             )
     text = {"documents": len(scores.tokens), "left_out": scores.left_out, "tokens": num_tokens}
-    return {"text": text, "arms": arms, "warnings": warnings, "peak_memory": peak_memory()}
+    return {"text": text, "arms": arms, "warnings": warnings}
 
 
 def warnings_of(memories: Memories, text_file: str) -> list[str]:
     """Return warnings of memories that were fitted on the text, or that do not record what they were trained on."""
     warnings = []
     for name, (memory, _) in memories.items():
-        # a datastore from the Hub lies in its cache
-        fit_file = Path(memory.folder if isinstance(memory, KNNMemory) else name, "memory_fit.json")
-        if fit_file.exists() and read_json(fit_file).get("sha256") == digest_file(text_file):
+        if memory.fit is not None and memory.fit.get("sha256") == digest_file(text_file):
             warnings.append(f"Weight and temperature of {name} were fitted on this text.")
         if isinstance(memory, MLPMemory):
             warnings.append(f"{name} does not record what it was trained on: make sure that it was not this text.")
@@ -147,8 +154,7 @@ def warnings_of(memories: Memories, text_file: str) -> list[str]:
 
 def print_figures(results: dict[str, Any], output_dir: str) -> None:
     """Print perplexity and cost of each arm, and warnings."""
-    text = results["text"]
-    print(f"{text['tokens']:,} tokens of {text['documents']:,} documents (95 % intervals in brackets)\n")
+    print(f"{text_read(results['text'])} (95 % intervals in brackets)\n")
     for name, arm in results["arms"].items():
         rows = [(figure(metric).label, figure_line(arm[metric], metric)) for metric in ("perplexity", "nll")]
         if arm["difference"] is not None:

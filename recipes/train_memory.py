@@ -8,14 +8,15 @@ Train an MLP memory on the keys of a token datastore, and fit how a memory joins
 
 The keys are read from their files in shuffled blocks. Any option of `transformers.TrainingArguments` may be given, and
 `--resume_from_checkpoint` resumes a run. With `--fit_file`, the weight, temperature and (of a KNNMemory) k with the
-lowest perplexity are written into the config of the memory, and all that was tried into `memory_fit.json` beside it.
+lowest perplexity are written into the config of the memory, with a hash of the text that they were fitted on. All that
+was tried is written into `memory_fit.json` next to it.
 """
 
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from shared.cli import check_options, clear_errors, parse, table
+from shared.cli import check_options, clear_errors, parse, refuse_given, table
 
 from shared.memory_arguments import MEMORY_TRAINING_ARGUMENTS, MemoryTrainingScriptArguments
 
@@ -26,7 +27,7 @@ import torch
 from transformers import set_seed
 
 from modeling_cosup import KNNMemory, MLPMemory
-from modeling_cosup.files_cosup import digest_file, write_json
+from modeling_cosup.files_cosup import write_json
 from modeling_cosup.opening_cosup import load_memory
 from modeling_cosup.token_keys_cosup import window_size
 from trainer.judging.figures import shown
@@ -34,11 +35,14 @@ from trainer.judging.overlap import NgramHashes
 from trainer.judging.perplexity import gen_scores, kept_ids_of
 from trainer.memory import MemoryTrainer
 from trainer.memory_args import MemoryTrainingArguments
-from trainer.memory_fit import MemoryFit, fit_memory_config, write_memory_config
+from trainer.memory_fit import MemoryFit, fit_memory_config, fit_record, write_memory_config
 from trainer.watch import last_complete_checkpoint
 
 from shared.indexes import faiss_options
 from shared.token_memories import load_gen, read_documents
+
+NO_OUTPUT_DIR = "trainer_output"  # what TrainingArguments takes if none is given
+TRAINING_OPTIONS = ("learning_rate", "num_train_epochs", "kl_weight", "validation_split", "resume_from_checkpoint")
 
 
 def main() -> None:
@@ -47,7 +51,7 @@ def main() -> None:
     if script.num_threads:
         torch.set_num_threads(script.num_threads)
     with clear_errors():
-        check(script)
+        check(script, args)
         if not script.fit_only:
             MLPMemory.check_save_directory(str(args.output_dir))
         memory = load_memory(script.memory, **faiss_options(script))
@@ -68,7 +72,7 @@ def main() -> None:
             fit(script, model, tokenizer, memory, folder, datastore)
 
 
-def check(script: MemoryTrainingScriptArguments) -> None:
+def check(script: MemoryTrainingScriptArguments, args: MemoryTrainingArguments) -> None:
     """
     Check the options before anything is loaded.
 
@@ -85,6 +89,12 @@ def check(script: MemoryTrainingScriptArguments) -> None:
         raise ValueError("--fit_only needs a --fit_file: held-out text.")
     if script.fit_only and not Path(script.memory).is_dir():
         raise ValueError(f"--memory {script.memory}: --fit_only writes into a folder, and this is not one.")
+    if script.fit_only:
+        if args.output_dir != NO_OUTPUT_DIR:
+            raise ValueError(f"--output_dir {args.output_dir}: --fit_only writes into the folder of --memory.")
+        reason = "is for training, and --fit_only trains nothing"
+        refuse_given(script, ("intermediate_size",), reason)
+        refuse_given(args, TRAINING_OPTIONS, reason)
 
 
 def train(
@@ -135,7 +145,7 @@ def fit(
     """
     Fit the memory on held-out text, write its config and what was tried, and print the best.
 
-    Warns if the `datastore`, which is the memory or what it was trained on, holds the text.
+    Warns if the `datastore`, which is the memory or what it was trained on, holds the text, or is not known.
     """
     max_length, stride = window_size(model, script.max_length, script.stride)
     kept_ids = kept_ids_of(model)
@@ -153,15 +163,16 @@ def fit(
     if isinstance(memory, MLPMemory):  # a datastore is searched in its files
         memory.to(keys.device)
     found = fit_memory_config(memory, keys, values, lm, lm_kept, kept_ids)
-    write_memory_config(memory, folder, found.memory_config)
     overlap = None if datastore is None else documents.overlap(datastore)
-    facts = {"fit_file": script.fit_file, "sha256": digest_file(script.fit_file), "tokens": len(lm)}
-    facts |= {"ngram_overlap": overlap, **asdict(found)}
-    write_json(folder / "memory_fit.json", facts)
+    record = fit_record(script.fit_file, len(lm), overlap)
+    write_memory_config(memory, folder, found.memory_config, record)
+    write_json(folder / "memory_fit.json", {"fit_file": script.fit_file, **record, **asdict(found)})
     print_fit(found, len(lm), folder)
-    if overlap:
-        share = shown(overlap, "ngram_overlap")
-        print(f"warning: {share} % of the 16-grams of {script.fit_file} are in the datastore: the weight is too high.")
+    if overlap is None:
+        print(f"warning: not checked: {script.memory} does not record whether it was trained on {script.fit_file}.")
+    elif overlap:
+        share = f"{shown(overlap, 'ngram_overlap')} % of {script.fit_file}"
+        print(f"warning: {share} is in the datastore, as 16-grams or as short documents: the weight is too high.")
 
 
 def print_fit(found: MemoryFit, num_tokens: int, folder: Path) -> None:

@@ -4,8 +4,12 @@ Indexes in the output folder of a training, which all ranks build together.
 An index has a folder of its own, which gets its name when it is complete: a process that dies leaves the earlier one.
 The passages stay the same, so only the embeddings of a later index are new. Its other files are links to the files of
 the first index. The token ids that Emb_seq reads of each passage are kept in files next to the indexes.
+
+A training removes the indexes of its steps; an evaluation outside of a training removes its own. Neither touches
+anything else in the folder.
 """
 
+import contextlib
 import os
 import shutil
 from collections.abc import Sequence
@@ -39,6 +43,7 @@ from .files import link_or_copy
 
 FOLDER = "candidates"  # in the output folder, and in a checkpoint
 TOKENS = "tokens"  # folder of what Emb_seq reads
+EVALUATION = "evaluation"  # name of the index of an evaluation outside of a training
 NUM_SHARDS = 32  # of a small corpus: ranks have nearly equal shares of it
 SMALLEST_SHARD = 256  # passages: as many as a forward takes
 
@@ -78,7 +83,8 @@ class IndexFolders:
             if rank() == 0:
                 self.root.mkdir(parents=True, exist_ok=True)
                 self._remove(f".{name}.unfinished")
-                self._remove(TOKENS)
+                if name != EVALUATION:  # which may disturb no training
+                    self._remove_tokens()
         with failing_together(self.group):
             PassageIndex.build(
                 passages,
@@ -104,6 +110,7 @@ class IndexFolders:
         assert source is not None
         with failing_together(self.group):
             if rank() == 0:
+                PassageIndex.check_save_directory(folder)
                 self._remove(unfinished.name)
                 unfinished.mkdir(parents=True)
                 (self.root / TOKENS).mkdir(exist_ok=True)
@@ -160,38 +167,45 @@ class IndexFolders:
         ends = tokens["lengths"].numpy().cumsum()
         return np.split(tokens["ids"].numpy(), ends[:-1])
 
-    def _finish(self, folder: Path, index_factory: str | None) -> PassageIndex:
-        """Make an index approximate, if asked for, and open it on all ranks."""
+    def _finish(self, folder: Path, index_factory: str | None, verify: bool | None = False) -> PassageIndex:
+        """
+        Make an index approximate, if asked for, and open it on all ranks.
+
+        A FAISS file is read only if it was made here; without `index_factory` search is exact.
+        """
+        search = "exact" if index_factory is None else None
         with failing_together(self.group):
             if rank() == 0 and index_factory is not None:
-                PassageIndex.from_pretrained(folder, verify=False).train_approximate(index_factory)
-        return self._open(folder)
-
-    def adopt(self, source: Path, name: str) -> PassageIndex:
-        """Open an index of a checkpoint, as a folder of its own: the checkpoint may be removed while it is used."""
-        with failing_together(self.group):
-            if rank() == 0:
-                self.link(source, self.root / name)
-        return self._open(self.root / name)
-
-    def _open(self, folder: Path) -> PassageIndex:
-        """Open an index on all ranks."""
+                index = PassageIndex.from_pretrained(folder, search="exact", verify=verify)
+                index.train_approximate(index_factory)
         with failing_together(self.group):
             if not folder.is_dir():
                 raise FileNotFoundError(
                     f"Rank {rank()} does not see {folder}: output_dir must be on a file system that all ranks share."
                 )
-            index = PassageIndex.from_pretrained(folder, verify=False, allow_faiss_files=True)
+            index = PassageIndex.from_pretrained(
+                folder, search=search, verify=verify, allow_faiss_files=index_factory is not None
+            )
         return index
 
-    # ------------------------------------------------------------------ folders
+    def adopt(self, source: Path, name: str, index_factory: str | None) -> PassageIndex:
+        """
+        Open an index of a checkpoint, as a folder of its own: the checkpoint may be removed while it is used.
 
-    def keep(self, names: Sequence[str]) -> None:
-        """Remove all indexes but these; no rank may search the others any more."""
-        if rank() == 0:
-            for path in self.root.glob("*"):
-                if path.name not in (*names, TOKENS):
-                    shutil.rmtree(path)
+        The checkpoint may be a download, so its files are checked, and an approximate index is trained anew.
+        """
+        folder = self.root / name
+        unfinished = folder.with_name(f".{name}.unfinished")
+        with failing_together(self.group):
+            if rank() == 0:
+                PassageIndex.check_save_directory(folder)
+                self._remove(unfinished.name)
+                self.link(source, unfinished)
+                self._remove(name)
+                os.replace(unfinished, folder)
+        return self._finish(folder, index_factory, verify=None)
+
+    # ------------------------------------------------------------------ folders
 
     def link(self, source: Path, target: Path) -> None:
         """Make another folder of the files of an index, on one rank."""
@@ -199,13 +213,44 @@ class IndexFolders:
         for path in source.iterdir():
             link_or_copy(path, target / path.name)
 
-    def remove(self) -> None:
-        """Remove all indexes."""
+    def clear(self) -> None:
+        """Remove what killed trainings and evaluations have left."""
+        self.keep([])
+        self.remove(EVALUATION)
+
+    def keep(self, names: Sequence[str]) -> None:
+        """Remove the indexes of all steps but these; no rank may search the others any more."""
+        if rank() > 0:
+            return
+        for path in [*self.root.glob("step-[0-9]*"), *self.root.glob(".step-[0-9]*.unfinished")]:
+            if path.name not in names:
+                self._remove(path.name)
+        if not names:
+            self._remove_tokens()
+            self._remove_if_empty(self.root)
+
+    def remove(self, name: str) -> None:
+        """Remove an index, finished or not."""
         if rank() == 0:
-            shutil.rmtree(self.root, ignore_errors=True)
+            self._remove(name)
+            self._remove(f".{name}.unfinished")
+            self._remove_if_empty(self.root)
 
     def _remove(self, name: str) -> None:
-        shutil.rmtree(self.root / name, ignore_errors=True)
+        """Remove a folder if it is an index, or an unfinished one."""
+        folder = self.root / name
+        if name.endswith(".unfinished") or (folder / INDEX_FORMAT.config_file).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _remove_tokens(self) -> None:
+        folder = self.root / TOKENS
+        for path in [*folder.glob("tokens-*.safetensors"), *folder.glob(".tokens-*.unfinished")]:
+            path.unlink(missing_ok=True)
+        self._remove_if_empty(folder)
+
+    def _remove_if_empty(self, folder: Path) -> None:
+        with contextlib.suppress(OSError):  # it does not exist, or holds other files
+            folder.rmdir()
 
 
 def emb_seq_ids(model: CoSupForCausalLM, passages: Sequence[dict[str, Any]]) -> list[list[int]]:

@@ -22,7 +22,7 @@ from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.index_build_cosup import ShardBuilder
 
 from .candidate_corpus import CandidateCorpus
-from .candidate_files import FOLDER, IndexFolders, emb_seq_ids
+from .candidate_files import EVALUATION, FOLDER, IndexFolders, emb_seq_ids
 from .model_setup import trains_passages
 from .training_args import CoSupTrainingArguments
 
@@ -201,7 +201,7 @@ class CandidateIndex:
             return
         before = self._index
         if self._evaluated is None or step is None or self._evaluated[0] != step:
-            index = self._build(model, "evaluation" if step is None else f"step-{step}")
+            index = self._build(model, EVALUATION if step is None else f"step-{step}")
             self._evaluated = None if step is None else (step, index)
         else:
             index = self._evaluated[1]
@@ -210,7 +210,10 @@ class CandidateIndex:
             yield
         finally:
             self._index, self._is_fresh = before, False
-            self._tidy()
+            if step is None:
+                self.folders.remove(EVALUATION)
+            else:
+                self._tidy()
 
     def _build(self, model: CoSupForCausalLM, name: str) -> PassageIndex:
         factory = self.args.index_factory
@@ -220,26 +223,26 @@ class CandidateIndex:
             return self.folders.build(self.corpus.source, len(self.corpus), model, name, factory)
 
     def _tidy(self) -> None:
-        """Remove the folders of indexes that are no longer needed."""
+        """Remove the indexes of this training that are no longer needed."""
         needed = [self._built] if self._evaluated is None else [self._built, self._evaluated[1]]
-        names = [index.folder.name for index in needed if index is not None and index.folder is not None]
-        if names:
-            self.folders.keep(names)
-        else:
-            self.folders.remove()
+        self.folders.keep([index.folder.name for index in needed if index is not None and index.folder is not None])
 
     def restart(self) -> None:
         """At the beginning of a training, forget earlier refreshes and check its arguments, which may have changed."""
         self._check_counts()
-        self._index, self.step = self._given, None if self._given is None else 0
-        self._built = self._evaluated = None
-        self._tidy()
+        self._forget()
+        self.folders.clear()
 
     def close(self, model: CoSupForCausalLM) -> None:
         """At the end of a training, forget all indexes except a given one that is still valid."""
         if trains_passages(model):
             self._given = None
-        self.restart()
+        self._forget()
+        self._tidy()
+
+    def _forget(self) -> None:
+        self._index, self.step = self._given, None if self._given is None else 0
+        self._built = self._evaluated = None
 
     # ------------------------------------------------------------------ checkpoints
 
@@ -276,7 +279,9 @@ class CandidateIndex:
             )
         self._index, self.step = self.corpus.index, state["step"]
         if (folder / "index").exists():
-            self._index = self._built = self.folders.adopt(folder / "index", f"step-{self.step}")
+            self._index = self._built = self.folders.adopt(
+                folder / "index", f"step-{self.step}", self.args.index_factory
+            )
 
 
 @torch.no_grad()

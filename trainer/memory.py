@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
 
 from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
@@ -115,6 +115,10 @@ class MemoryTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Dataset | None = None) -> Sampler[int]:
         return ShuffledBlocks(len(self.datastore), self.held_out, self.args.seed)
+
+    def num_examples(self, dataloader: DataLoader) -> int:
+        """Return the number of keys in an epoch, from which `Trainer` computes samples per second."""
+        return len(self.datastore) - len(self.held_out)
 
     def compute_loss(  # type: ignore[override]  # the arguments that Trainer passes
         self, model: torch.nn.Module, inputs: dict[str, torch.Tensor], return_outputs: bool = False, **kwargs: Any

@@ -4,10 +4,12 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
+from modeling_cosup.files_cosup import digest_file
 from modeling_cosup.memory_cosup import target_log_probs
 
 KS = (8, 32, 128, 512, 1024, 2048)  # neighbours that are tried
@@ -97,18 +99,36 @@ def fit_memory_config(
     return MemoryFit(config, best["perplexity"], math.exp(-float(lm.mean())), trials)
 
 
-def write_memory_config(memory: KNNMemory | MLPMemory, folder: str | Path, config: MemoryConfig) -> None:
+def fit_record(text_file: str | Path, num_tokens: int, ngram_overlap: float | None) -> dict[str, Any]:
+    """
+    Return what a memory stores about its fit, as `fit`: a perplexity of the same text is no held-out one.
+
+    Args:
+        text_file (`str` or `Path`): that it was fitted on.
+        num_tokens (`int`): that it was fitted on.
+        ngram_overlap (`float`, *optional*): share of the text that the datastore holds, if it is known.
+
+    Returns:
+        `dict`: `sha256` of the file, `tokens` and `ngram_overlap`.
+    """
+    return {"sha256": digest_file(text_file), "tokens": num_tokens, "ngram_overlap": ngram_overlap}
+
+
+def write_memory_config(
+    memory: KNNMemory | MLPMemory, folder: str | Path, config: MemoryConfig, fit: dict[str, Any] | None = None
+) -> None:
     """
     Give a memory a new config, and write it into its folder; the keys of a datastore are not touched.
 
-    After a crash the folder holds the old config or the new one.
+    After a crash the folder holds the old config and record of its fit, or the new ones.
 
     Args:
         memory ([`KNNMemory`] or [`MLPMemory`]): a datastore must have been loaded from `folder`.
         folder (`str` or `Path`): of the memory.
         config ([`MemoryConfig`]): such as [`fit_memory_config`] found.
+        fit (`dict`, *optional*): what it was fitted on, see [`fit_record`].
     """
-    memory.memory_config = config
+    memory.memory_config, memory.fit = config, fit
     if isinstance(memory, KNNMemory):
         memory.save_memory_config()
     else:

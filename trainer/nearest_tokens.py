@@ -80,7 +80,8 @@ def token_similarity(
     with torch.no_grad():
         tokens = F.normalize(embed(distinct).float(), dim=-1)  # (m, h)
         targets = F.normalize(embed(torch.tensor(target_ids, device=token_ids.device)).float(), dim=-1)
-    cosines = tokens @ targets.T
+    with torch.autocast(tokens.device.type, enabled=False):  # in half precision other tokens would be the nearest
+        cosines = tokens @ targets.T  # (m, number of targets)
     pooled = cosines.amax(1) if pooling == "max" else cosines.mean(1)
     return pooled.round(decimals=DECIMALS)[places]
 

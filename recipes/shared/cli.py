@@ -225,6 +225,21 @@ def print_any_character() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
+def refuse_given(args: Any, names: Collection[str], reason: str) -> None:
+    """
+    Raise a `ValueError` for an option that was given and would be ignored.
+
+    Args:
+        args (dataclass instance): the options; one that has its default counts as not given.
+        names (collection of `str`): options of `args`.
+        reason (`str`): why it would be ignored, as the end of a sentence that begins with the option.
+    """
+    for name in names:
+        value = getattr(args, name)
+        if value != getattr(type(args), name):  # the class holds the default
+            raise ValueError(f"--{name} {value} {reason}.")
+
+
 # ---------------------------------------------------------------------- files and names on the Hub
 
 

@@ -47,12 +47,16 @@ def open_memory(model: CoSupForCausalLM, options: MemoryOptions, **load_options:
         `dict`: `memory` and `memory_config` for generate(); empty without a memory.
 
     Raises:
-        `ValueError`: for a memory of another model, and a value that is out of range.
+        `ValueError`: for a memory of another model, a value that is out of range, and `memory_k` for a memory without
+            neighbours.
         `OSError`: for a missing folder or repository.
     """
     if options.memory is None:
         return {}
     memory = model.load_memory(options.memory, **load_options)
+    if options.memory_k is not None and not hasattr(memory, "nearest"):
+        kind = type(memory).__name__
+        raise ValueError(f"--memory_k {options.memory_k}: {options.memory} is an {kind}, which has no neighbours.")
     return {"memory": memory, "memory_config": call_config(memory, options)}
 
 

@@ -12,7 +12,7 @@ from modeling_cosup.memory_cosup import target_log_probs
 from support.models import make_gen, make_model
 from trainer.judging import overlap
 from trainer.judging.intervals import resampled_means
-from trainer.judging.overlap import NGRAM, NgramHashes
+from trainer.judging.overlap import NgramHashes
 from trainer.judging.perplexity import TextScores, kept_ids_of, score_text, target_and_kept
 
 NAME = "model.layers.1.mlp"
@@ -220,7 +220,7 @@ def test_one_document_has_no_interval():
 # ---------------------------------------------------------------------- text that the memory has seen
 
 
-def test_overlap_is_the_share_of_stored_ngrams(model, monkeypatch):
+def test_overlap_is_the_share_of_stored_ngrams_and_short_documents(model, monkeypatch):
     generator = np.random.default_rng(0)
     stored = [generator.integers(0, 300, size=size).tolist() for size in (50, 7, 40, 30)]
     values = sum(stored, [])
@@ -234,14 +234,20 @@ def test_overlap_is_the_share_of_stored_ngrams(model, monkeypatch):
     )
     new = generator.integers(0, 300, size=100).tolist()
     across = stored[0][-8:] + stored[1] + stored[2][:3]  # stands in the store, but in no document
-    documents = [[1, *stored[2][10:35]], [1, *new], [1, *stored[1]], [1, *across], [1, *stored[0], *stored[0]]]
-    counts = [(10, 10), (85, 0), (0, 0), (3, 0), (85, 70)]
+    documents = [[1, *stored[2][10:35]], [1, *new], [1, *across], [1, *stored[0], *stored[0]]]
+    counts = [(10, 10), (85, 0), (3, 0), (85, 70)]
+    # too short for an n-gram: only a whole stored document counts, not its beginning, nor that of a longer one
+    documents += [[1, *stored[1]], [1, *stored[1][:6]], [1, *stored[0][:7]], [1, *new[:15]], [1]]
+    counts += [(1, 1), (1, 0), (1, 0), (1, 0), (0, 0)]
     expected = sum(found for _, found in counts) / sum(total for total, _ in counts)
     for block in (overlap.BLOCK, 1, 13, 40):
         monkeypatch.setattr(overlap, "BLOCK", block)
         hashes = NgramHashes(documents)
         assert list(hashes) == documents
         assert hashes.overlap(memory) == pytest.approx(expected)
-    short = NgramHashes([[1] * NGRAM])
-    assert list(short)
-    assert short.overlap(memory) is None
+    only_short = NgramHashes([[1, *stored[1]], [1, *new[:7]]])
+    assert list(only_short)
+    assert only_short.overlap(memory) == 0.5
+    nothing = NgramHashes([[1]])
+    assert list(nothing)
+    assert nothing.overlap(memory) is None

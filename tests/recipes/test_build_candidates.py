@@ -225,6 +225,11 @@ def test_gold_that_the_corpus_lacks_is_counted(folder, tmp_path, model):
     [
         ({"num_candidates": 0}, "--num_candidates is 0"),
         ({"index": "index", "corpus_file": None}, "cosine is not a CoSup checkpoint; give a --corpus_file"),
+        ({"index": "index", "corpus_file": None, "index_dir": "cache"}, "--index_dir cache keeps a corpus"),
+        (
+            {"model": "cosup", "passage_template": "{text}"},
+            "--passage_template '{text}' is for a sentence-transformers",
+        ),
         ({"corpus_file": [*CORPUS, CORPUS[0]]}, "line 11: id 'p0' is already in the corpus"),
         ({"corpus_file": []}, "the corpus holds no passage"),
         ({"corpus_file": [{"id": "p0", "text": ""}]}, "line 1: text is empty"),
@@ -236,6 +241,7 @@ def test_bad_input(folder, tmp_path, changes, message):
     for name in ("corpus_file", "eval_file"):
         if isinstance(changes.get(name), list):
             changes[name] = write(tmp_path / f"{name}.jsonl", changes[name])
+    changes["model"] = str(folder / changes.get("model", "cosine"))
     with pytest.raises(ValueError, match=message):
         build_candidates.build(options(folder, tmp_path, **changes))
     assert not (tmp_path / "out.jsonl").exists()

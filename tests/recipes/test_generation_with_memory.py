@@ -56,6 +56,7 @@ def test_generate(world, monkeypatch, capsys):
     ("options", "message"),
     [
         ({"memory_k": 3}, "--memory_k without --memory: name the memory"),
+        ({"memory": "memory", "memory_k": 3}, "memory is an MLPMemory, which has no neighbours"),
         ({"memory": "memory", "memory_weight": 1.5}, "MemoryConfig.weight is 1.5, expected a number from 0 to 1"),
         ({"memory": "model"}, "is not a token memory: memory_config.json is missing"),
     ],

@@ -266,6 +266,40 @@ def test_what_a_killed_build_left_is_not_taken_for_this_one(tmp_path, model):
     assert sorted(os.listdir(tmp_path / "candidates")) == ["step-0"]
 
 
+def test_what_others_have_put_next_to_the_indexes_stays(tmp_path, model):
+    own = ["nq.jsonl", "nq/pools.jsonl", "step-9/notes.txt", "step-list/notes.txt", "evaluation/nq.jsonl"]
+    for name in own:
+        (tmp_path / "candidates" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "candidates" / name).write_text("mine")
+    candidates = candidate_index(tmp_path, model, refresh_index_steps=1)
+    candidates.restart()
+    for step in range(2):
+        candidates.refresh(model, step)
+        with candidates.fresh(model, step + 100):
+            shake(model)
+    with pytest.raises(FileExistsError, match="step-9 exists, is not empty and is not a passage index"):
+        candidates.refresh(model, 9)
+    candidates.close(model)
+    with pytest.raises(FileExistsError, match="evaluation exists, is not empty and is not a passage index"):
+        candidates.fresh(model).__enter__()
+    candidates.restart()
+    files = [path for path in (tmp_path / "candidates").rglob("*") if path.is_file()]
+    assert sorted(str(path.relative_to(tmp_path / "candidates")) for path in files) == sorted(own)
+
+
+def test_an_evaluation_does_not_disturb_a_training_of_the_same_folder(tmp_path, model):
+    training = candidate_index(tmp_path, model, refresh_index_steps=1)
+    for step in range(2):  # from the second refresh on, there are tokens too
+        training.refresh(model, step)
+        shake(model)
+    with candidate_index(tmp_path, model).fresh(model):  # in another process
+        assert sorted(os.listdir(tmp_path / "candidates")) == ["evaluation", "step-1", "tokens"]
+        training.refresh(model, 2)
+        assert sorted(os.listdir(tmp_path / "candidates")) == ["evaluation", "step-2", "tokens"]
+        training.close(model)
+    assert not os.listdir(tmp_path)
+
+
 def test_an_evaluation_searches_fresh_weights_and_a_refresh_of_the_same_step_takes_its_index(
     tmp_path, model, embedded
 ):
@@ -383,6 +417,32 @@ def test_resuming_with_another_corpus_is_refused(tmp_path, uninterrupted):
     trainer = trainer_of(tmp_path, corpus=CORPUS[:-1])
     with pytest.raises(ValueError, match="checkpoint-3 was trained with another corpus"):
         trainer.train(resume_from_checkpoint=str(folder / "checkpoint-3"))
+
+
+def test_resuming_reads_no_faiss_file_and_checks_the_others(tmp_path):
+    """A checkpoint may be a download."""
+    options = {"max_steps": 3, "save_strategy": "steps", "save_steps": 1, "refresh_index_steps": 100}
+    trainer_of(tmp_path / "first", index_factory="IVF2,Flat", **options).train()
+    checkpoint = tmp_path / "first" / "checkpoint-1"
+    (faiss_file,) = (checkpoint / "candidates" / "index").glob("index-*.faiss")
+    faiss_file.write_bytes(b"\0" * faiss_file.stat().st_size)
+    searched = {}
+    for factory in ("IVF2,Flat", None):
+        trainer = trainer_of(tmp_path / str(factory), index_factory=factory, **options)
+        search = trainer.candidates.search
+
+        def recording(*args, trainer=trainer, factory=factory, search=search):
+            searched[factory] = trainer.candidates.index._approximate is not None
+            return search(*args)
+
+        trainer.candidates.search = recording
+        trainer.train(resume_from_checkpoint=str(checkpoint))
+        assert trainer.state.global_step == 3
+    assert searched == {"IVF2,Flat": True, None: False}
+    ids_file = next((checkpoint / "candidates" / "index").glob("ids-*"))
+    ids_file.write_bytes(ids_file.read_bytes()[:-1] + b"x")
+    with pytest.raises(ValueError, match="ids-.* is damaged: its SHA-256 differs"):
+        trainer_of(tmp_path / "again", **options).train(resume_from_checkpoint=str(checkpoint))
 
 
 def test_resuming_before_the_first_refresh_searches_the_given_index(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
+from modeling_cosup.opening_cosup import load_memory
 from trainer.memory import MemoryTrainer, knn_kl, train_mlp_memory
 from trainer.memory_args import MemoryTrainingArguments
 from trainer.memory_fit import best_weight, fit_memory_config, write_memory_config
@@ -291,13 +292,33 @@ def test_bad_held_out_tokens_raise(datastore, change, message):
         fit_memory_config(datastore, **(options | change))
 
 
-def test_a_fitted_config_is_written_into_the_folder(datastore, tmp_path):
+def test_the_speed_of_a_training_counts_the_keys_that_are_trained(datastore, tmp_path):
+    options = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "save_strategy": "no", "report_to": "none"}
+    args = MemoryTrainingArguments(str(tmp_path), validation_split=0.5, disable_tqdm=True, **options)
+    trainer = MemoryTrainer(make_memory(), args, datastore)
+    metrics = trainer.train().metrics
+    num_trained = metrics["train_samples_per_second"] * metrics["train_runtime"]
+    assert num_trained == pytest.approx(len(datastore) - len(trainer.held_out), rel=0.05)
+    assert len(trainer.held_out) >= 48
+
+
+def test_a_fitted_config_is_written_into_the_folder_and_what_it_was_fitted_on_stays_with_it(datastore, tmp_path):
     config = MemoryConfig(weight=0.4, k=3, temperature=2.5)
+    record = {"sha256": "of a text", "tokens": 7, "ngram_overlap": None}
     for memory in (datastore, make_memory()):
         folder = tmp_path / type(memory).__name__
         memory.save_pretrained(folder)
         times = {path.name: path.stat().st_mtime_ns for path in folder.glob("*keys*")}
         loaded = type(memory).from_pretrained(folder)
-        write_memory_config(loaded, folder, config)
-        assert type(memory).from_pretrained(folder).memory_config == config
+        assert loaded.fit is None
+        write_memory_config(loaded, folder, config, record)
+        fitted = type(memory).from_pretrained(folder)
+        assert fitted.memory_config == config
+        copy = tmp_path / f"copy of {type(memory).__name__}"
+        fitted.save_pretrained(copy)
+        if isinstance(fitted, KNNMemory):  # changes that keep the weight
+            fitted.save_memory_config()
+            fitted.train_approximate("HNSW8")
+        for place in (folder, copy):
+            assert load_memory(place, allow_faiss_files=True).fit == record
         assert {path.name: path.stat().st_mtime_ns for path in folder.glob("*keys*")} == times

@@ -36,6 +36,17 @@ def test_tokens_of_several_targets_tie():
     assert set(token_similarity(lambda ids: weights[ids], torch.arange(200), range(200), "max").tolist()) == {1.0}
 
 
+def test_similarity_is_the_same_under_autocast():
+    """Embeddings that nearly point one way, as those of language models do, tie in bfloat16."""
+    generator = torch.Generator().manual_seed(0)
+    weights = 10 + torch.randn(200, 64, generator=generator)
+    similarity = token_similarity(lambda ids: weights[ids], torch.arange(200), [3, 5, 8])
+    with torch.autocast("cpu", torch.bfloat16):
+        in_training = token_similarity(lambda ids: weights[ids], torch.arange(200), [3, 5, 8])
+    assert torch.equal(in_training, similarity)
+    assert is_nearest(in_training, 95).sum() == 10
+
+
 @pytest.mark.parametrize("size", [1, 2, 11, 20, 21, 100, 101, 173])
 @pytest.mark.parametrize("percentile", [0, 90, 95, 100])
 def test_nearest_tokens_against_numpy(size, percentile):

@@ -283,7 +283,11 @@ _TEXT = (
         "log-probability of the name of a child in a Macondo sentence, mean over the sentences",
         "nats",
     ),
-    Figure("ngram_overlap", "overlap", "share of the 16-grams of the text that a memory holds as they are"),
+    Figure(
+        "ngram_overlap",
+        "overlap",
+        "share of the 16-grams of the text, and of its shorter documents, that a memory holds",
+    ),
 )
 _COUNTS = (
     Figure("num_passages", "passages", "number of distinct passages that the queries are compared with", "count"),

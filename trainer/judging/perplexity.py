@@ -1,7 +1,6 @@
 """Perplexity of text under Gen alone and under Gen with token memories, in one pass over the text."""
 
 import math
-import resource
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -97,7 +96,8 @@ def score_text(
         [`TextScores`]: of `"lm"` and of each memory.
 
     Raises:
-        `ValueError`: for text without a token to predict, a memory of another model, or a memory named `"lm"`.
+        `ValueError`: for text without a token to predict, a memory of another model, a memory named `"lm"`, or a token
+            of probability 0, whose perplexity is infinite: a [`KNNMemory`] with weight 1 knows few tokens.
     """
     if LM in memories:
         raise ValueError(f"A memory is named {LM!r}, the name of Gen alone.")
@@ -116,11 +116,15 @@ def score_text(
             break
         numbers = chunk.states.documents.cpu()
         _add(tokens, numbers, torch.ones(len(numbers)))
-        _add(sums[LM], numbers, chunk.lm.cpu())
+        log_probs = chunk.lm.cpu()
+        _check_finite(log_probs, "Gen alone")
+        _add(sums[LM], numbers, log_probs)
         seconds[LM] += time.perf_counter() - start
         for name, (memory, config) in memories.items():
             start = time.perf_counter()
-            _add(sums[name], numbers, mixed_scores(chunk, memory, config, kept_ids).cpu())
+            log_probs = mixed_scores(chunk, memory, config, kept_ids).cpu()
+            _check_finite(log_probs, f"Gen with {name}, of weight {config.weight:g},")
+            _add(sums[name], numbers, log_probs)
             seconds[name] += time.perf_counter() - start
     if not tokens:
         raise ValueError(f"None of the {counter.count} documents has a token to predict: each needs two or more.")
@@ -174,11 +178,6 @@ def kept_ids_of(model: Any) -> torch.Tensor:
     return torch.tensor(sorted(ids), dtype=torch.long, device=model.device)
 
 
-def peak_memory() -> int:
-    """Return the highest resident memory of this process so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 class _Counter:
     """Documents, counted while they are read."""
 
@@ -190,6 +189,16 @@ class _Counter:
         for ids in self.documents:
             self.count += 1
             yield ids
+
+
+def _check_finite(log_probs: torch.Tensor, arm: str) -> None:
+    """Raise a `ValueError` if a token has probability 0, or none."""
+    count = int((~log_probs.isfinite()).sum())
+    if count:
+        raise ValueError(
+            f"{arm} gives {count:,} of {len(log_probs):,} tokens probability 0 or NaN: the perplexity would be"
+            " infinite. Lower the weight of the memory, or check the weights of Gen."
+        )
 
 
 def _add(sums: dict[int, float], numbers: torch.Tensor, values: torch.Tensor) -> None:

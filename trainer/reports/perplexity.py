@@ -17,17 +17,18 @@ def write_perplexity_report(output_dir: str | Path) -> None:
         `ValueError`: if the results have another format.
     """
     results = read_results(Path(output_dir) / "perplexity.json")
-    settings, text = results["settings"], results["text"]
+    settings = results["settings"]
     title = f"Perplexity of {settings['text_file']}"
     versions = ", ".join(f"{name} {version}" for name, version in settings["versions"].items())
     summary = (
-        f"{settings['model']}; {text['tokens']:,} tokens of {text['documents']:,} documents; windows of "
-        f"{settings['max_length']:,} tokens, stride {settings['stride']:,}; {settings['time']}; "
-        f"{settings['hardware']}; {settings['dtype']}; {versions}; peak memory {results['peak_memory'] / 1e9:.2f} GB."
+        f"{settings['model']}; {text_read(results['text'])}; windows of {settings['max_length']:,} tokens, "
+        f"stride {settings['stride']:,}; {settings['time']}; {settings['hardware']}; {settings['dtype']}; {versions}"
     )
+    if "peak_memory" in results:
+        summary += f"; peak memory {results['peak_memory']:.2f} GB"
     blocks: list[Block] = [
         Heading(title, 1),
-        Text(summary, note=True),
+        Text(f"{summary}.", note=True),
         _table(results["arms"]),
         Text(_note(), note=True),
     ]
@@ -35,6 +36,14 @@ def write_perplexity_report(output_dir: str | Path) -> None:
         blocks += [Heading("Warnings"), Bullets(results["warnings"])]
     blocks += [Heading("How this was made"), Code(settings["command"])]
     write_document(blocks, output_dir, "report", title)
+
+
+def text_read(text: dict[str, int]) -> str:
+    """Return in words how much text was read: `tokens`, `documents`, and those `left_out`, which have one token."""
+    words = f"{text['tokens']:,} tokens of {text['documents']:,} documents"
+    if text["left_out"]:
+        words += f", and {text['left_out']:,} without a token to predict, which are left out"
+    return words
 
 
 def _table(arms: dict) -> Table:
