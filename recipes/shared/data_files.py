@@ -48,8 +48,8 @@ def read_table(path: str | Path, columns: list[str] | None = None) -> Iterator[t
     """
     Read the rows of a CSV or TSV file with any header, `.gz` or plain.
 
-    Values end at tabs in a file that is named `.tsv`, and otherwise at commas, or at semicolons if the first line
-    holds more of them.
+    Values end at tabs if the file is named `.tsv` or its first line holds one. Otherwise they end at commas, or at
+    semicolons if the first line holds more of them.
 
     Args:
         path (`str` or `Path`): the file.
@@ -61,10 +61,10 @@ def read_table(path: str | Path, columns: list[str] | None = None) -> Iterator[t
     Raises:
         `FileNotFoundError`, `ValueError`: names file and line, what was found and what was expected.
     """
-    delimiter = "\t"
-    if not str(path).endswith(TSV_ENDINGS):
-        first_line = next(byte_lines(path), b"")
-        delimiter = ";" if first_line.count(b";") > first_line.count(b",") else ","
+    first_line = next(byte_lines(path), b"")
+    delimiter = ";" if first_line.count(b";") > first_line.count(b",") else ","
+    if is_tsv(path) or b"\t" in first_line:  # DPR's nq-test.csv is tab-separated
+        delimiter = "\t"
     for where, row in _cells(path, delimiter):
         if columns is None:
             columns = row
@@ -72,6 +72,11 @@ def read_table(path: str | Path, columns: list[str] | None = None) -> Iterator[t
                 raise ValueError(f"{where}: the header is {row!r}, which names a column twice.")
         else:
             yield where, _row(row, columns, where)
+
+
+def is_tsv(path: str | Path) -> bool:
+    """Return whether a file is named as one of tab-separated values, in capitals or not."""
+    return str(path).lower().endswith(TSV_ENDINGS)
 
 
 def _cells(path: str | Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
@@ -82,12 +87,20 @@ def _cells(path: str | Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
     csv.field_size_limit(sys.maxsize)
     open_file = gzip.open if path.suffix == ".gz" else open
     with open_file(path, "rb") as binary:
-        rows = csv.reader(io.TextIOWrapper(binary, encoding="utf-8-sig", newline=""), delimiter=delimiter)
+        text = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
+        rows = csv.reader(text, delimiter=delimiter, strict=True)  # else a lone quote swallows all lines after it
+        last_line = 0  # of the row before
         try:
             for row in rows:
+                last_line = rows.line_num
                 if row:
-                    yield f"{path}, line {rows.line_num}", row
-        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Error) as error:
+                    yield f"{path}, line {last_line}", row
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {last_line + 1}: {error}. A value that begins with a quote must end with one, and"
+                ' quotes within it must be doubled: "he said ""yes""".'
+            ) from None
+        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is damaged after line {rows.line_num}: {error}") from None
 
 
@@ -117,7 +130,7 @@ def read_passages(source: str | Path | Iterable[tuple[str, dict[str, Any]]]) -> 
         `ValueError`: names file and line, the field, what was found and what was expected.
     """
     if isinstance(source, str | Path):
-        if str(source).endswith(TSV_ENDINGS):
+        if is_tsv(source):
             source = read_tsv(source, ["id", "text", "title"])
         else:
             source = read_files([source], optional=(*OPTIONAL_COLUMNS, *WIKIPEDIA_FIELDS))

@@ -213,8 +213,11 @@ def test_tables_with_semicolons_and_without_a_header(tmp_path):
     prepare(options(tmp_path, "a.csv"))
     assert load_instances(tmp_path / "out/train.jsonl")[0]["input"] == "who, then?"
     (tmp_path / "nq.tsv").write_text("who got it\t['Ada', 'Bob']\n")  # questions and answers of DPR
-    prepare(options(tmp_path, "nq.tsv", column_names=["question", "answers"]))
-    assert load_instances(tmp_path / "out/train.jsonl")[0]["answers"] == ["Ada", "Bob"]
+    (tmp_path / "nq-test.csv").write_text("who got it\t['Ada', 'Bob']\n")  # DPR's own names
+    (tmp_path / "NQ.TSV").write_text("who got it\t\"['Ada', \"\"Bob\"\"]\"\n")
+    for name in ("nq.tsv", "nq-test.csv", "NQ.TSV"):
+        prepare(options(tmp_path, name, column_names=["question", "answers"]))
+        assert load_instances(tmp_path / "out/train.jsonl")[0]["answers"] == ["Ada", "Bob"]
 
 
 def test_pairs_and_triplets_are_for_a_retriever(tmp_path):
@@ -305,6 +308,9 @@ def test_questions_that_share_a_passage_stay_on_one_side(tmp_path):
         ({"question": 3, "answer": "a"}, "no question"),
         ({"question": "q", "answer": []}, "no answer"),
         ({"question": "q", "answer": None, "passage": "p"}, "no answer"),
+        ({"question": "q", "answer": float("nan")}, "no answer"),
+        ({"question": "q", "answer": "{'text': ['a']; 'b'}"}, "the answer looks like an object"),
+        ({"question": "q", "answer": "{'a', 'b'}"}, "the answer looks like an object"),  # a set has no first
         ({"question": "q", "answer": b"a"}, "the answer is neither text nor a list of texts"),
         (
             {"question": "q", "answer": "a", "passage": 3},
@@ -334,11 +340,43 @@ def test_rows_that_are_refused(row, reason):
         ("[1] is a note", ["[1] is a note"]),
         ("[sic]", ["[sic]"]),
         (["a ", "a"], ["a"]),
+        (["{x}"], ["{x}"]),
+        ([float("nan"), None, "a"], ["a"]),
+        # as a cell of a table
+        ("{'text': ['A', 'B'], 'answer_start': [0, 1]}", ["A", "B"]),
+        ('{"text": ["A"], "answer_start": [0]}', ["A"]),
+        ("{'text': array(['A', \"B's\"], dtype=object), 'answer_start': array([0, 1], dtype=int32)}", ["A", "B's"]),
+        ("{'value': 'A', 'aliases': ['B', 'A']}", ["A", "B"]),
+        ("array", ["array"]),
+        ("['A' 'B'\n 'C']", ["A", "B", "C"]),  # str() of a numpy array
+        ("[np.str_('A'), nan]", ["A"]),
+        ('[["A", "B"], ["C"]]', ["A", "B", "C"]),
+        ('[null, "A", NaN]', ["A"]),
+        ("[None, 'A', True, 3]", ["A", "yes", "3"]),
     ],
 )
 def test_forms_of_answers(answer, expected):
     record = read_record({"question": "q", "answer": answer}, Columns(question="question", answer="answer"))
     assert record.answers == expected
+
+
+def test_cells_that_hold_passages():
+    """As pandas writes lists and objects to a CSV file; a text in brackets stays one."""
+    row = {
+        "question": "q",
+        "title": "Ada_L",
+        "answers": "{'text': ['London'], 'answer_start': [0]}",
+        "positive_ctxs": str([ADA, BOB]),
+        "negative": json.dumps(EVE),
+        "ctxs": "[1]",
+        "note": float("nan"),
+    }
+    columns = Columns("question", "answers", "positive_ctxs", "title", "note", "ctxs", ["negative"])
+    record = read_record(row, columns)
+    assert (record.id, record.passages, record.negatives) == ("", [with_id(ADA), with_id(BOB)], [with_id(EVE)])
+    assert [passage["text"] for passage in record.candidates] == ["[1]"]
+    (passage,) = read_record({**row, "positive_ctxs": '{"port": 80}'}, columns).passages
+    assert (passage["title"], passage["text"]) == ("Ada L", '{"port": 80}')
 
 
 ROWS = [{"id": "1", "question": "a?", "answer": "a"}, {"id": "1", "question": "b?", "answer": "b"}]
@@ -394,6 +432,13 @@ def test_on_error_fail(tmp_path):
         ("a.csv", "Frage,answer\nq,a\n", {"question_column": "frage"}, "--question_column frage .*mean 'Frage'"),
         ("a.csv", "question,answer\nq\n", {}, "line 2: found 1 columns, expected 2: question, answer"),
         ("a.csv", "question,question\nq,a\n", {}, "names a column twice"),
+        (
+            "a.csv",
+            'question,answer\nq,a\n"who, a\nwho else?,b\n',
+            {},
+            "a.csv, line 3: unexpected end of data. .*quotes within it must be doubled",
+        ),
+        ("a.tsv", 'question\tanswer\n"One" what?\ta\n', {}, "a.tsv, line 2: .* expected after .*must be doubled"),
         ("a.jsonl", '{"question": "q"', {}, "a.jsonl, line 1"),
         ("a.json", '{"question": "q"', {}, "a.json, line 1"),
         ("a.json", '[{"question": "q", "answer": "a"}, {', {}, "a.json is damaged after item 0"),
