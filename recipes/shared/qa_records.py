@@ -87,6 +87,12 @@ class Record:
     negatives: list[dict[str, str]]
     candidates: list[dict[str, str]]
 
+    def merge(self, other: "Record") -> None:
+        """Add the passages of another row of the same question."""
+        self.passages = distinct_passages([*self.passages, *other.passages], [])
+        self.negatives = distinct_passages([*self.negatives, *other.negatives], [])
+        self.candidates = distinct_passages([*self.candidates, *other.candidates], [])
+
 
 def check_given(names: Collection[str], given: Mapping[str, str | None], where: str) -> None:
     """Raise a `ValueError` if a column that an option names is not among those of the first row."""
@@ -263,7 +269,7 @@ def read_cell(value: Any) -> Any:
 
 
 def read_passage_cell(value: Any) -> Any:
-    """Return the passages that a text holds, see [`read_cell`]; any other value, such as a text in brackets, as it is."""
+    """Return the passages that a text holds, see [`read_cell`]; any other value unchanged."""
     content = read_cell(value)
     items = content if isinstance(content, list) else [content]
     for item in items:

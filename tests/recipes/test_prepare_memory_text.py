@@ -9,7 +9,6 @@ from prepare_memory_text import prepare
 
 from modeling_cosup.lines_cosup import read_lines, writing_lines
 
-
 REPEATED = "left out: the text of another passage"
 
 

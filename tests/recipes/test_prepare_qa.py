@@ -187,7 +187,7 @@ def test_named_columns_in_every_kind_of_file(tmp_path, name, capsys, monkeypatch
     load = Mock(wraps=datasets.load_dataset)
     monkeypatch.setattr(datasets, "load_dataset", load)
     _, files = run(tmp_path, name, TABLE, **NAMED, **changes)
-    assert [call.kwargs["streaming"] for call in load.mock_calls if call.kwargs] == [True] * is_dataset
+    assert [call.kwargs["streaming"] for call in load.mock_calls if call.kwargs] == [True, True] * is_dataset
     ada, bob = with_id(ADA), with_id(BOB)
     assert [{name: row[name] for name in row if name != "id"} for row in files["train"]] == [
         {
@@ -214,7 +214,7 @@ def test_tables_with_semicolons_and_without_a_header(tmp_path):
     assert load_instances(tmp_path / "out/train.jsonl")[0]["input"] == "who, then?"
     (tmp_path / "nq.tsv").write_text("who got it\t['Ada', 'Bob']\n")  # questions and answers of DPR
     (tmp_path / "nq-test.csv").write_text("who got it\t['Ada', 'Bob']\n")  # DPR's own names
-    (tmp_path / "NQ.TSV").write_text("who got it\t\"['Ada', \"\"Bob\"\"]\"\n")
+    (tmp_path / "NQ.TSV").write_text('who got it\t"[\'Ada\', ""Bob""]"\n')
     for name in ("nq.tsv", "nq-test.csv", "NQ.TSV"):
         prepare(options(tmp_path, name, column_names=["question", "answers"]))
         assert load_instances(tmp_path / "out/train.jsonl")[0]["answers"] == ["Ada", "Bob"]
@@ -270,6 +270,68 @@ def test_the_files_are_trained_on(tmp_path):
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["nsp_loss"] > 0 and log["distillation_loss"] > 0  # of those with a passage, and of the last
+
+
+# ---------------------------------------------------------------------- several rows of a question
+
+
+def passage(text):
+    return with_id({"title": "", "text": text})
+
+
+TRIPLETS = [  # one wrong passage a row, as in many sets of the Hub
+    {"query": "who?", "positive": "Right.", "negative": "Wrong 1."},
+    {"query": "where?", "positive": "There.", "negative": "Wrong 1."},
+    {"query": "who?", "positive": "Right.", "negative": "Wrong 2."},
+    {"query": "who?", "positive": "Right.", "negative": "Wrong 3."},
+]
+
+
+def test_negatives_and_candidates_of_all_rows(tmp_path):
+    counts, files = run(tmp_path, "a.jsonl", TRIPLETS, num_negatives=2)
+    assert counts["rows merged into an earlier one: the same question"] == 2
+    assert counts["train.jsonl: questions with a passage alone"] == 2
+    segments = {row["input"]: row["segments"][0] for row in files["train"]}
+    assert segments["who?"]["negatives"] == [passage("Wrong 1."), passage("Wrong 2.")]
+    assert "positives" not in segments["who?"]
+    texts = ["Right.", "Wrong 1.", "There.", "Wrong 2.", "Wrong 3."]
+    assert files["corpus"] == [passage(text) for text in texts]
+
+    run(tmp_path, "a.jsonl", TRIPLETS, validation_fraction=1, output_dir=str(tmp_path / "eval"))
+    who = next(row for row in read_lines(tmp_path / "eval/eval.jsonl") if row["input"] == "who?")
+    assert who["candidates"] == [passage(text)["id"] for text in ("Right.", "Wrong 1.", "Wrong 2.", "Wrong 3.")]
+
+
+PAIRS = [
+    {"query": "who?", "positive": "Right.", "negative": "Also right."},
+    {"query": "Who? ", "positive": "Also right.", "negative": "Wrong."},
+    {"query": "who?", "positive": "Right too.", "negative": "Wrong."},
+]
+
+
+def test_right_passages_of_other_rows_are_no_negatives(tmp_path):
+    _, files = run(tmp_path, "a.jsonl", PAIRS)
+    right = [passage(text)["id"] for text in ("Right.", "Also right.", "Right too.")]
+    segments = [row["segments"][0] for row in files["train"]]
+    assert [segment["passage"]["id"] for segment in segments] == right
+    for segment in segments:
+        assert sorted([segment["passage"]["id"], *segment["positives"]]) == sorted(right)
+    assert "negatives" not in segments[0]
+    assert segments[1]["negatives"] == segments[2]["negatives"] == [passage("Wrong.")]
+
+
+def test_an_evaluated_question_has_the_right_passages_of_all_rows(tmp_path):
+    counts, files = run(tmp_path, "a.jsonl", PAIRS, validation_fraction=1)
+    right = {passage(text)["id"] for text in ("Right.", "Also right.", "Right too.")}
+    assert counts["rows merged into an earlier one: the same question"] == 1
+    assert [row["input"] for row in files["eval"]] == ["Who?", "who?"]  # "who?" waits for its last row
+    for row in files["eval"]:
+        assert {id for ids in row["provenance"] for id in ids} == right
+        assert all(len(ids) == 1 for ids in row["provenance"])
+        assert right < set(row["candidates"])
+    load_evaluation_set(
+        tmp_path / "out/eval.jsonl", corpus=load_corpus(tmp_path / "out/corpus.jsonl"), answers_required=False
+    )
 
 
 # ---------------------------------------------------------------------- the split
@@ -389,7 +451,7 @@ def test_rows_are_counted_with_reason_and_place(tmp_path):
         "rows read": 5,
         "eval.jsonl: questions with answers alone": 1,
         "rows refused: an id that another question of eval.jsonl has": 1,
-        "rows left out: repeated": 1,
+        "rows merged into an earlier one: the same question": 1,
         "rows refused: no column of questions, or none of answers or passages": 1,
         "rows refused: no question": 1,
     }
@@ -468,3 +530,9 @@ def test_a_file_of_another_run_that_would_stay(tmp_path):
     write(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(ValueError, match="holds the eval.jsonl of another run"):
         prepare(options(tmp_path, "a.jsonl"))
+    write(tmp_path / "answers/corpus.jsonl", [with_id(ADA)])
+    with pytest.raises(
+        ValueError, match="holds the corpus.jsonl of another run, and these questions have no passages"
+    ):
+        prepare(options(tmp_path, "a.jsonl", output_dir=str(tmp_path / "answers")))
+    assert [path.name for path in (tmp_path / "answers").iterdir()] == ["corpus.jsonl"]
