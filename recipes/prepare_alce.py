@@ -7,7 +7,7 @@ Write evaluation instances and a corpus from ALCE: ASQA, QAMPARI and ELI5 with t
 The first `--num_candidates` docs of an item become its candidates, in the same order. These candidates of all items
 become the corpus. Answers are the long answers of all annotators or, for QAMPARI, every alias of every answer. All
 other fields are kept unchanged under `meta`, for ALCE's metrics: among them `qa_pairs` for str_em, `claims` for claim
-recall, and `answers` of QAMPARI.
+recall, and `answers` of QAMPARI, a list of aliases for each answer, for list F1.
 
 ALCE does not say which passages are right. `--provenance short_answers` takes each candidate that holds a short
 answer, both normalised as in ALCE. `--provenance none`, the default, takes none. If provenance is empty, `meta` has
