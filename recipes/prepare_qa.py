@@ -14,7 +14,7 @@ sentence-transformers, or any columns; those that are not named are recognised b
 Writes `train.jsonl`, `eval.jsonl` and `corpus.jsonl` to the output folder. A row becomes
 
 - with a passage and an answer: an instance of one segment. Its text is the first answer or, with
-  `--answer_style sentence`, the sentence of the passage that holds it;
+  `--answer_style sentence`, the sentence of the passage that holds it. All answers are kept if they say more;
 - with an answer alone: an instance with `answers`, whose passage is found while training (docs/distillation.md);
 - with a passage alone (pairs, triplets): an instance for a retriever. Train it with `supervision: nsp`; its text is
   the passage's first sentence. recipes/prepare_retriever_data.py adds keyword queries.
@@ -269,7 +269,9 @@ class Output(contextlib.ExitStack):
             segment["negatives"] = negatives[: self.args.num_negatives]
         if len(right_ids) > 1:
             segment["positives"] = [id for id in right_ids if id != passage["id"]]
-        return {"segments": [segment]}
+        if record.answers in ([], [segment["text"]]):
+            return {"segments": [segment]}
+        return {"segments": [segment], "answers": record.answers}  # mine_hard_negatives.py looks for all of them
 
     def text_to_write(self, record: Record) -> str:
         """Return the text of a segment: see `--answer_style`."""

@@ -202,6 +202,7 @@ def test_named_columns_in_every_kind_of_file(tmp_path, name, capsys, monkeypatch
             "instruction": "",
             "input": "who else?",
             "segments": [{"text": "Bob Ray", "passage": bob}],
+            "answers": ["Bob Ray", "O'Neil"],
         },
     ]
     assert files["corpus"] == [ada, bob]
@@ -248,6 +249,7 @@ def test_whole_sentences(tmp_path):
     ]
     counts, files = run(tmp_path, "a.jsonl", rows, answer_style="sentence")
     assert [row["segments"][0]["text"] for row in files["train"]] == ["Ada was born in London.", "note", "the"]
+    assert [row.get("answers") for row in files["train"]] == [["london"], None, None]
     assert counts["answers left short: no sentence of the passage holds them"] == 2
 
 
