@@ -27,7 +27,7 @@ from tqdm import tqdm
 from modeling_cosup.lines_cosup import lines_with_places, writing_lines
 from modeling_cosup.passages_cosup import check_id, check_text
 
-from shared.data_files import distinct, instruction_of, read_passages, read_tsv
+from shared.data_files import distinct, instruction_of, read_passages, read_tsv, refuse_same_file
 
 FILE_ENDINGS = ("", ".gz")
 
@@ -63,6 +63,7 @@ def prepare(args: BEIRArguments) -> Counter[str]:
     Raises:
         `ValueError`: names the file and line, what was found and what was expected; or says why nothing is left.
     """
+    refuse_same_file(args.output_file, args.output_corpus)
     instruction = instruction_of(args.dataset, args.instruction)
     counts: Counter[str] = Counter()
     relevant = read_qrels(args.qrels_file)

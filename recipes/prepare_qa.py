@@ -71,7 +71,7 @@ class QAArguments:
     )
     output_dir: str = field(metadata={"help": "folder of train.jsonl, eval.jsonl and corpus.jsonl"})
     config_name: str | None = field(default=None, metadata={"help": "configuration of a dataset name"})
-    split: str = field(default="train", metadata={"help": "split of a dataset name"})
+    split: str | None = field(default=None, metadata={"help": "split of a dataset name; defaults to train"})
     question_column: str | None = field(default=None, metadata={"help": "defaults to question, query, anchor, ..."})
     answer_column: str | None = field(default=None, metadata={"help": "defaults to answers, answer, ..."})
     passage_column: str | None = field(

@@ -13,6 +13,7 @@ from modeling_cosup.corpus_cosup import OPTIONAL_COLUMNS, read_files
 from modeling_cosup.files_cosup import byte_lines, read_json
 from modeling_cosup.metadata_cosup import check_metadata
 from modeling_cosup.passages_cosup import check_id, check_title_and_text
+from trainer.data import read_rows
 
 INSTRUCTIONS = Path(__file__).with_name("instructions.json")
 TSV_ENDINGS = (".tsv", ".tsv.gz")
@@ -139,10 +140,24 @@ def read_passages(source: str | Path | Iterable[tuple[str, dict[str, Any]]]) -> 
         metadata = check_metadata(line.get("metadata"), where)
         if metadata is not None:
             passage["metadata"] = metadata
-        for name in WIKIPEDIA_FIELDS:
-            if line.get(name) is not None:
-                passage[name] = line[name]
-        yield where, passage
+        yield where, passage | wikipedia_fields(line, where)
+
+
+def wikipedia_fields(line: dict[str, Any], where: str) -> dict[str, Any]:
+    """
+    Return `wikipedia_id`, `start_paragraph_id` and `end_paragraph_id` of a passage, as far as it has them.
+
+    Raises:
+        `ValueError`: for a paragraph number that is no integer, or one without the other.
+    """
+    fields = {name: line[name] for name in WIKIPEDIA_FIELDS if line.get(name) is not None}
+    paragraphs = [fields.get(name) for name in WIKIPEDIA_FIELDS[1:]]
+    if paragraphs != [None, None] and not all(type(number) is int for number in paragraphs):
+        raise ValueError(
+            f"{where}: start_paragraph_id and end_paragraph_id are {paragraphs[0]!r} and {paragraphs[1]!r}, expected"
+            " two integers, or neither."
+        )
+    return fields
 
 
 def instruction_of(dataset: str, override: str | None) -> str:
@@ -161,6 +176,31 @@ def instruction_of(dataset: str, override: str | None) -> str:
             "give one as --instruction; it may be empty."
         )
     return known[dataset]
+
+
+def refuse_for_file(source: str, **options: Any) -> None:
+    """Raise a `ValueError` for the first option that is not `None`: it selects a part of a dataset, not of a file."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"--{name} is for the name of a dataset, and {source} is a file.")
+
+
+def read_dataset_or_file(source: str, split: str | None, default_split: str) -> Iterator[tuple[str, Any]]:
+    """
+    Yield the rows of a JSON Lines file, or of a split of a named dataset; see [`~trainer.data.read_rows`].
+
+    Raises:
+        `ValueError`: if a split is given for a file.
+    """
+    if Path(source).is_file():
+        refuse_for_file(source, split=split)
+    yield from read_rows(source, split or default_split)
+
+
+def refuse_same_file(output_file: str, output_corpus: str | None) -> None:
+    """Raise a `ValueError` if the instances and the corpus would be written to one file."""
+    if output_corpus is not None and Path(output_file).resolve() == Path(output_corpus).resolve():
+        raise ValueError(f"--output_file and --output_corpus are both {output_corpus}, expected two files.")
 
 
 def distinct(values: Iterable[T]) -> list[T]:

@@ -36,7 +36,7 @@ def options(tmp_path, name, **changes):
         "input_file": str(tmp_path / name),
         "output_dir": str(tmp_path / "out"),
         "config_name": None,
-        "split": "train",
+        "split": None,
         "column_names": None,
         "validation_fraction": 0.0,
         "answer_style": "short",
@@ -170,6 +170,14 @@ def test_squad_nested_and_flat(tmp_path, name, rows):
     assert refused["where"].endswith(
         ("item 0, paragraph 0, question 1", "squad.jsonl, line 2", "squad.parquet, row 1")
     )
+
+
+def test_a_byte_order_mark_before_json(tmp_path):
+    for rows, name in ((SQUAD, "a.json"), (SQUAD["data"], "a.json"), (FLAT, "b.json.gz")):
+        marked = json.dumps(rows).encode("utf-8-sig")
+        (tmp_path / name).write_bytes(gzip.compress(marked) if name.endswith(".gz") else marked)
+        prepare(options(tmp_path, name))
+        assert [instance["id"] for instance in read_lines(tmp_path / "out/train.jsonl")] == ["a", "3"]
 
 
 TABLE = [
@@ -512,6 +520,8 @@ def test_on_error_fail(tmp_path):
         ("a.json.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\0\x07", {}, "a.json.gz is damaged"),
         ("a.parquet", "no parquet", {}, "a.parquet is no Parquet file"),
         ("a.xlsx", "", {}, "a.xlsx: unknown kind of file, expected one of .json, "),
+        ("a.jsonl", "", {"split": "test"}, "--split is for the name of a dataset, and .*a.jsonl is a file"),
+        ("a.jsonl", "", {"config_name": "c"}, "--config_name is for the name of a dataset"),
         ("a.jsonl", "", {"column_names": ["a"]}, "--column_names is for a CSV or TSV file"),
         ("a.jsonl", "", {}, "no question is left for train.jsonl"),
         ("a.jsonl", '{"question": "q", "answer": "a"}', {"validation_fraction": 0.5}, "no question is left for"),
