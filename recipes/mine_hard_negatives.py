@@ -5,16 +5,20 @@ Add hard negatives to training instances: passages that a retriever finds near a
         --output_file train_negatives.jsonl
 
 The search is sentence-transformers' `mine_hard_negatives`. A query is the question and the text written before its
-`[NSP]`. Candidates are all passages of the training file and of `--corpus_file`. Passages that may be right after all
-are left out: passages of the same instance and its `positives`; passages that are nearer than the right one, or almost
-as near (`--relative_margin`); and passages that hold the text to be written, as for DPR. Any sentence-transformers
-model will do, even the Emb_seq of a CoSup checkpoint (`model.save_emb_seq`). The new negatives are appended to
-`negatives`.
+`[NSP]`. Candidates are the right passages of all instances, and the passages of `--corpus_file`. Passages that may be
+right after all are left out: passages of the same instance and its `positives`; passages that are nearer than the
+right one, or almost as near (`--relative_margin`); and passages that hold the text to be written or one of the
+instance's `answers`, as for DPR. Any sentence-transformers model will do, even the Emb_seq of a CoSup checkpoint
+(`model.save_emb_seq`). The new negatives are appended to `negatives`.
 """
 
 import importlib.util
 import re
+import sys
+import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from shared.cli import check_options, clear_errors, parse, table_of_counts
@@ -51,6 +55,7 @@ class Query:
         passage_text (`str`): the passage of the segment, as the retriever reads it.
         known_ids, known_contents (`set[str]`): ids and content hashes of passages that may be right or are negatives
             already: all passages of the instance, and the `positives` and `negatives` of the segment.
+        answers (`list[str]`): texts that no negative may hold: that of the segment, and the answers of the instance.
     """
 
     text: str
@@ -58,6 +63,7 @@ class Query:
     passage_text: str
     known_ids: set[str]
     known_contents: set[str]
+    answers: list[str]
 
     def knows(self, passage: dict[str, Any]) -> bool:
         """Return whether a passage is known, by its id or its content."""
@@ -129,7 +135,9 @@ def make_query(text: str, instance: dict[str, Any], segment: dict[str, Any], tem
     known += segment["negatives"]
     known_ids = {passage["id"] for passage in known} | set(segment["positives"])
     known_contents = {content_id(passage["title"], passage["text"]) for passage in known}
-    return Query(text, segment, render_passage(segment["passage"], template), known_ids, known_contents)
+    passage_text = render_passage(segment["passage"], template)
+    answers = [segment["text"], *instance.get("answers", [])]
+    return Query(text, segment, passage_text, known_ids, known_contents, answers)
 
 
 def search(queries: list[Query], texts: list[str], args: MiningArguments) -> dict[tuple[str, str], list[str]]:
@@ -170,20 +178,40 @@ def search(queries: list[Query], texts: list[str], args: MiningArguments) -> dic
 
 
 def choose_negatives(query: Query, candidates: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the candidates that are not known and do not hold the answer of the query, in the same order."""
-    answer = normalize_answer(query.segment["text"])
+    """Return the candidates that are not known and do not hold an answer of the query, in the same order."""
     negatives = []
     for passage in candidates:
-        may_be_right = query.knows(passage) or holds(passage, answer)
+        may_be_right = query.knows(passage) or holds(passage, query.answers)
         if not may_be_right:
             negatives.append(passage)
     return negatives
 
 
-def holds(passage: dict[str, Any], answer: str) -> bool:
-    """Return whether title or text of a passage hold a normalised answer as whole words."""
-    words = f"{normalize_answer(passage['title'])} {normalize_answer(passage['text'])}"
-    return answer != "" and f" {answer} " in f" {words} "
+def holds(passage: dict[str, Any], answers: Sequence[str]) -> bool:
+    """
+    Return whether title or text of a passage hold the words of an answer.
+
+    Both are normalised as for exact match, which makes one word of "1939-1945", and with all punctuation as spaces. It
+    is enough if one of the two finds the answer: a right passage must not become a negative.
+    """
+    text = f"{passage['title']} {passage['text']}"
+    for normalize in (normalize_answer, words_between_punctuation):
+        words = f" {normalize(text)} "
+        for answer in map(normalize, answers):
+            if answer and f" {answer} " in words:
+                return True
+    return False
+
+
+def words_between_punctuation(text: str) -> str:
+    """Normalise a text with a space for each character of punctuation, such as "–" and "“", and each symbol."""
+    return normalize_answer(text.translate(spaces_for_punctuation()))
+
+
+@cache
+def spaces_for_punctuation() -> dict[int, str]:
+    """Return a table for `str.translate` with all punctuation (P) and symbols (S) of Unicode."""
+    return {code: " " for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] in "PS"}
 
 
 if __name__ == "__main__":

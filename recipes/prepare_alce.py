@@ -7,7 +7,7 @@ Write evaluation instances and a corpus from ALCE: ASQA, QAMPARI and ELI5 with t
 The first `--num_candidates` docs of an item become its candidates, in the same order. These candidates of all items
 become the corpus. Answers are the long answers of all annotators or, for QAMPARI, every alias of every answer. All
 other fields are kept unchanged under `meta`, for ALCE's metrics: among them `qa_pairs` for str_em, `claims` for claim
-recall, and `answers` of QAMPARI.
+recall, and `answers` of QAMPARI, a list of aliases for each answer, for list F1.
 
 ALCE does not say which passages are right. `--provenance short_answers` takes each candidate that holds a short
 answer, both normalised as in ALCE. `--provenance none`, the default, takes none. If provenance is empty, `meta` has
@@ -24,10 +24,17 @@ from shared.cli import clear_errors, parse, table_of_counts
 from modeling_cosup.files_cosup import read_json
 from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.passages_cosup import check_id, check_text
-from trainer.data import content_id, read_rows
+from trainer.data import content_id
 from trainer.questions import normalize_answer
 
-from shared.data_files import distinct, instruction_of, read_passages
+from shared.data_files import (
+    distinct,
+    instruction_of,
+    read_dataset_or_file,
+    read_passages,
+    refuse_for_file,
+    refuse_same_file,
+)
 
 NOT_META = ("sample_id", "id", "question", "docs", "answer")
 
@@ -47,7 +54,7 @@ class ALCEArguments:
         metadata={"help": "evaluation instances, JSON Lines (compressed if the name ends in .gz)"}
     )
     output_corpus: str = field(metadata={"help": "the passages in our format"})
-    split: str = field(default="validation", metadata={"help": "split of a dataset name"})
+    split: str | None = field(default=None, metadata={"help": "split of a dataset name; defaults to validation"})
     num_candidates: int = field(default=100, metadata={"help": "candidates per item; the paper uses 5 and 100"})
     provenance: Literal["none", "short_answers"] = field(
         default="none", metadata={"help": "which candidates are right: unknown, or those that hold a short answer"}
@@ -74,6 +81,7 @@ def prepare(args: ALCEArguments) -> Counter[str]:
     """
     if args.num_candidates < 1:
         raise ValueError(f"--num_candidates is {args.num_candidates}, expected at least 1.")
+    refuse_same_file(args.output_file, args.output_corpus)
     instruction = instruction_of(args.dataset, args.instruction)
     passages: dict[str, dict] = {}
     counts = Counter({"items read": 0, "items written": 0})
@@ -120,17 +128,18 @@ def prepare(args: ALCEArguments) -> Counter[str]:
     return counts
 
 
-def read_items(path: str, split: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_items(path: str, split: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
     """
     Yield `(where, item)` for each item of a file or a dataset.
 
     A JSON file holds a list, or an object with the list under `data`, as ALCE writes its results.
     """
     if not str(path).endswith((".json", ".json.gz")):
-        for where, row in read_rows(path, split):
+        for where, row in read_dataset_or_file(path, split, "validation"):
             # a dataset fills the fields that a row lacks with None
             yield where, {name: value for name, value in row.items() if value is not None}
         return
+    refuse_for_file(path, split=split)
     data = read_json(path)
     items = data.get("data") if isinstance(data, dict) else data
     if not isinstance(items, list) or not all(isinstance(item, dict) for item in items):

@@ -8,6 +8,10 @@ Each passage with a relevance above 0 is an evidence set by itself. Queries that
 split and are left out, and so are queries whose passages all have relevance 0. BEIR judges retrieval, so most of its
 queries have no answers: only queries with `answer` or `answers` in their `metadata` get any. `build_candidates.py`
 works with an empty list of answers; recipes that judge answers refuse the file.
+
+BEIR embeds a passage's title and text as one, so the title of a passage without text becomes its text. BEIR also
+ignores a hit that has the id of the query, as in ArguAna and Quora, where a query is itself a passage. An evaluation
+here counts it as a wrong hit: the table says how many queries that concerns.
 """
 
 from collections import Counter, defaultdict
@@ -23,7 +27,7 @@ from tqdm import tqdm
 from modeling_cosup.lines_cosup import lines_with_places, writing_lines
 from modeling_cosup.passages_cosup import check_id, check_text
 
-from shared.data_files import distinct, instruction_of, read_passages, read_tsv
+from shared.data_files import distinct, instruction_of, read_passages, read_tsv, refuse_same_file
 
 FILE_ENDINGS = ("", ".gz")
 
@@ -59,18 +63,22 @@ def prepare(args: BEIRArguments) -> Counter[str]:
     Raises:
         `ValueError`: names the file and line, what was found and what was expected; or says why nothing is left.
     """
+    refuse_same_file(args.output_file, args.output_corpus)
     instruction = instruction_of(args.dataset, args.instruction)
     counts: Counter[str] = Counter()
     relevant = read_qrels(args.qrels_file)
     with writing_lines(args.output_file) as write, writing_lines(args.output_corpus) as write_passage:
         gold_ids = {id for ids in relevant.values() for id in ids}
         present_ids = set()
+        asked_ids = set()
         corpus = read_passages_with_text(find(args.input_dir, "corpus.jsonl"), counts)
         for where, passage in tqdm(corpus, desc="Reading passages", unit=" passages"):
             if passage["id"] in present_ids:
                 raise ValueError(f"{where}: the id {passage['id']!r} is already in the corpus; ids must be unique.")
             if passage["id"] in gold_ids:
                 present_ids.add(passage["id"])
+            if passage["id"] in relevant:
+                counts["queries with the id of a passage, which BEIR ignores"] += 1
             write_passage(passage)
             counts["passages in the corpus"] += 1
 
@@ -79,6 +87,7 @@ def prepare(args: BEIRArguments) -> Counter[str]:
             if id not in relevant:
                 counts["queries left out: of another split"] += 1
                 continue
+            asked_ids.add(id)
             if not relevant[id]:
                 counts["queries left out: no passage is relevant"] += 1
                 continue
@@ -102,6 +111,7 @@ def prepare(args: BEIRArguments) -> Counter[str]:
             }
             write(instance)
 
+        counts["queries of the qrels that queries.jsonl lacks"] = len(relevant.keys() - asked_ids)
         counts["gold passages"] = len(present_ids)
         counts["gold passages that the corpus lacks"] = len(gold_ids - present_ids)
         if not counts["queries written, with answers"] and not counts["queries written, without answers"]:
@@ -133,11 +143,15 @@ def read_qrels(path: str) -> dict[str, list[str]]:
 
 
 def read_passages_with_text(path: Path, counts: Counter[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield `(where, passage)`; BEIR has passages without text, which cannot be embedded: count and leave them out."""
+    """Yield `(where, passage)`. A title becomes the text if there is none; passages without either are left out."""
     for where, row in lines_with_places(path):
-        if row.get("text") == "":
-            counts["passages left out: no text"] += 1
-            continue
+        text, title = row.get("text"), row.get("title") or ""
+        if isinstance(text, str) and isinstance(title, str) and not text.strip():
+            if not title.strip():
+                counts["passages left out: no text"] += 1
+                continue
+            counts["passages whose title became their text"] += 1
+            row = {**row, "title": "", "text": title}
         yield from read_passages([(where, row)])
 
 

@@ -32,6 +32,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from shared.cli import clear_errors, parse, table_of_counts
@@ -41,9 +42,15 @@ from tqdm import tqdm
 from modeling_cosup.files_cosup import read_json
 from modeling_cosup.lines_cosup import lines_with_places, writing_lines
 from modeling_cosup.passages_cosup import check_id, check_text
-from trainer.data import read_rows
 
-from shared.data_files import distinct, instruction_of, read_passages
+from shared.data_files import (
+    distinct,
+    instruction_of,
+    read_dataset_or_file,
+    read_passages,
+    refuse_for_file,
+    refuse_same_file,
+)
 
 HEADING = "Section::::"
 BULLET = re.compile(r"^BULLET::::(- )?")
@@ -80,7 +87,7 @@ class KILTArguments:
     config_name: str | None = field(
         default=None, metadata={"help": "configuration of a dataset name, e.g. nq of facebook/kilt_tasks"}
     )
-    split: str = field(default="validation", metadata={"help": "split of a dataset name"})
+    split: str | None = field(default=None, metadata={"help": "split of a dataset name; defaults to validation"})
     match: Literal["title", "id"] = field(
         default="title", metadata={"help": "how to find the page of a passage that does not name it"}
     )
@@ -150,6 +157,7 @@ def prepare(args: KILTArguments) -> Counter[str]:
 
 def check_arguments(args: KILTArguments) -> None:
     """Refuse options that contradict each other or are out of range, before anything is read."""
+    refuse_same_file(args.output_file, args.output_corpus)
     if (args.knowledge_file is None) == (args.corpus_file is None):
         raise ValueError("give either --knowledge_file or --corpus_file.")
     if args.knowledge_file and not args.output_corpus:
@@ -203,13 +211,16 @@ def read_questions(args: KILTArguments, counts: Counter[str]) -> Iterator[dict[s
 def read_tasks(args: KILTArguments) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield `(where, row)` for each question of a file or a dataset."""
     if args.config_name is None:
-        yield from read_rows(args.input_file, args.split)
+        yield from read_dataset_or_file(args.input_file, args.split, "validation")
         return
+    if Path(args.input_file).is_file():
+        refuse_for_file(args.input_file, config_name=args.config_name)
     from datasets import load_dataset
 
-    rows = load_dataset(args.input_file, args.config_name, split=args.split)
+    split = args.split or "validation"
+    rows = load_dataset(args.input_file, args.config_name, split=split)
     for number, row in enumerate(rows):
-        yield f"{args.input_file} ({args.config_name}, {args.split}), row {number}", row
+        yield f"{args.input_file} ({args.config_name}, {split}), row {number}", row
 
 
 def read_outputs(outputs: Any, where: str) -> tuple[list[str], list[Evidence]]:

@@ -9,9 +9,10 @@ All passages with one title are a topic. Written under `output_dir`:
     same.jsonl       other passages of these topics, to measure: the memory holds text on the same topic
     other.jsonl      as many passages of all other topics, to measure: the memory holds nothing on the topic
 
-No passage is in two files. Passages without a title are left out.
+No text is in two files: of passages with the same text the first is kept. Passages without a title are left out.
 """
 
+import contextlib
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,8 @@ from pathlib import Path
 from shared.cli import clear_errors, parse, table_of_counts
 
 from modeling_cosup.corpus_cosup import read_files
-from modeling_cosup.lines_cosup import write_lines
-from modeling_cosup.passages_cosup import check_title_and_text
+from modeling_cosup.lines_cosup import writing_lines
+from modeling_cosup.passages_cosup import check_id, check_title_and_text
 
 
 @dataclass
@@ -45,21 +46,18 @@ def main() -> None:
 
 def prepare(args: MemoryTextArguments) -> dict[str, int]:
     """
-    Write the four files.
+    Write the four files, all or none.
 
     Returns:
-        `dict`: the number of passages in each file.
+        `dict`: the number of passages in each file, and of those left out because their text repeats another's.
 
     Raises:
-        `ValueError`: for a share or a number of topics that leaves one of the files empty.
+        `ValueError`: for a share or a number of topics that leaves one of the files empty, or a passage id that occurs
+            twice.
     """
     if not 0 < args.held_out_share < 0.5:
         raise ValueError(f"held_out_share is {args.held_out_share}, expected more than 0 and less than 0.5.")
-    topics: dict[str, list[dict]] = {}
-    for place, passage in read_files([args.corpus_file]):
-        check_title_and_text(passage, place)
-        if passage.get("title"):
-            topics.setdefault(passage["title"], []).append(passage)
+    topics, num_repeated = read_topics(args.corpus_file)
     if not 1 <= args.num_topics < len(topics):
         raise ValueError(f"num_topics is {args.num_topics}, expected 1 to {len(topics) - 1}: one must be left.")
     generator = random.Random(args.seed)
@@ -79,9 +77,47 @@ def prepare(args: MemoryTextArguments) -> dict[str, int]:
             f"No topic has passages enough for held_out_share {args.held_out_share}: the largest has "
             f"{len(topics[titles[0]])}. Raise the share or take a corpus with more passages of a title."
         )
-    for name, passages in files.items():
-        write_lines(Path(args.output_dir) / f"{name}.jsonl", passages)
-    return {name: len(passages) for name, passages in files.items()}
+    with contextlib.ExitStack() as stack:
+        for name, passages in files.items():
+            write = stack.enter_context(writing_lines(Path(args.output_dir) / f"{name}.jsonl"))
+            for passage in passages:
+                write(passage)
+    counts = {f"{name}.jsonl": len(passages) for name, passages in files.items()}
+    return counts | {"left out: the text of another passage": num_repeated}
+
+
+def read_topics(path: str) -> tuple[dict[str, list[dict]], int]:
+    """
+    Read the passages that have a title.
+
+    A memory reads texts alone. A held-out text that the store holds too, under another id or title, would be judged as
+    if the memory had not seen it.
+
+    Returns:
+        `(dict, int)`: the passages of each title, each text once, and the number of those with the text of another.
+
+    Raises:
+        `ValueError`: for a malformed passage, or an id that occurs twice; names file and line.
+    """
+    topics: dict[str, list[dict]] = {}
+    ids: set[str] = set()
+    texts: set[str] = set()
+    num_repeated = 0
+    for where, passage in read_files([path]):
+        content = check_title_and_text(passage, where)
+        if passage.get("id") is not None:
+            id = check_id(passage["id"], where)
+            if id in ids:
+                raise ValueError(f"{where}: the id {id!r} is already in the corpus; ids must be unique.")
+            ids.add(id)
+        if not content["title"]:
+            continue
+        if content["text"] in texts:
+            num_repeated += 1
+            continue
+        texts.add(content["text"])
+        topics.setdefault(content["title"], []).append(passage)
+    return topics, num_repeated
 
 
 if __name__ == "__main__":

@@ -14,20 +14,23 @@ sentence-transformers, or any columns; those that are not named are recognised b
 Writes `train.jsonl`, `eval.jsonl` and `corpus.jsonl` to the output folder. A row becomes
 
 - with a passage and an answer: an instance of one segment. Its text is the first answer or, with
-  `--answer_style sentence`, the sentence of the passage that holds it;
+  `--answer_style sentence`, the sentence of the passage that holds it. All answers are kept if they say more;
 - with an answer alone: an instance with `answers`, whose passage is found while training (docs/distillation.md);
 - with a passage alone (pairs, triplets): an instance for a retriever. Train it with `supervision: nsp`; its text is
   the passage's first sentence. recipes/prepare_retriever_data.py adds keyword queries.
 
-Of several right passages the first is trained and the others count as right too. Wrong passages (triplets,
-`hard_negative_ctxs` and `negative_ctxs` of DPR, in this order) become the first `--num_negatives` negatives of the
-segment. In `eval.jsonl` the candidates of a question are all passages of its row if some are wrong or of unknown use
-(`ctxs`). All passages are in `corpus.jsonl`, each once, with its content id.
+Of several right passages the first is trained and the others count as right too, as do those of other rows with the
+same question. Wrong passages (triplets, `hard_negative_ctxs` and `negative_ctxs` of DPR, in this order) become the
+first `--num_negatives` negatives of the segment. In `eval.jsonl` the candidates of a question are all passages of its
+rows if some are wrong or of unknown use (`ctxs`). All passages are in `corpus.jsonl`, each once, with its content id.
+
+Rows with the same question, answers and right passages become one instance with the wrong passages of all of them. In
+`eval.jsonl`, rows with the same question and answers become one question with the right passages of all of them.
 
 `--validation_fraction` splits by a hash of the questions. Questions that share a passage, and passages that share a
 question, stay on one side, so no passage of `eval.jsonl` is gold in `train.jsonl`, and the same data give the same
-split whatever their order. The input is then read twice. Only hashes are held in memory: about 100 bytes for each
-passage and question.
+split whatever their order. The input is read twice. Only hashes are held in memory, about 100 bytes for each passage
+and question, and rows that wait for others of their instance.
 
 A row without a question or answer, or with values of another form, is refused: counted by reason and listed with its
 place in `refused.jsonl`. `--on_error fail` ends at the first.
@@ -36,7 +39,7 @@ place in `refused.jsonl`. `--on_error fail` ends at the first.
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -53,7 +56,7 @@ from trainer.questions import normalize_answer
 from shared.data_files import distinct
 from shared.qa_records import Columns, Record, Refused, check_given, find_columns, read_record
 from shared.qa_rows import read_qa_rows
-from shared.qa_split import evaluation_questions, question_hash
+from shared.qa_split import Survey, instance_key, question_hash, survey
 
 TRAIN, EVAL, CORPUS, REFUSED = "train.jsonl", "eval.jsonl", "corpus.jsonl", "refused.jsonl"
 ROLES = ("question", "answer", "passage", "title", "negative", "id")  # of the columns that options name
@@ -68,7 +71,7 @@ class QAArguments:
     )
     output_dir: str = field(metadata={"help": "folder of train.jsonl, eval.jsonl and corpus.jsonl"})
     config_name: str | None = field(default=None, metadata={"help": "configuration of a dataset name"})
-    split: str = field(default="train", metadata={"help": "split of a dataset name"})
+    split: str | None = field(default=None, metadata={"help": "split of a dataset name; defaults to train"})
     question_column: str | None = field(default=None, metadata={"help": "defaults to question, query, anchor, ..."})
     answer_column: str | None = field(default=None, metadata={"help": "defaults to answers, answer, ..."})
     passage_column: str | None = field(
@@ -117,11 +120,8 @@ def prepare(args: QAArguments) -> Counter[str]:
             refused and `on_error` is `"fail"`, or one of the files would be empty. Nothing is written then.
     """
     check_arguments(args)
-    evaluated: set[int] = set()
-    if 0 < args.validation_fraction < 1:
-        records = (record for _, record in read_records(args))
-        evaluated = evaluation_questions(records, args.validation_fraction)
-    with Output(args, evaluated) as output:
+    survey_of_rows = survey((record for _, record in read_records(args)), args.validation_fraction)
+    with Output(args, survey_of_rows) as output:
         for where, record in read_records(args, output.refuse):
             output.add(where, record)
         output.check()
@@ -182,18 +182,19 @@ class Output(contextlib.ExitStack):
 
     Args:
         args ([`QAArguments`]): the folder, and what instances look like.
-        evaluated (`set[int]`): hashes of the questions for evaluation.
+        survey ([`Survey`]): what is known of all rows.
     """
 
-    def __init__(self, args: QAArguments, evaluated: set[int]) -> None:
+    def __init__(self, args: QAArguments, survey: Survey) -> None:
         super().__init__()
         self.args = args
-        self.evaluated = evaluated
+        self.survey = survey
         self.dataset = args.dataset or Path(args.input_file).name.partition(".")[0]
         self.counts = Counter({"rows read": 0})
         self.writers: dict[str, Callable[[Any], object]] = {}
         self.passages: set[int] = set()  # hashes of the ids of those in the corpus
-        self.records: set[int] = set()  # hashes of what was written
+        self.waiting: dict[int, Record] = {}  # instance -> what is known of it, until its last row is read
+        self.rows_left = dict(survey.num_rows)
         self.evaluation_ids: set[int] = set()
 
     def write(self, name: str, value: dict[str, Any]) -> None:
@@ -211,29 +212,40 @@ class Output(contextlib.ExitStack):
         self.write(REFUSED, {"where": where, "reason": reason})
 
     def add(self, where: str, record: Record) -> None:
-        """Write the instance and the passages of a row."""
-        content = [record.question, *record.answers, *(passage["id"] for passage in record.passages)]
-        key = content_id("\n".join(content), "")
-        is_evaluated = self.args.validation_fraction == 1 or question_hash(record.question) in self.evaluated
-        id = record.id or f"{self.dataset}-{key}"
-        if hash_id(key) in self.records:
+        """Write the passages of a row and, if it is the last row of its instance, the instance."""
+        is_evaluated = question_hash(record.question) in self.survey.evaluated
+        key = instance_key(record, is_evaluated)
+        id = record.id or f"{self.dataset}-{content_key(record)}"
+        if key in self.waiting:
             self.counts["rows read"] += 1
-            self.counts["rows left out: repeated"] += 1
-            return
-        if is_evaluated and hash_id(id) in self.evaluation_ids:
+            self.counts["rows merged into an earlier one: the same question"] += 1
+            self.waiting[key].merge(record)
+        elif is_evaluated and hash_id(id) in self.evaluation_ids:
             self.refuse(where, "an id that another question of eval.jsonl has")
-            return
-        self.counts["rows read"] += 1
-        self.records.add(hash_id(key))
-        question = {"id": id, "dataset": self.dataset, "instruction": self.args.instruction, "input": record.question}
-        if is_evaluated:
-            self.evaluation_ids.add(hash_id(id))
-            self.write(EVAL, {**question, **evaluation_fields(record)})
         else:
-            self.write(TRAIN, {**question, **self.training_fields(record)})
-        self.counts[f"{EVAL if is_evaluated else TRAIN}: {kind_of(record)}"] += 1
+            self.counts["rows read"] += 1
+            self.waiting[key] = replace(record, id=id)
+            if is_evaluated:
+                self.evaluation_ids.add(hash_id(id))
+
+        rows_left = self.rows_left.pop(key, 1) - 1
+        if rows_left:
+            self.rows_left[key] = rows_left
+        elif key in self.waiting:
+            self.write_instance(self.waiting.pop(key), is_evaluated)
         for passage in (*record.passages, *record.negatives, *record.candidates):
             self.add_passage(passage)
+
+    def write_instance(self, record: Record, is_evaluated: bool) -> None:
+        """Write the instance of all rows that were merged into one."""
+        name = EVAL if is_evaluated else TRAIN
+        question = {"id": record.id, "dataset": self.dataset, "instruction": self.args.instruction}
+        question["input"] = record.question
+        own = [passage["id"] for passage in record.passages]
+        right_ids = distinct([*own, *self.survey.right_passages.get(question_hash(record.question), [])])
+        fields = evaluation_fields(record, right_ids) if is_evaluated else self.training_fields(record, right_ids)
+        self.write(name, {**question, **fields})
+        self.counts[f"{name}: {kind_of(record)}"] += 1
 
     def add_passage(self, passage: dict[str, str]) -> None:
         """Write a passage to the corpus, unless it is there."""
@@ -243,20 +255,23 @@ class Output(contextlib.ExitStack):
             self.write(CORPUS, passage)
             self.counts[f"{CORPUS}: passages"] += 1
 
-    def training_fields(self, record: Record) -> dict[str, Any]:
-        """Return the fields of a training instance that follow from answers and passages."""
+    def training_fields(self, record: Record, right_ids: list[str]) -> dict[str, Any]:
+        """Return the fields of a training instance; `right_ids` are the right passages of the question in all rows."""
         if not record.passages:
             fields: dict[str, Any] = {"answers": record.answers}
             if found := [*record.candidates, *record.negatives]:
                 fields["candidates"] = distinct(passage["id"] for passage in found)
             return fields
-        passage, *further = record.passages
+        passage = record.passages[0]
         segment: dict[str, Any] = {"text": self.text_to_write(record), "passage": passage}
-        if negatives := record.negatives[: self.args.num_negatives]:
-            segment["negatives"] = negatives
-        if further:
-            segment["positives"] = [other["id"] for other in further]
-        return {"segments": [segment]}
+        negatives = [wrong for wrong in record.negatives if wrong["id"] not in right_ids]
+        if negatives and self.args.num_negatives:
+            segment["negatives"] = negatives[: self.args.num_negatives]
+        if len(right_ids) > 1:
+            segment["positives"] = [id for id in right_ids if id != passage["id"]]
+        if record.answers in ([], [segment["text"]]):
+            return {"segments": [segment]}
+        return {"segments": [segment], "answers": record.answers}  # mine_hard_negatives.py looks for all of them
 
     def text_to_write(self, record: Record) -> str:
         """Return the text of a segment: see `--answer_style`."""
@@ -278,7 +293,7 @@ class Output(contextlib.ExitStack):
         Check that there is what the options ask for, and delete the list of refused rows of an earlier run.
 
         Raises:
-            `ValueError`: if a file would be empty, with all counts.
+            `ValueError`: if a file would be empty, with all counts; if the corpus of an earlier run would stay.
         """
         expected = [TRAIN, EVAL]
         if self.args.validation_fraction in (0, 1):
@@ -289,17 +304,28 @@ class Output(contextlib.ExitStack):
                     f"{self.args.input_file}: no question is left for {name}. Questions that share passages stay"
                     f" together, see --validation_fraction.\n{table_of_counts(self.counts)}"
                 )
+        if CORPUS not in self.writers and Path(self.args.output_dir, CORPUS).exists():
+            raise ValueError(
+                f"--output_dir {self.args.output_dir} holds the {CORPUS} of another run, and these questions have no"
+                " passages: delete it, or name another folder."
+            )
         if REFUSED not in self.writers:
             Path(self.args.output_dir, REFUSED).unlink(missing_ok=True)
 
 
-def evaluation_fields(record: Record) -> dict[str, Any]:
-    """Return the fields of an evaluation instance that follow from answers and passages."""
+def content_key(record: Record) -> str:
+    """Return a hash of the question, the answers and the right passages of a row."""
+    content = [record.question, *record.answers, *(passage["id"] for passage in record.passages)]
+    return content_id("\n".join(content), "")
+
+
+def evaluation_fields(record: Record, right_ids: list[str]) -> dict[str, Any]:
+    """Return the fields of an evaluation instance; `right_ids` are the right passages of the question in all rows."""
     fields: dict[str, Any] = {"answers": record.answers}
-    if record.passages:
-        fields["provenance"] = [[passage["id"]] for passage in record.passages]
-    pool = [*record.candidates, *record.negatives]
-    fields["candidates"] = distinct(passage["id"] for passage in (*record.passages, *pool)) if pool else []
+    if right_ids:
+        fields["provenance"] = [[id] for id in right_ids]
+    pool = [passage["id"] for passage in (*record.candidates, *record.negatives)]
+    fields["candidates"] = distinct([*right_ids, *pool]) if pool else []
     return fields
 
 

@@ -42,7 +42,9 @@ from tqdm import tqdm
 
 from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.passages_cosup import check_id, check_text
-from trainer.data import check_instance, content_id, read_rows
+from trainer.data import check_instance, content_id
+
+from shared.data_files import read_dataset_or_file, refuse_same_file
 
 PAPER_COUNT = 42_932
 FILTERS = ("without_passage", "irrelevant", "unsupported")
@@ -91,7 +93,7 @@ class SelfRAGArguments:
     )
     output_file: str = field(metadata={"help": "training instances, JSON Lines (compressed if the name ends in .gz)"})
     output_corpus: str | None = field(default=None, metadata={"help": "also write their passages, each once"})
-    split: str = field(default="train", metadata={"help": "split of a dataset name"})
+    split: str | None = field(default=None, metadata={"help": "split of a dataset name; defaults to train"})
     filters: list[str] = field(
         default_factory=lambda: list(FILTERS),
         metadata={
@@ -131,11 +133,13 @@ def prepare(args: SelfRAGArguments) -> tuple[Counter[str], list[str]]:
     """
     if args.question_template and "{input}" not in args.question_template:
         raise ValueError(f"--question_template is {args.question_template!r}, expected a text with {{input}}.")
+    refuse_same_file(args.output_file, args.output_corpus)
     counts = Counter({"read": 0, "damaged": 0, **dict.fromkeys(FILTERS, 0), "written": 0})
     damaged: list[str] = []
     passage_ids: set[str] = set()
     with writing_lines(args.output_file) as write, writing_lines(args.output_corpus) as write_passage:
-        for where, row in tqdm(read_rows(args.input_file, args.split), desc="Reading instances", unit=" instances"):
+        rows = read_dataset_or_file(args.input_file, args.split, "train")
+        for where, row in tqdm(rows, desc="Reading instances", unit=" instances"):
             counts["read"] += 1
             question = read_question(row, where)
             output = check_text(row.get("output"), "output", where, may_be_empty=True)

@@ -281,10 +281,10 @@ def load_evaluation_set(
     Load evaluation instances, checked.
 
     An instance is `{"id", "dataset", "instruction", "input", "answers", "provenance", "candidates", "meta"}`.
-    `candidates` may be missing, and so may `meta`, an object with anything else that a metric needs: the `qa_pairs`
-    and `claims` of ALCE, `provenance_unknown`, `long_answers` and `nouns`. A missing `provenance` is unknown; an empty
-    list says that a question needs no passage. Further fields are dropped. Ids are strings or integers, see
-    [`~modeling_cosup.passages_cosup.check_id`].
+    `candidates` may be missing, and so may `meta`, an object with anything else that a metric needs: the `qa_pairs`,
+    `claims` and `answers` of ALCE, `provenance_unknown`, `long_answers` and `nouns`. If `provenance` is missing, it is
+    unknown; an empty list says that a question needs no passage. Further fields are dropped. Ids are strings or
+    integers, see [`~modeling_cosup.passages_cosup.check_id`].
 
     Args:
         source (`str` or `Path`): JSON Lines file or name of a dataset.

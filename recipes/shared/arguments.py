@@ -212,7 +212,7 @@ class EvaluationArguments:
 
     model: str = field(metadata={"local_or_hub": True, "help": "Name or path of a CoSup checkpoint."})
     output_dir: str = field(metadata={"help": "Results folder."})
-    tasks: str | None = field(
+    tasks: list[dict] | str | None = field(
         default=None, metadata={"help": "In a config: a list of tasks; see recipes/run_evaluation.py."}
     )
     eval_file: str | None = field(

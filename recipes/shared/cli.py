@@ -13,13 +13,14 @@ import io
 import os
 import re
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
-from typing import TYPE_CHECKING, Any
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Union, get_args, get_origin, get_type_hints
 
 # Torch reads this once, when it loads. Threads that wait for work then sleep, where spinning would take the cores from
 # other programs.
@@ -40,6 +41,7 @@ if not Path(trainer.__file__).with_name("cosup_trainer.py").exists():
 
 EXPECTED = {int: "an integer", float: "a number"}  # type of an option -> name in errors
 NEED_TORCH = ("torch", "accelerate")  # accelerate cannot be imported without torch
+TEXT_OR_TRUE = ("resume_from_checkpoint", "fsdp")  # of the Trainer, which takes `true` although they are texts
 DATA_SUFFIXES = (".csv", ".gz", ".json", ".jsonl", ".parquet", ".tsv", ".txt")
 
 
@@ -324,7 +326,7 @@ def read_config(path: Path) -> dict[str, Any]:
     return values
 
 
-def set_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
+def set_defaults(parser: "Parser", path: Path) -> None:
     """
     Make the values of a YAML file, whose names are checked, the defaults of a parser.
 
@@ -333,13 +335,27 @@ def set_defaults(parser: argparse.ArgumentParser, path: Path) -> None:
     """
     values = read_config(path)
     actions = {action.dest: action for action in parser._actions}
+    texts = text_options(parser.dataclass_types)
     for name, value in values.items():
         actions[name].required = False
-        values[name] = convert(value, actions[name], f"{path}: {name}")
+        values[name] = convert(value, actions[name], f"{path}: {name}", name in texts)
     parser.set_defaults(**values)
 
 
-def convert(value: Any, action: argparse.Action, where: str) -> Any:
+def text_options(option_classes: Iterable[Any]) -> set[str]:
+    """Return the names of the options that are texts, or lists of texts, and nothing else."""
+    names = set()
+    for option_class in option_classes:
+        for name, annotation in get_type_hints(option_class).items():
+            kinds = {annotation}
+            if get_origin(annotation) in (Union, UnionType):
+                kinds = set(get_args(annotation)) - {NoneType}
+            if kinds in ({str}, {list[str]}):
+                names.add(name)
+    return names.difference(TEXT_OR_TRUE)
+
+
+def convert(value: Any, action: argparse.Action, where: str, is_text: bool) -> Any:
     """
     Convert a value of a YAML file to what the command line would give.
 
@@ -350,20 +366,25 @@ def convert(value: Any, action: argparse.Action, where: str) -> Any:
         value: the value in the file.
         action (`argparse.Action`): the option.
         where (`str`): file and key, for the beginning of an error.
+        is_text (`bool`): whether the option takes text and nothing else. YAML reads `5` as a number.
 
     Raises:
-        `SystemExit`: if the value does not fit the option.
+        `SystemExit`: if the value does not fit the option, or is a text in quotes only, such as `no` and `2024-01-01`.
     """
     if value is None:
         return None
     if action.nargs in ("*", "+"):
         items = value if isinstance(value, list) else [value]
-        return [convert_one(item, action, where) for item in items]
-    return convert_one(value, action, where)
+        return [convert_one(item, action, where, is_text) for item in items]
+    return convert_one(value, action, where, is_text)
 
 
-def convert_one(value: Any, action: argparse.Action, where: str) -> Any:
+def convert_one(value: Any, action: argparse.Action, where: str, is_text: bool) -> Any:
     """Convert one value of an option, see [`convert`]."""
+    if is_text:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            sys.exit(f"{where} is {value!r}, expected a text: write it in quotes.")
+        value = str(value)
     to_type: Any = action.type
     if callable(to_type) and (isinstance(value, str) or to_type in EXPECTED):
         expected = EXPECTED.get(to_type, "true or false")

@@ -13,6 +13,7 @@ from modeling_cosup.corpus_cosup import OPTIONAL_COLUMNS, read_files
 from modeling_cosup.files_cosup import byte_lines, read_json
 from modeling_cosup.metadata_cosup import check_metadata
 from modeling_cosup.passages_cosup import check_id, check_title_and_text
+from trainer.data import read_rows
 
 INSTRUCTIONS = Path(__file__).with_name("instructions.json")
 TSV_ENDINGS = (".tsv", ".tsv.gz")
@@ -48,8 +49,8 @@ def read_table(path: str | Path, columns: list[str] | None = None) -> Iterator[t
     """
     Read the rows of a CSV or TSV file with any header, `.gz` or plain.
 
-    Values end at tabs in a file that is named `.tsv`, and otherwise at commas, or at semicolons if the first line
-    holds more of them.
+    Values end at tabs if the file is named `.tsv` or its first line holds one. Otherwise they end at commas, or at
+    semicolons if the first line holds more of them.
 
     Args:
         path (`str` or `Path`): the file.
@@ -61,10 +62,10 @@ def read_table(path: str | Path, columns: list[str] | None = None) -> Iterator[t
     Raises:
         `FileNotFoundError`, `ValueError`: names file and line, what was found and what was expected.
     """
-    delimiter = "\t"
-    if not str(path).endswith(TSV_ENDINGS):
-        first_line = next(byte_lines(path), b"")
-        delimiter = ";" if first_line.count(b";") > first_line.count(b",") else ","
+    first_line = next(byte_lines(path), b"")
+    delimiter = ";" if first_line.count(b";") > first_line.count(b",") else ","
+    if is_tsv(path) or b"\t" in first_line:  # DPR's nq-test.csv is tab-separated
+        delimiter = "\t"
     for where, row in _cells(path, delimiter):
         if columns is None:
             columns = row
@@ -72,6 +73,11 @@ def read_table(path: str | Path, columns: list[str] | None = None) -> Iterator[t
                 raise ValueError(f"{where}: the header is {row!r}, which names a column twice.")
         else:
             yield where, _row(row, columns, where)
+
+
+def is_tsv(path: str | Path) -> bool:
+    """Return whether a file is named as one of tab-separated values, in capitals or not."""
+    return str(path).lower().endswith(TSV_ENDINGS)
 
 
 def _cells(path: str | Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
@@ -82,12 +88,20 @@ def _cells(path: str | Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
     csv.field_size_limit(sys.maxsize)
     open_file = gzip.open if path.suffix == ".gz" else open
     with open_file(path, "rb") as binary:
-        rows = csv.reader(io.TextIOWrapper(binary, encoding="utf-8-sig", newline=""), delimiter=delimiter)
+        text = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
+        rows = csv.reader(text, delimiter=delimiter, strict=True)  # else a lone quote swallows all lines after it
+        last_line = 0  # of the row before
         try:
             for row in rows:
+                last_line = rows.line_num
                 if row:
-                    yield f"{path}, line {rows.line_num}", row
-        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError, csv.Error) as error:
+                    yield f"{path}, line {last_line}", row
+        except csv.Error as error:
+            raise ValueError(
+                f"{path}, line {last_line + 1}: {error}. A value that begins with a quote must end with one, and"
+                ' quotes within it must be doubled: "he said ""yes""".'
+            ) from None
+        except (EOFError, gzip.BadGzipFile, zlib.error, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is damaged after line {rows.line_num}: {error}") from None
 
 
@@ -117,7 +131,7 @@ def read_passages(source: str | Path | Iterable[tuple[str, dict[str, Any]]]) -> 
         `ValueError`: names file and line, the field, what was found and what was expected.
     """
     if isinstance(source, str | Path):
-        if str(source).endswith(TSV_ENDINGS):
+        if is_tsv(source):
             source = read_tsv(source, ["id", "text", "title"])
         else:
             source = read_files([source], optional=(*OPTIONAL_COLUMNS, *WIKIPEDIA_FIELDS))
@@ -126,10 +140,24 @@ def read_passages(source: str | Path | Iterable[tuple[str, dict[str, Any]]]) -> 
         metadata = check_metadata(line.get("metadata"), where)
         if metadata is not None:
             passage["metadata"] = metadata
-        for name in WIKIPEDIA_FIELDS:
-            if line.get(name) is not None:
-                passage[name] = line[name]
-        yield where, passage
+        yield where, passage | wikipedia_fields(line, where)
+
+
+def wikipedia_fields(line: dict[str, Any], where: str) -> dict[str, Any]:
+    """
+    Return `wikipedia_id`, `start_paragraph_id` and `end_paragraph_id` of a passage, as far as it has them.
+
+    Raises:
+        `ValueError`: for a paragraph number that is no integer, or one without the other.
+    """
+    fields = {name: line[name] for name in WIKIPEDIA_FIELDS if line.get(name) is not None}
+    paragraphs = [fields.get(name) for name in WIKIPEDIA_FIELDS[1:]]
+    if paragraphs != [None, None] and not all(type(number) is int for number in paragraphs):
+        raise ValueError(
+            f"{where}: start_paragraph_id and end_paragraph_id are {paragraphs[0]!r} and {paragraphs[1]!r}, expected"
+            " two integers, or neither."
+        )
+    return fields
 
 
 def instruction_of(dataset: str, override: str | None) -> str:
@@ -148,6 +176,31 @@ def instruction_of(dataset: str, override: str | None) -> str:
             "give one as --instruction; it may be empty."
         )
     return known[dataset]
+
+
+def refuse_for_file(source: str, **options: Any) -> None:
+    """Raise a `ValueError` for the first option that is not `None`: it selects a part of a dataset, not of a file."""
+    for name, value in options.items():
+        if value is not None:
+            raise ValueError(f"--{name} is for the name of a dataset, and {source} is a file.")
+
+
+def read_dataset_or_file(source: str, split: str | None, default_split: str) -> Iterator[tuple[str, Any]]:
+    """
+    Yield the rows of a JSON Lines file, or of a split of a named dataset; see [`~trainer.data.read_rows`].
+
+    Raises:
+        `ValueError`: if a split is given for a file.
+    """
+    if Path(source).is_file():
+        refuse_for_file(source, split=split)
+    yield from read_rows(source, split or default_split)
+
+
+def refuse_same_file(output_file: str, output_corpus: str | None) -> None:
+    """Raise a `ValueError` if the instances and the corpus would be written to one file."""
+    if output_corpus is not None and Path(output_file).resolve() == Path(output_corpus).resolve():
+        raise ValueError(f"--output_file and --output_corpus are both {output_corpus}, expected two files.")
 
 
 def distinct(values: Iterable[T]) -> list[T]:

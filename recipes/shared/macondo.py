@@ -137,7 +137,7 @@ def read_names(path: str, option: str) -> list[str]:
     Raises:
         `ValueError`: if a name occurs twice, names option, file and name.
     """
-    names = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    names = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     seen: set[str] = set()
     for name in names:
         if name in seen:

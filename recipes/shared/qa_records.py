@@ -4,12 +4,15 @@ What a row of a question–answer set says: a question with its answers, its pas
 Sets differ in the names of their columns and in the form of what they hold. A column that no option names is the first
 of a list of usual names that a row has, in capitals or not. Answers are a string, a list, or an object with `text`
 (SQuAD) or `value` and `aliases` (TriviaQA); passages are a string, an object with `text` and perhaps `title` (DPR's
-`*_ctxs`), or a list.
+`*_ctxs`), or a list. The cells of a table hold these lists and objects in JSON or, as pandas writes them, in Python.
 """
 
 import ast
+import io
 import json
+import math
 import re
+import tokenize
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +32,7 @@ IDS = ("id", "_id", "question_id", "query_id", "qid")
 CANDIDATES = ("ctxs",)
 NEGATIVES = ("hard_negative_ctxs", "negative_ctxs", "negative_passages", "negatives", "neg")
 NEGATIVE = re.compile(r"negative(_?\d+)?")  # one wrong passage a column, as of sentence-transformers
+NUMPY_CALLS = ("array", "str_", "int32", "int64", "float64")  # in what pandas writes: array(['a'], dtype=object)
 TEXTS = ("text", "contents", "content", "passage", "paragraph_text")  # of a passage that is an object
 
 
@@ -82,6 +86,12 @@ class Record:
     passages: list[dict[str, str]]
     negatives: list[dict[str, str]]
     candidates: list[dict[str, str]]
+
+    def merge(self, other: "Record") -> None:
+        """Add the passages of another row of the same question."""
+        self.passages = distinct_passages([*self.passages, *other.passages], [])
+        self.negatives = distinct_passages([*self.negatives, *other.negatives], [])
+        self.candidates = distinct_passages([*self.candidates, *other.candidates], [])
 
 
 def check_given(names: Collection[str], given: Mapping[str, str | None], where: str) -> None:
@@ -152,22 +162,28 @@ def read_record(row: Mapping[str, Any], columns: Columns | None) -> Record:
     """
     if columns is None:
         raise Refused("no column of questions, or none of answers or passages")
+    row = {name: None if is_nan(value) else value for name, value in row.items()}
     value = row.get(columns.question or "")
     if not isinstance(value, str) or not value.strip():
         raise Refused("no question")
     title = row.get(columns.title or "") or ""
     if not isinstance(title, str):
         raise Refused("the title is no text")
-    raw_answers = row.get(columns.answer or "")
+    raw_answers = read_cell(row.get(columns.answer or ""))
+    if isinstance(raw_answers, str) and is_object(raw_answers):
+        raise Refused("the answer looks like an object, {...}, that is neither JSON nor Python")
     if is_squad(raw_answers):
         title = title.replace("_", " ")
     answers = distinct(stripped(text) for text in read_answers(raw_answers) if text.strip())
     if columns.answer is not None and not answers:
         raise Refused("no answer")
-    passages = distinct_passages(read_passages(row.get(columns.passage or ""), title), [])
+    passages = distinct_passages(read_passages(read_passage_cell(row.get(columns.passage or "")), title), [])
     if not answers and not passages:
         raise Refused("no passage")
-    wrong = [passage for name in columns.negatives for passage in read_passages(row.get(name), "")]
+    wrong = []
+    for name in columns.negatives:
+        wrong += read_passages(read_passage_cell(row.get(name)), "")
+    candidates = read_passages(read_passage_cell(row.get(columns.candidates or "")), "")
     id = row.get(columns.id or "")
     return Record(
         question=stripped(value),
@@ -175,7 +191,7 @@ def read_record(row: Mapping[str, Any], columns: Columns | None) -> Record:
         answers=answers,
         passages=passages,
         negatives=distinct_passages(wrong, passages),
-        candidates=distinct_passages(read_passages(row.get(columns.candidates or ""), ""), []),
+        candidates=distinct_passages(candidates, []),
     )
 
 
@@ -202,11 +218,11 @@ def is_squad(answers: Any) -> bool:
 
 
 def read_answers(value: Any) -> list[str]:
-    """Return the answers in a value; an empty list for `None`."""
-    if value is None:
+    """Return the answers in a value; an empty list for `None` and NaN."""
+    if value is None or is_nan(value):
         return []
     if isinstance(value, str):
-        return read_list(value)
+        return [value]
     if isinstance(value, bool):
         return ["yes" if value else "no"]
     if isinstance(value, int | float):
@@ -220,18 +236,79 @@ def read_answers(value: Any) -> list[str]:
     raise Refused("the answer is neither text nor a list of texts")
 
 
-def read_list(text: str) -> list[str]:
-    """Return the strings of a list that a cell of a table holds, in JSON or Python; otherwise the text alone."""
-    if not (text.startswith("[") and text.rstrip().endswith("]")):
-        return [text]
-    for parse in (json.loads, ast.literal_eval):
+def is_nan(value: Any) -> bool:
+    """Return whether a value is NaN, which pandas writes where there is none."""
+    return isinstance(value, float) and math.isnan(value)
+
+
+# ---------------------------------------------------------------------- cells of tables
+
+
+def is_list(text: str) -> bool:
+    """Return whether a text has the brackets of a list."""
+    return text.lstrip().startswith("[") and text.rstrip().endswith("]")
+
+
+def is_object(text: str) -> bool:
+    """Return whether a text has the braces of an object."""
+    return text.lstrip().startswith("{") and text.rstrip().endswith("}")
+
+
+def read_cell(value: Any) -> Any:
+    """Return the list or object that a text holds, in JSON or Python; any other value unchanged."""
+    if not isinstance(value, str) or not (is_list(value) or is_object(value)):
+        return value
+    for parse in (json.loads, python_value):
         try:
-            values = parse(text)
-        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            content = parse(value.strip())
+        except (ValueError, TypeError, SyntaxError, tokenize.TokenError, RecursionError, MemoryError):
             continue
-        if isinstance(values, list):
-            return [str(value) for value in values]
-    return [text]
+        if isinstance(content, list | dict):
+            return content
+    return value
+
+
+def read_passage_cell(value: Any) -> Any:
+    """Return the passages that a text holds, see [`read_cell`]; any other value unchanged."""
+    content = read_cell(value)
+    items = content if isinstance(content, list) else [content]
+    for item in items:
+        is_passage = isinstance(item, Mapping) and any(item.get(name) for name in TEXTS)
+        if not isinstance(item, str) and not is_passage:
+            return value
+    return content
+
+
+def python_value(text: str) -> Any:
+    """
+    Return the value of a Python literal. Arrays of numpy are lists, as `repr` writes them and as `str` does, which
+    leaves out the commas: `['a' 'b']`.
+    """
+    words: list[str] = []
+    after_string = False
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type == tokenize.NL:
+            continue
+        is_string = token.type == tokenize.STRING
+        if is_string and after_string:  # Python itself would make one string of two
+            words.append(",")
+        words.append(token.string)
+        after_string = is_string
+    tree = ast.parse(" ".join(words).strip(), mode="eval")
+    return ast.literal_eval(NumpyValues().visit(tree))
+
+
+class NumpyValues(ast.NodeTransformer):
+    """Replace numpy's `array([...], dtype=...)` and `str_('...')` by what they hold, and `nan` by None."""
+
+    def visit_Call(self, node: ast.Call) -> ast.AST:
+        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+        if name in NUMPY_CALLS and node.args:
+            return self.visit(node.args[0])
+        return node
+
+    def visit_Name(self, node: ast.Name) -> ast.AST:
+        return ast.Constant(None) if node.id == "nan" else node
 
 
 def read_passages(value: Any, title: str) -> list[dict[str, str]]:

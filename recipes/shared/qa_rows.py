@@ -4,6 +4,8 @@ Rows of question–answer sets: JSON, JSON Lines, CSV, TSV, Parquet, or a datase
 Lists of JSON objects, as of DPR, and SQuAD's nested articles are read with ijson, which holds one item in memory.
 """
 
+import codecs
+import contextlib
 import gzip
 import zlib
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ from typing import IO, Any
 
 from modeling_cosup.lines_cosup import lines_with_places
 
-from shared.data_files import read_table
+from shared.data_files import read_table, refuse_for_file
 
 Row = tuple[str, dict[str, Any]]  # where it is, for errors and counts, and its columns
 JSON_LINES = (".jsonl", ".ndjson")
@@ -21,14 +23,14 @@ ENDINGS = (".json", *JSON_LINES, *TABLES, ".parquet")
 
 
 def read_qa_rows(
-    source: str, config_name: str | None = None, split: str = "train", column_names: list[str] | None = None
+    source: str, config_name: str | None = None, split: str | None = None, column_names: list[str] | None = None
 ) -> Iterator[Row]:
     """
     Read the rows of a file or of a dataset, which is streamed.
 
     Args:
         source (`str`): a file, `.gz` or plain, or the name of a dataset (on the Hub, or a folder).
-        config_name, split (`str`): of a dataset.
+        config_name, split (`str`, *optional*): of a dataset, whose split defaults to `"train"`. An error for a file.
         column_names (`list[str]`, *optional*): of a CSV or TSV file without a header.
 
     Yields:
@@ -42,8 +44,9 @@ def read_qa_rows(
     if column_names and ending not in TABLES:
         raise ValueError(f"--column_names is for a CSV or TSV file without a header, and {source} is none.")
     if not path.is_file() and ending not in ENDINGS:
-        yield from read_dataset(source, config_name, split)
+        yield from read_dataset(source, config_name, split or "train")
         return
+    refuse_for_file(source, config_name=config_name, split=split)
     if not path.is_file():
         raise FileNotFoundError(f"{source} is not a file.")
     if ending in TABLES:
@@ -110,9 +113,13 @@ def read_json_rows(path: Path) -> Iterator[Row]:
         raise ValueError(f"{path} is damaged after item {number}: {error}") from None
 
 
-def open_bytes(path: Path) -> IO[bytes]:
-    """Open a file, `.gz` or plain, to read bytes."""
-    return gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb")
+@contextlib.contextmanager
+def open_bytes(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file, `.gz` or plain, to read the bytes after its byte order mark, if it has one."""
+    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+        if file.read(3) != codecs.BOM_UTF8:
+            file.seek(0)
+        yield file
 
 
 def items_prefix(path: Path) -> str | None:

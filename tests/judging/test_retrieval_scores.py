@@ -12,6 +12,7 @@ from trainer.judging.correctness import (
     correctness,
     exact_match,
     kilt_scores,
+    list_f1,
     rouge_l,
     short_answer,
     str_em,
@@ -174,6 +175,32 @@ def test_str_em_is_the_share_of_readings():
     assert str_em("", pairs) == (0.0, 0.0)
     with pytest.raises(ValueError, match="no qa_pairs"):
         str_em("x", [])
+
+
+RIVERS = [["Rhine", "the Rhine River"], ["Elbe"], ["Oder"]]
+
+
+@pytest.mark.parametrize(
+    ("output", "answer_lists", "expected"),
+    [
+        ("Rhine", RIVERS, 1 / 2),  # precision 1, recall 1/3
+        ("The Rhine [1], elbe [2], Oder.", RIVERS, 1.0),
+        ("Rhine, the Rhine river, Elbe", RIVERS, 4 / 5),  # an alias is right, but finds no further answer
+        ("Rhine, Po, , Nile\nElbe", RIVERS, 1 / 3),  # precision 1/3, recall 1/3; the second line does not count
+        ("Rhine and Elbe", RIVERS, 0.0),  # the answers of a list stand between commas
+        ("", RIVERS, 0.0),
+        ("a1, a2, a3, a4, a5", [[f"a{i}"] for i in range(12)], 1.0),
+        ("a1, a2, a3, a4", [[f"a{i}"] for i in range(12)], 8 / 9),  # recall 4/5
+    ],
+)
+def test_list_f1_is_that_of_alce(output, answer_lists, expected):
+    assert list_f1(output, answer_lists) == pytest.approx(expected)
+
+
+def test_list_f1_without_lists():
+    assert cor_metric("qampari") == "list_f1"
+    with pytest.raises(ValueError, match="no lists of answers"):
+        list_f1("x", [])
 
 
 # ---------------------------------------------------------------------- retrieval

@@ -97,6 +97,20 @@ def test_a_given_metric_is_cor(questions):
     assert score([prediction(questions[0], "x")], questions[:1], metric="em")["cor"] == [0.0]
 
 
+def test_one_answer_of_a_list_is_not_all_of_it():
+    answers = {"answers": ["Rhine", "Elbe", "Oder"], "dataset": "qampari"}
+    questions = [
+        {**QUESTIONS[0], **answers, "meta": {"answers": [["Rhine", "The"], ["Elbe"], ["Oder"], ["The"]]}},
+        {**QUESTIONS[0], **answers, "id": "without", "meta": {}},
+    ]
+    scores = score([prediction(question, "Rhine") for question in questions], questions)
+    assert scores["cor"] == scores["list_f1"] == [0.5, None]
+    assert cor_names(questions) == ["list_f1"]
+    assert "list_f1" not in score([prediction(questions[1], "Rhine")], questions[1:])
+    with pytest.raises(ValueError, match="1 of 2 questions have no meta.answers, which list_f1, their Cor, compares"):
+        check_questions(questions, "rivers")
+
+
 def test_missing_answers_are_an_error(questions, predictions):
     with pytest.raises(ValueError, match="answered 0 of 1 pairs"):
         score(predictions, questions, entail=lambda pairs: [])

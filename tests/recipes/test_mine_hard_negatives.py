@@ -98,7 +98,7 @@ def test_negatives_are_the_nearest_passages_that_are_surely_wrong(folder, tmp_pa
         answer = query.segment["text"]
         allowed = []
         for candidate in RIVERS + CORPUS[:2]:
-            if candidate["id"] not in query.known_ids and not holds(candidate, answer.lower()):
+            if candidate["id"] not in query.known_ids and not holds(candidate, [answer]):
                 allowed.append(candidate)
         texts = [render_passage(candidate, TEMPLATE) for candidate in allowed]
         scores = model.similarity(model.encode_query([query.text]), model.encode_document(texts))[0]
@@ -110,6 +110,35 @@ def test_negatives_are_the_nearest_passages_that_are_surely_wrong(folder, tmp_pa
     assert not {"r0", "c0", "c2"} & set(first)
     assert not {"r1", "r2"} & set(second)  # its own passage, and one that would be right too
     assert not {"r0", "r2"} & set(two)  # passages of the same instance
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        ("The war (1939–1945) was long.", "1939", True),
+        ("The war (1939-1945) was long.", "1939-1945", True),
+        ("They sang “Heroes”.", "Heroes", True),
+        ("Łódź—the city", "łódź", True),
+        ("The Rhine's source", "the Rhine", True),
+        ("The US army", "U.S.", True),  # as one word, and as two
+        ("The U. S. army", "U.S.", True),
+        ("The party", "art", False),
+        ("any text", "The", False),
+        ("any text", "“”", False),
+    ],
+)
+def test_a_passage_holds_an_answer_next_to_any_punctuation(text, answer, expected):
+    assert holds(passage("p", text), ["nothing", answer]) is expected
+    assert holds(passage("p", "", title=text), [answer]) is expected
+
+
+def test_answers_of_an_instance_are_in_no_negative(folder, tmp_path):
+    """The text is a whole sentence, which no other passage repeats."""
+    sentence = {**INSTANCES[0], "answers": ["Lugano"], "segments": [segment("It flows there.", RIVERS[0])]}
+    _, instances = mined(folder, tmp_path, instances=[sentence, *INSTANCES[1:]], num_negatives=4)
+    assert set(negatives_of(instances[0])) == {"r1", "r2", "c0"}
+    _, instances = mined(folder, tmp_path, instances=[{**sentence, "answers": ["x"]}, *INSTANCES[1:]], num_negatives=4)
+    assert set(negatives_of(instances[0])) == {"r1", "r2", "c0", "c1"}
 
 
 def test_queries_hold_what_was_written_before(tmp_path, folder):

@@ -25,7 +25,7 @@ def options(tmp_path, **changes):
         "num_candidates": 100,
         "provenance": "none",
         "instruction": None,
-        "split": "validation",
+        "split": None,
     }
     return Namespace(**defaults | changes)
 
@@ -123,6 +123,7 @@ ITEM = {"sample_id": "x", "question": "q?", "answer": "a", "docs": [{"id": "1", 
         ),
         (["q?"], {}, "found list, expected ALCE's list of items"),
         ([{**ITEM, "answer": ""}], {}, "(?s)No item or no passage is left.*no answer +1"),
+        ([ITEM], {"split": "train"}, "--split is for the name of a dataset, and .*items.json is a file"),
         ([ITEM], {"num_candidates": 0}, "--num_candidates is 0"),
         ([ITEM], {"dataset": "qampari"}, "no instruction for 'qampari'"),
     ],
@@ -131,6 +132,12 @@ def test_bad_files(tmp_path, items, changes, message):
     with pytest.raises(ValueError, match=message):
         prepare(options(tmp_path, input_file=write_items(tmp_path, *items), **changes))
     assert [path.name for path in tmp_path.iterdir()] == ["items.json"]
+
+
+def test_one_file_for_instances_and_corpus(tmp_path):
+    with pytest.raises(ValueError, match="--output_file and --output_corpus are both .*eval.jsonl"):
+        prepare(options(tmp_path, output_corpus=tmp_path / "eval.jsonl"))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_dataset_by_its_name(tmp_path):

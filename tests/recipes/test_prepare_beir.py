@@ -38,21 +38,24 @@ def test_queries_passages_and_counts(tmp_path, beir_folder):
     counts = prepare(options(tmp_path))
     assert dict(counts) == {
         "passages left out: no text": 1,
-        "passages in the corpus": 3,
+        "passages whose title became their text": 1,
+        "passages in the corpus": 4,
         "queries written, with answers": 1,
         "queries written, without answers": 1,
         "queries left out: of another split": 1,
         "queries left out: the corpus lacks their passages": 1,
         "queries left out: no passage is relevant": 1,
-        "gold passages": 3,
+        "queries of the qrels that queries.jsonl lacks": 1,
+        "gold passages": 4,
         "gold passages that the corpus lacks": 1,
     }
     corpus = load_corpus(tmp_path / "corpus.jsonl")
     assert corpus[1] == {"id": "d2", "title": "", "text": "Coffee with milk."}
+    assert corpus[3] == {"id": "d5", "title": "", "text": "Only a title"}
     queries = load_evaluation_set(tmp_path / "eval.jsonl", corpus=corpus, answers_required=False)
     assert [(query["id"], query["input"], query["answers"], query["provenance"]) for query in queries] == [
         ("1", "what do otters eat?", ["fish"], [["d1"]]),  # d2 has relevance 0, as all have for query 5
-        ("2", "what is with milk?", [], [["d2"], ["d4"]]),
+        ("2", "what is with milk?", [], [["d2"], ["d4"], ["d5"]]),
     ]
     with pytest.raises(ValueError, match="line 2: answers is .*, expected a list of at least one string"):
         load_evaluation_set(tmp_path / "eval.jsonl", corpus=corpus)
@@ -85,6 +88,14 @@ def test_bad_files(tmp_path, beir_folder, name, lines, message):
     with pytest.raises(ValueError, match=message):
         prepare(options(tmp_path, **changes))
     assert [path.name for path in tmp_path.iterdir()] == ["beir"]
+
+
+def test_queries_that_are_passages_are_counted(tmp_path, beir_folder):
+    (beir_folder / "corpus.jsonl").write_text(
+        '{"_id": "1", "text": "what do otters eat?"}\n{"_id": "d1", "text": "x"}\n'
+    )
+    counts = prepare(options(tmp_path))
+    assert counts["queries with the id of a passage, which BEIR ignores"] == 1
 
 
 def test_byte_order_marks_are_read(tmp_path, beir_folder):

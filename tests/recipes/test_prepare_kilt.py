@@ -33,7 +33,7 @@ def kilt(tmp_path, **changes):
         "output_corpus": tmp_path / "corpus.jsonl",
         "words": 6,
         "config_name": None,
-        "split": "validation",
+        "split": None,
         "match": "title",
         "max_other_pages": None,
         "triviaqa_file": None,
@@ -240,6 +240,17 @@ def test_bad_kilt_files(tmp_path, question, page, message):
     [
         ({"output_corpus": None}, "say where they go with --output_corpus"),
         ({"words": 0}, "--words is 0"),
+        ({"output_corpus": "good.json", "output_file": "good.json"}, "are both .*good.json, expected two files"),
+        ({"split": "train"}, "--split is for the name of a dataset, and .*kilt_questions.jsonl is a file"),
+        ({"config_name": "nq"}, "--config_name is for the name of a dataset, and .*kilt_questions.jsonl is a file"),
+        (
+            {"knowledge_file": None, "corpus_file": "start.jsonl"},
+            "start.jsonl, line 1: start_paragraph_id and end_paragraph_id are 1 and None, expected two integers",
+        ),
+        (
+            {"knowledge_file": None, "corpus_file": "text.jsonl"},
+            "text.jsonl, line 1: start_paragraph_id and end_paragraph_id are '1' and '2', expected two integers",
+        ),
         ({"task": "triviaqa", "input_file": "empty"}, "TriviaQA's files hold none, name its own as --triviaqa_file"),
         (
             {"task": "triviaqa", "input_file": "empty", "triviaqa_file": "good.json"},
@@ -264,6 +275,9 @@ def test_bad_options_and_corpora(tmp_path, changes, message):
     write(files / "empty", {**GOOD, "input": ""})
     write(files / "good.json", '{"Data": [{"QuestionId": "other", "Question": "q?"}]}')
     write(files / "bad.json", "[]")
+    passage = {"id": "1", "title": "Otter", "text": "fish", "wikipedia_id": "10"}
+    write(files / "start.jsonl", {**passage, "start_paragraph_id": 1})
+    write(files / "text.jsonl", {**passage, "start_paragraph_id": "1", "end_paragraph_id": "2"})
     write(files / "header.tsv", "id\ttitle\ttext", "1\tOtter\tfish")
     write(files / "columns.tsv", "id\ttext\ttitle", "1\tfish")
     write(files / "elsewhere.tsv", "id\ttext\ttitle", "1\tfish\tAnother title")

@@ -128,7 +128,7 @@ def small(tmp_path_factory):
     children = ["Amaranta", "Arcadio", "Aureliano", "Remedios", "Rebeca", "Ursula"]
     texts = [f"is the parent of {name}." for name in children] * 5
     make_tokenizer(vocab_size=512, texts=texts).save_pretrained(folder / "tokenizer")
-    (folder / "children.txt").write_text("\n".join(children) + "\n\n")
+    (folder / "children.txt").write_text("\n".join(children) + "\n\n", encoding="utf-8-sig")
     (folder / "last.txt").write_text("Iguaran\nBuendia\n")
     return folder
 
@@ -148,7 +148,7 @@ def test_names_are_those_of_the_files_or_of_the_vocabulary(small, tmp_path):
         children = {line["child"] for line in lines}
         assert len(set(child_tokens(tokenizer, sorted(children)))) == 6
         if options:
-            assert children == set((small / "children.txt").read_text().split())
+            assert children == set((small / "children.txt").read_text("utf-8-sig").split())
             assert {line["villager"].split()[1] for line in lines} <= {"Iguaran", "Buendia"}
         assert not (tmp_path / name / "tokenizer").exists()  # it is another's
 

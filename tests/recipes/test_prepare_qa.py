@@ -36,7 +36,7 @@ def options(tmp_path, name, **changes):
         "input_file": str(tmp_path / name),
         "output_dir": str(tmp_path / "out"),
         "config_name": None,
-        "split": "train",
+        "split": None,
         "column_names": None,
         "validation_fraction": 0.0,
         "answer_style": "short",
@@ -172,6 +172,14 @@ def test_squad_nested_and_flat(tmp_path, name, rows):
     )
 
 
+def test_a_byte_order_mark_before_json(tmp_path):
+    for rows, name in ((SQUAD, "a.json"), (SQUAD["data"], "a.json"), (FLAT, "b.json.gz")):
+        marked = json.dumps(rows).encode("utf-8-sig")
+        (tmp_path / name).write_bytes(gzip.compress(marked) if name.endswith(".gz") else marked)
+        prepare(options(tmp_path, name))
+        assert [instance["id"] for instance in read_lines(tmp_path / "out/train.jsonl")] == ["a", "3"]
+
+
 TABLE = [
     {"Frage": 'where "was" Ada born?', "Antwort": "London", "Text": ADA["text"], "Kopf": "Ada"},
     {"Frage": "who;\nthen?", "Antwort": '["Bob", "he"]', "Text": "", "Kopf": ""},
@@ -187,7 +195,7 @@ def test_named_columns_in_every_kind_of_file(tmp_path, name, capsys, monkeypatch
     load = Mock(wraps=datasets.load_dataset)
     monkeypatch.setattr(datasets, "load_dataset", load)
     _, files = run(tmp_path, name, TABLE, **NAMED, **changes)
-    assert [call.kwargs["streaming"] for call in load.mock_calls if call.kwargs] == [True] * is_dataset
+    assert [call.kwargs["streaming"] for call in load.mock_calls if call.kwargs] == [True, True] * is_dataset
     ada, bob = with_id(ADA), with_id(BOB)
     assert [{name: row[name] for name in row if name != "id"} for row in files["train"]] == [
         {
@@ -202,6 +210,7 @@ def test_named_columns_in_every_kind_of_file(tmp_path, name, capsys, monkeypatch
             "instruction": "",
             "input": "who else?",
             "segments": [{"text": "Bob Ray", "passage": bob}],
+            "answers": ["Bob Ray", "O'Neil"],
         },
     ]
     assert files["corpus"] == [ada, bob]
@@ -213,8 +222,11 @@ def test_tables_with_semicolons_and_without_a_header(tmp_path):
     prepare(options(tmp_path, "a.csv"))
     assert load_instances(tmp_path / "out/train.jsonl")[0]["input"] == "who, then?"
     (tmp_path / "nq.tsv").write_text("who got it\t['Ada', 'Bob']\n")  # questions and answers of DPR
-    prepare(options(tmp_path, "nq.tsv", column_names=["question", "answers"]))
-    assert load_instances(tmp_path / "out/train.jsonl")[0]["answers"] == ["Ada", "Bob"]
+    (tmp_path / "nq-test.csv").write_text("who got it\t['Ada', 'Bob']\n")  # DPR's own names
+    (tmp_path / "NQ.TSV").write_text('who got it\t"[\'Ada\', ""Bob""]"\n')
+    for name in ("nq.tsv", "nq-test.csv", "NQ.TSV"):
+        prepare(options(tmp_path, name, column_names=["question", "answers"]))
+        assert load_instances(tmp_path / "out/train.jsonl")[0]["answers"] == ["Ada", "Bob"]
 
 
 def test_pairs_and_triplets_are_for_a_retriever(tmp_path):
@@ -245,6 +257,7 @@ def test_whole_sentences(tmp_path):
     ]
     counts, files = run(tmp_path, "a.jsonl", rows, answer_style="sentence")
     assert [row["segments"][0]["text"] for row in files["train"]] == ["Ada was born in London.", "note", "the"]
+    assert [row.get("answers") for row in files["train"]] == [["london"], None, None]
     assert counts["answers left short: no sentence of the passage holds them"] == 2
 
 
@@ -267,6 +280,68 @@ def test_the_files_are_trained_on(tmp_path):
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["nsp_loss"] > 0 and log["distillation_loss"] > 0  # of those with a passage, and of the last
+
+
+# ---------------------------------------------------------------------- several rows of a question
+
+
+def passage(text):
+    return with_id({"title": "", "text": text})
+
+
+TRIPLETS = [  # one wrong passage a row, as in many sets of the Hub
+    {"query": "who?", "positive": "Right.", "negative": "Wrong 1."},
+    {"query": "where?", "positive": "There.", "negative": "Wrong 1."},
+    {"query": "who?", "positive": "Right.", "negative": "Wrong 2."},
+    {"query": "who?", "positive": "Right.", "negative": "Wrong 3."},
+]
+
+
+def test_negatives_and_candidates_of_all_rows(tmp_path):
+    counts, files = run(tmp_path, "a.jsonl", TRIPLETS, num_negatives=2)
+    assert counts["rows merged into an earlier one: the same question"] == 2
+    assert counts["train.jsonl: questions with a passage alone"] == 2
+    segments = {row["input"]: row["segments"][0] for row in files["train"]}
+    assert segments["who?"]["negatives"] == [passage("Wrong 1."), passage("Wrong 2.")]
+    assert "positives" not in segments["who?"]
+    texts = ["Right.", "Wrong 1.", "There.", "Wrong 2.", "Wrong 3."]
+    assert files["corpus"] == [passage(text) for text in texts]
+
+    run(tmp_path, "a.jsonl", TRIPLETS, validation_fraction=1, output_dir=str(tmp_path / "eval"))
+    who = next(row for row in read_lines(tmp_path / "eval/eval.jsonl") if row["input"] == "who?")
+    assert who["candidates"] == [passage(text)["id"] for text in ("Right.", "Wrong 1.", "Wrong 2.", "Wrong 3.")]
+
+
+PAIRS = [
+    {"query": "who?", "positive": "Right.", "negative": "Also right."},
+    {"query": "Who? ", "positive": "Also right.", "negative": "Wrong."},
+    {"query": "who?", "positive": "Right too.", "negative": "Wrong."},
+]
+
+
+def test_right_passages_of_other_rows_are_no_negatives(tmp_path):
+    _, files = run(tmp_path, "a.jsonl", PAIRS)
+    right = [passage(text)["id"] for text in ("Right.", "Also right.", "Right too.")]
+    segments = [row["segments"][0] for row in files["train"]]
+    assert [segment["passage"]["id"] for segment in segments] == right
+    for segment in segments:
+        assert sorted([segment["passage"]["id"], *segment["positives"]]) == sorted(right)
+    assert "negatives" not in segments[0]
+    assert segments[1]["negatives"] == segments[2]["negatives"] == [passage("Wrong.")]
+
+
+def test_an_evaluated_question_has_the_right_passages_of_all_rows(tmp_path):
+    counts, files = run(tmp_path, "a.jsonl", PAIRS, validation_fraction=1)
+    right = {passage(text)["id"] for text in ("Right.", "Also right.", "Right too.")}
+    assert counts["rows merged into an earlier one: the same question"] == 1
+    assert [row["input"] for row in files["eval"]] == ["Who?", "who?"]  # "who?" waits for its last row
+    for row in files["eval"]:
+        assert {id for ids in row["provenance"] for id in ids} == right
+        assert all(len(ids) == 1 for ids in row["provenance"])
+        assert right < set(row["candidates"])
+    load_evaluation_set(
+        tmp_path / "out/eval.jsonl", corpus=load_corpus(tmp_path / "out/corpus.jsonl"), answers_required=False
+    )
 
 
 # ---------------------------------------------------------------------- the split
@@ -305,6 +380,9 @@ def test_questions_that_share_a_passage_stay_on_one_side(tmp_path):
         ({"question": 3, "answer": "a"}, "no question"),
         ({"question": "q", "answer": []}, "no answer"),
         ({"question": "q", "answer": None, "passage": "p"}, "no answer"),
+        ({"question": "q", "answer": float("nan")}, "no answer"),
+        ({"question": "q", "answer": "{'text': ['a']; 'b'}"}, "the answer looks like an object"),
+        ({"question": "q", "answer": "{'a', 'b'}"}, "the answer looks like an object"),  # a set has no first
         ({"question": "q", "answer": b"a"}, "the answer is neither text nor a list of texts"),
         (
             {"question": "q", "answer": "a", "passage": 3},
@@ -334,11 +412,43 @@ def test_rows_that_are_refused(row, reason):
         ("[1] is a note", ["[1] is a note"]),
         ("[sic]", ["[sic]"]),
         (["a ", "a"], ["a"]),
+        (["{x}"], ["{x}"]),
+        ([float("nan"), None, "a"], ["a"]),
+        # as a cell of a table
+        ("{'text': ['A', 'B'], 'answer_start': [0, 1]}", ["A", "B"]),
+        ('{"text": ["A"], "answer_start": [0]}', ["A"]),
+        ("{'text': array(['A', \"B's\"], dtype=object), 'answer_start': array([0, 1], dtype=int32)}", ["A", "B's"]),
+        ("{'value': 'A', 'aliases': ['B', 'A']}", ["A", "B"]),
+        ("array", ["array"]),
+        ("['A' 'B'\n 'C']", ["A", "B", "C"]),  # str() of a numpy array
+        ("[np.str_('A'), nan]", ["A"]),
+        ('[["A", "B"], ["C"]]', ["A", "B", "C"]),
+        ('[null, "A", NaN]', ["A"]),
+        ("[None, 'A', True, 3]", ["A", "yes", "3"]),
     ],
 )
 def test_forms_of_answers(answer, expected):
     record = read_record({"question": "q", "answer": answer}, Columns(question="question", answer="answer"))
     assert record.answers == expected
+
+
+def test_cells_that_hold_passages():
+    """As pandas writes lists and objects to a CSV file; a text in brackets stays one."""
+    row = {
+        "question": "q",
+        "title": "Ada_L",
+        "answers": "{'text': ['London'], 'answer_start': [0]}",
+        "positive_ctxs": str([ADA, BOB]),
+        "negative": json.dumps(EVE),
+        "ctxs": "[1]",
+        "note": float("nan"),
+    }
+    columns = Columns("question", "answers", "positive_ctxs", "title", "note", "ctxs", ["negative"])
+    record = read_record(row, columns)
+    assert (record.id, record.passages, record.negatives) == ("", [with_id(ADA), with_id(BOB)], [with_id(EVE)])
+    assert [passage["text"] for passage in record.candidates] == ["[1]"]
+    (passage,) = read_record({**row, "positive_ctxs": '{"port": 80}'}, columns).passages
+    assert (passage["title"], passage["text"]) == ("Ada L", '{"port": 80}')
 
 
 ROWS = [{"id": "1", "question": "a?", "answer": "a"}, {"id": "1", "question": "b?", "answer": "b"}]
@@ -351,7 +461,7 @@ def test_rows_are_counted_with_reason_and_place(tmp_path):
         "rows read": 5,
         "eval.jsonl: questions with answers alone": 1,
         "rows refused: an id that another question of eval.jsonl has": 1,
-        "rows left out: repeated": 1,
+        "rows merged into an earlier one: the same question": 1,
         "rows refused: no column of questions, or none of answers or passages": 1,
         "rows refused: no question": 1,
     }
@@ -394,6 +504,13 @@ def test_on_error_fail(tmp_path):
         ("a.csv", "Frage,answer\nq,a\n", {"question_column": "frage"}, "--question_column frage .*mean 'Frage'"),
         ("a.csv", "question,answer\nq\n", {}, "line 2: found 1 columns, expected 2: question, answer"),
         ("a.csv", "question,question\nq,a\n", {}, "names a column twice"),
+        (
+            "a.csv",
+            'question,answer\nq,a\n"who, a\nwho else?,b\n',
+            {},
+            "a.csv, line 3: unexpected end of data. .*quotes within it must be doubled",
+        ),
+        ("a.tsv", 'question\tanswer\n"One" what?\ta\n', {}, "a.tsv, line 2: .* expected after .*must be doubled"),
         ("a.jsonl", '{"question": "q"', {}, "a.jsonl, line 1"),
         ("a.json", '{"question": "q"', {}, "a.json, line 1"),
         ("a.json", '[{"question": "q", "answer": "a"}, {', {}, "a.json is damaged after item 0"),
@@ -403,6 +520,8 @@ def test_on_error_fail(tmp_path):
         ("a.json.gz", b"\x1f\x8b\x08\0\0\0\0\0\0\0\x07", {}, "a.json.gz is damaged"),
         ("a.parquet", "no parquet", {}, "a.parquet is no Parquet file"),
         ("a.xlsx", "", {}, "a.xlsx: unknown kind of file, expected one of .json, "),
+        ("a.jsonl", "", {"split": "test"}, "--split is for the name of a dataset, and .*a.jsonl is a file"),
+        ("a.jsonl", "", {"config_name": "c"}, "--config_name is for the name of a dataset"),
         ("a.jsonl", "", {"column_names": ["a"]}, "--column_names is for a CSV or TSV file"),
         ("a.jsonl", "", {}, "no question is left for train.jsonl"),
         ("a.jsonl", '{"question": "q", "answer": "a"}', {"validation_fraction": 0.5}, "no question is left for"),
@@ -423,3 +542,9 @@ def test_a_file_of_another_run_that_would_stay(tmp_path):
     write(tmp_path / "a.jsonl", ROWS)
     with pytest.raises(ValueError, match="holds the eval.jsonl of another run"):
         prepare(options(tmp_path, "a.jsonl"))
+    write(tmp_path / "answers/corpus.jsonl", [with_id(ADA)])
+    with pytest.raises(
+        ValueError, match="holds the corpus.jsonl of another run, and these questions have no passages"
+    ):
+        prepare(options(tmp_path, "a.jsonl", output_dir=str(tmp_path / "answers")))
+    assert [path.name for path in (tmp_path / "answers").iterdir()] == ["corpus.jsonl"]

@@ -23,7 +23,7 @@ PASSAGE = "[Retrieval]<paragraph>Otter\nOtters eat fish.</paragraph>"
 def options(tmp_path, **changes):
     defaults = {
         "input_file": FILE,
-        "split": "train",
+        "split": None,
         "output_file": tmp_path / "train.jsonl",
         "output_corpus": tmp_path / "corpus.jsonl",
         "filters": list(FILTERS),
@@ -154,6 +154,7 @@ def test_a_dataset_folder_and_gzip_are_read_like_a_file(tmp_path):
 @pytest.mark.parametrize(
     ("row", "changes", "message"),
     [
+        ({}, {"split": "test"}, "--split is for the name of a dataset, and .*rows.jsonl is a file"),
         ({"output": None}, {}, "rows.jsonl, line 1: output is None, expected a string"),
         ({"instruction": ""}, {}, "line 1: instruction is empty"),
         ({"instruction": "Say.## Input:\n\n"}, {}, "line 1: input is empty"),

@@ -30,6 +30,7 @@ DATASET_METRICS = {
     "wow": "f1",
     "eli5": "rouge_l",
     "asqa": "str_em",
+    "qampari": "list_f1",
     "alce_eli5": "claim_recall",
 }
 FEVER_LABELS = {"supports": ("supports", "true"), "refutes": ("refutes", "false")}
@@ -300,6 +301,36 @@ def str_em(output: str, qa_pairs: list[dict]) -> tuple[float, float]:
     num_answered = sum(short_answer(output, pair["short_answers"]) for pair in qa_pairs)
     share = num_answered / len(qa_pairs)
     return share, float(share == 1)
+
+
+def list_f1(output: str, answer_lists: list[list[str]]) -> float:
+    """
+    Return ALCE's correctness on QAMPARI, whose questions have many answers: the F1 of precision and recall-5.
+
+    Args:
+        output (`str`): answers between commas, with or without citations; only the first line counts.
+        answer_lists (`list[list[str]]`): the aliases of each answer.
+
+    Returns:
+        `float` between 0 and 1. Precision is the share of what is listed that is an alias. Recall-5 is the number of
+        answers of which an alias is listed, over their number; five are enough of more.
+
+    Raises:
+        `ValueError`: if there are no answers.
+    """
+    if not answer_lists:
+        raise ValueError("An instance has no lists of answers: list_f1 is for QAMPARI.")
+    output = remove_citations(alce_output(output))
+    listed = [normalize_answer(item) for item in output.rstrip().rstrip(".").rstrip(",").split(",")]
+    listed = [item for item in listed if item]
+    aliases_of_answers = [{normalize_answer(alias) for alias in aliases} for aliases in answer_lists]
+    num_right = sum(item in set().union(*aliases_of_answers) for item in listed)
+    num_found = sum(not aliases.isdisjoint(listed) for aliases in aliases_of_answers)
+    if not num_right:
+        return 0.0
+    precision = num_right / len(listed)
+    recall = min(5, num_found) / min(5, len(answer_lists))
+    return 2 * precision * recall / (precision + recall)
 
 
 def check_answers(answers_of_questions: Sequence[list[str]]) -> None:

@@ -244,6 +244,7 @@ _ANSWERS = (
         "ALCE's: share of the readings of a question that have a short answer in the normalised output",
     ),
     Figure("str_hit", "str_hit", "ALCE's: every reading has a short answer in the normalised output", binary=True),
+    Figure("list_f1", "list F1", "ALCE's F1-5 of the answers listed: with five right ones, recall is 1"),
     Figure(
         "claim_recall",
         "claim recall",

@@ -33,10 +33,11 @@ from .correctness import worded
 from .figures import MODES, QUERY, added_figures, figure, figures_needing, in_order
 from .grounding import HYPOTHESIS, Judge, check_hypothesis
 from .nli import SharedJudge
+from .references import readings, without_empty_answers
 from .results import FORMAT
 from .retrieval import Scores
 from .runs import TaskRun, memory_settings
-from .scoring import averages, cor_names, has_rouge, measure, readings, score, score_rankings, without_empty_answers
+from .scoring import averages, cor_names, has_rouge, measure, score, score_rankings
 from .tasks import Task
 
 KS = (1, 5, 20, 100)  # the k of query_recall@k and hit_rate@k

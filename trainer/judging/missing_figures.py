@@ -47,6 +47,7 @@ _MISSING_IF: dict[str, tuple[str, ...]] = {
     "rouge is not installed": ("rouge_l", "kilt_rouge_l"),
     "no question is of FEVER": ("fever_label", "fever_nli"),
     "no question has meta.qa_pairs": ("str_em", "str_hit"),
+    "no question has meta.answers, lists of aliases": ("list_f1",),
     "no question has meta.claims": ("claim_recall",),
     "no answer holds grounded text": ("gr", "gr_success", "gr_failure", "k_precision"),
     "nothing was retrieved": ("citation_recall", "citation_precision"),

@@ -6,15 +6,14 @@ from collections.abc import Collection, Sequence
 from ..questions import provenance_unknown
 from .correctness import (
     ANSWER_METRICS,
-    FEVER_LABELS,
     TEXT_METRICS,
     answer_scores,
     cor_metric,
     correctness,
     exact_match,
     gated_by_retrieval,
+    list_f1,
     str_em,
-    worded,
 )
 from .figures import NO_JUDGE, SEARCHING, SPLITS, Measured, in_order, is_binary
 from .grounding import (
@@ -29,6 +28,7 @@ from .grounding import (
 )
 from .intervals import Mean, Rate, average
 from .matching import match_by_id, retrieved_ids
+from .references import META, answer_lists, has_claims, has_reference, is_fever, reference_of, without_empty_answers
 from .retrieval import (
     Ranking,
     Scores,
@@ -40,12 +40,6 @@ from .retrieval import (
     ranking_scores,
     retrieval_scores,
 )
-
-# Each field of ALCE in `meta` -> the metric that reads it, and what it must be.
-META = {
-    "qa_pairs": ("str_em", 'a list of {"short_answers": [texts]}'),
-    "claims": ("claim_recall", "a list of texts"),
-}
 
 
 def has_rouge() -> bool:
@@ -77,7 +71,7 @@ def score(
         gr_hypothesis (`str`): the template of the hypotheses of Gr; see [`~trainer.judging.grounding.grounding`].
         count_empty_answers (`bool`): whether to judge by reference answers that normalise to nothing, such as "A" or
             "The", as the official code does: every output contains them. By default they are dropped, and a question
-            without any other has no Cor, EM, F1, ..., see [`without_empty_answers`].
+            without any other has no Cor, EM, F1, ..., see [`~trainer.judging.references.without_empty_answers`].
 
     Returns:
         `dict[str, list[float | None]]`: name of each figure -> its value for each question, in the order of the
@@ -145,26 +139,6 @@ def score_rankings(rankings: list[Ranking], questions: list[dict], ks: Sequence[
     return _columns(rows)
 
 
-# ---------------------------------------------------------------------- what answers are compared with
-
-
-def without_empty_answers(question: dict) -> dict:
-    """
-    Return a question without the answers that normalise to nothing. This includes ALCE's `short_answers`; a reading
-    that has no other answer is dropped too.
-    """
-    kept = {**question, "answers": worded(question["answers"])}
-    if readings(question):
-        pairs = [{**pair, "short_answers": worded(pair["short_answers"])} for pair in readings(question)]
-        kept["meta"] = {**question["meta"], "qa_pairs": [pair for pair in pairs if pair["short_answers"]]}
-    return kept
-
-
-def readings(question: dict) -> list[dict]:
-    """Return ALCE's readings of a question, `{"short_answers": [...]}`, or an empty list."""
-    return (question.get("meta") or {}).get("qa_pairs") or []
-
-
 # ---------------------------------------------------------------------- Cor and its metric
 
 
@@ -187,7 +161,7 @@ def check_questions(questions: list[dict], where: str, metric: str | None = None
     for field, (name, expected) in META.items():
         malformed = []
         for question in questions:
-            if question.get("meta", {}).get(field) and not _has_what_it_needs(question, name):
+            if question.get("meta", {}).get(field) and not has_reference(question, name):
                 malformed.append(question["id"])
         if malformed:
             raise ValueError(
@@ -199,12 +173,12 @@ def check_questions(questions: list[dict], where: str, metric: str | None = None
     for question in questions:
         name = _metric_of(question, metric) or NO_JUDGE
         names.add(name)
-        if not _has_what_it_needs(question, name):
+        if not has_reference(question, name):
             num_lacking[name] = num_lacking.get(name, 0) + 1
     if num_lacking:
         name, count = next(iter(num_lacking.items()))
         raise ValueError(
-            f"Task {where}: {count} of {len(questions)} questions have no {_reference_of(name)}, "
+            f"Task {where}: {count} of {len(questions)} questions have no {reference_of(name)}, "
             f"which {name}, their Cor, compares with."
         )
     if "rouge_l" in names and not has_rouge():
@@ -229,49 +203,6 @@ def _metric_of(question: dict, metric: str | None = None, nli: bool = True) -> s
     return metric or cor_metric(question["dataset"], nli, claims=has_claims(question))
 
 
-def _reference_of(metric: str) -> str:
-    """Return what a metric compares answers with."""
-    if metric == "str_em":
-        return "meta.qa_pairs"
-    if metric == "claim_recall":
-        return "meta.claims"
-    if metric.startswith("fever"):
-        return "verdicts"
-    return "answers"
-
-
-def _has_what_it_needs(question: dict, metric: str) -> bool:
-    """Return whether a question holds what a metric compares answers with."""
-    meta = question.get("meta", {})
-    if metric == "str_em":
-        pairs = meta.get("qa_pairs")
-        if not pairs or not isinstance(pairs, list):
-            return False
-        return all(isinstance(pair, dict) and _are_texts(pair.get("short_answers")) for pair in pairs)
-    if metric == "claim_recall":
-        return _are_texts(meta.get("claims")) and all(claim.strip() for claim in meta["claims"])
-    if metric.startswith("fever"):
-        verdicts = {answer.strip().lower() for answer in question["answers"]}
-        return len(verdicts) == 1 and verdicts <= set(FEVER_LABELS)
-    return any(answer.strip() for answer in question["answers"])
-
-
-def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
-
-
-def is_fever(question: dict) -> bool:
-    """Return whether a question is a claim with a verdict."""
-    if question["dataset"] != "fever" or not question["answers"]:
-        return False
-    return all(answer.strip().lower() in FEVER_LABELS for answer in question["answers"])
-
-
-def has_claims(question: dict) -> bool:
-    """Return whether a question has ALCE's reference claims."""
-    return bool(question.get("meta", {}).get("claims"))
-
-
 def _cor(predictions: list[dict], questions: list[dict], metric: str | None, entail: Judge | None) -> Scores:
     """Return Cor of each question, `None` if its metric needs a missing NLI model or a reference that it lacks."""
     metrics = [_metric_of(question, metric, nli=entail is not None) for question in questions]
@@ -279,7 +210,7 @@ def _cor(predictions: list[dict], questions: list[dict], metric: str | None, ent
     for name in sorted({name for name in metrics if name is not None}):
         rows = []
         for row, question in enumerate(questions):
-            if metrics[row] == name and _has_what_it_needs(question, name):
+            if metrics[row] == name and has_reference(question, name):
                 rows.append(row)
         values = _score_rows(name, rows, predictions, questions, entail)
         for row in rows:
@@ -311,6 +242,9 @@ def _score_by_metric(
             share, _ = str_em(prediction["output_with_citations"], question.get("meta", {}).get("qa_pairs"))
             shares.append(share)
         return shares
+    if metric == "list_f1":
+        pairs = zip(predictions, questions, strict=True)
+        return [list_f1(prediction["output_with_citations"], answer_lists(question)) for prediction, question in pairs]
     if entail is None:
         return [None] * len(questions)
     outputs = [prediction["output"] for prediction in predictions]
@@ -345,7 +279,7 @@ def _text_scores(
 
 
 def _text_scores_of(prediction: dict, question: dict, r_precision: float | None) -> dict[str, float]:
-    """Return KILT's scores, FEVER's label and ALCE's str_em, each only if it applies to the question."""
+    """Return KILT's scores, FEVER's label, ALCE's str_em and list F1, each only if it applies to the question."""
     scores: dict[str, float] = {}
     meta = question.get("meta", {})
     if any(answer.strip() for answer in question["answers"]):
@@ -357,6 +291,8 @@ def _text_scores_of(prediction: dict, question: dict, r_precision: float | None)
         scores["fever_label"] = correctness(prediction["output"], question["answers"], "fever_label")
     if meta.get("qa_pairs"):
         scores["str_em"], scores["str_hit"] = str_em(prediction["output_with_citations"], meta["qa_pairs"])
+    if answer_lists(question):
+        scores["list_f1"] = list_f1(prediction["output_with_citations"], answer_lists(question))
     return scores
 
 

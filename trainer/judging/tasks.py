@@ -22,7 +22,7 @@ from .figures import SPLITS
 
 logger = logging.get_logger(__name__)
 
-OTHER_COR_METRICS = ("fever_nli", "str_em", "claim_recall")  # next to TEXT_METRICS
+OTHER_COR_METRICS = ("fever_nli", "str_em", "list_f1", "claim_recall")  # next to TEXT_METRICS
 _RESERVED_NAMES = (".", "..", "plots", "indexes")  # "plots" and "indexes" are other folders of a results folder
 
 
