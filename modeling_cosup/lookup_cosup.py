@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from .metadata_cosup import check_metadata, traced_passage
-from .passages_cosup import check_title_and_text
+from .passages_cosup import check_id, check_title_and_text
 from .retriever_cosup import Retriever
 from .settings_cosup import RetrievalConfig
 from .tokenization_cosup import encode_passages_for_gen, encode_texts
@@ -80,6 +80,8 @@ class Lookup:
             if isinstance(passage, Mapping):
                 where = f"RetrievalConfig.passages, passage {number} of a prompt"
                 check_title_and_text(passage, where)
+                if not isinstance(passage.get("id"), str | None):
+                    check_id(passage["id"], where)  # an integer, as in a corpus
                 check_metadata(passage.get("metadata"), where)
             elif not isinstance(passage, str):
                 raise ValueError(f"RetrievalConfig.passages holds {passage!r}, expected a passage or its id.")
@@ -99,7 +101,10 @@ class Lookup:
             if isinstance(passage, str):
                 complete.append(next(from_index))
             else:
-                complete.append({"id": None, "title": "", **passage, "input_ids": next(encoded)})
+                id = passage.get("id")
+                if id is not None:
+                    id = str(id)
+                complete.append({"title": "", **passage, "id": id, "input_ids": next(encoded)})
         return complete
 
     # ------------------------------------------------------------------ in the loop

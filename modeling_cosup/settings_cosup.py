@@ -1,5 +1,6 @@
 """How to retrieve, and the settings of the decoding loop: of each row, and of the loop as a whole."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -61,7 +62,7 @@ class RetrievalConfig:
         limit = self.max_retrievals
         if limit is not None and (not isinstance(limit, Integral) or limit < 0):
             raise ValueError(f"RetrievalConfig.max_retrievals is {limit!r}, expected an integer, 0 or more.")
-        if self.min_score is not None and not isinstance(self.min_score, Real):
+        if self.min_score is not None and not _is_number(self.min_score):
             raise ValueError(f"RetrievalConfig.min_score is {self.min_score!r}, expected a number.")
         for name in ("candidates", "passages"):
             entries = getattr(self, name)
@@ -79,6 +80,10 @@ class RetrievalConfig:
             raise ValueError(
                 f"RetrievalConfig.forget_passages is {self.forget_passages!r}, expected None, 'recompute' or 'mask'."
             )
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not math.isnan(value)
 
 
 @dataclass(frozen=True, eq=False)

@@ -274,17 +274,16 @@ def cited_text(ids: list[int], trace: Sequence[Retrieval], start: int, tokenizer
         tokenizer (`PreTrainedTokenizerBase`): Gen's.
     """
     decode = text_decoder(tokenizer)
-    numbers: dict[Any, int] = {}  # by passage id; by title and text for a passage without one
-    passages: dict[Any, dict[str, Any]] = {}
+    # by id, title and text: given passages may share an id
+    numbers: dict[tuple, int] = {}
+    passages: dict[tuple, dict[str, Any]] = {}
     pieces = []
     position = start
     for retrieval in trace:
         citations = ""
         for passage in retrieval.passages:
-            key = passage["id"]
-            if key is None:
-                key = (passage["title"], passage["text"])
-            passages[key] = passage
+            key = (passage["id"], passage["title"], passage["text"])
+            passages.setdefault(key, passage)
             number = numbers.setdefault(key, len(numbers) + 1)
             citations += f"[{number}]"
         span_start, span_end = retrieval.grounded_span

@@ -10,10 +10,10 @@ Unchanged, this file is also the `app.py` of a Space, with `demo_parts` next to 
 files of a Space and says how to make one. In a Space, options come from environment variables: COSUP_MODEL,
 COSUP_INDEX, COSUP_INDEX_URI, COSUP_MEMORY, COSUP_ALLOW_FAISS_FILES (1: FAISS may read the files of an approximate
 search), COSUP_REVISION, COSUP_INDEX_REVISION, COSUP_INSTRUCTION, COSUP_EXAMPLES (questions, separated by `|`),
-COSUP_UPLOAD (0: users cannot upload corpora, and Emb_seq is not loaded), COSUP_BASE_URL and OPENAI_API_KEY. An index
-in Milvus (COSUP_INDEX_URI) also needs the package cosup[milvus]. Gradio itself reads GRADIO_SERVER_NAME and
-GRADIO_SERVER_PORT. The page loads nothing from other servers. The demo runs the code of the checkpoint, so name one
-that you trust; with --base_url it runs none, and needs only gradio and openai.
+COSUP_UPLOAD (0: users cannot upload corpora, and Emb_seq is not loaded), COSUP_BASE_URL and OPENAI_API_KEY. An empty
+variable counts as not set. An index in Milvus (COSUP_INDEX_URI) also needs the package cosup[milvus]. Gradio itself
+reads GRADIO_SERVER_NAME and GRADIO_SERVER_PORT. The page loads nothing from other servers. The demo runs the code of
+the checkpoint, so name one that you trust; with --base_url it runs none, and needs only gradio and openai.
 """
 
 import sys
@@ -42,7 +42,6 @@ def main() -> None:
         theme=gr.themes.Default(**fonts),
         footer_links=[],
         ssr_mode=False,
-        state_session_capacity=64,
     )
 
 

@@ -144,6 +144,8 @@ def check_options(args: GenerateArguments) -> None:
     """
     if args.stream and args.output_file:
         raise ValueError("--stream prints answers while they are written, and --output_file keeps them: give one.")
+    if args.stream and args.batch_size != GenerateArguments.batch_size:
+        raise ValueError("--stream answers one question after the other: leave out --batch_size.")
     if args.questions and args.file:
         raise ValueError("Questions on the command line and --file: give one.")
     if args.index is not None:
@@ -157,11 +159,11 @@ def read_questions(args: GenerateArguments) -> list[str]:
     """Return the questions of the command line, otherwise the lines of the file or of stdin."""
     lines = args.questions
     if not lines and args.file:
-        lines = Path(args.file).read_text(encoding="utf-8-sig").splitlines()
+        lines = Path(args.file).read_text(encoding="utf-8-sig").split("\n")
     elif not lines:
         if not sys.stdin.isatty():
             sys.stdin.reconfigure(encoding="utf-8-sig")  # piped from a file, which is read as `--file` is
-        lines = sys.stdin.read().splitlines()
+        lines = sys.stdin.read().split("\n")  # not splitlines(), which splits at U+2028 and others within a question
     return [line.strip() for line in lines if line.strip()]
 
 

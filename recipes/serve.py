@@ -7,6 +7,8 @@ Serve a model and its index under OpenAI's API: answers with citations, and embe
     python recipes/serve.py --model out --index out/index --engine vllm \\
         --gen_url http://host:8001/v1 --query_url http://host:8002/v1
 
+The variable VLLM_API_KEY may hold the key of the vLLM servers.
+
     curl http://127.0.0.1:8000/v1/chat/completions -H "Content-Type: application/json" \\
         -d '{"model": "out", "messages": [{"role": "user", "content": "who painted the night watch?"}]}'
 """

@@ -1,6 +1,7 @@
 """An answer as HTML: its text with marked, cited parts, and the passages next to it. Every text is escaped."""
 
 import html
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,13 @@ CSS = """
 .cosup-caret { background: currentColor; opacity: .5; }
 @media (max-width: 640px) { .cosup-columns { grid-template-columns: minmax(0, 1fr); } }
 """
+# the same rule as in recipes/serving/answers.py, which a Space does not have: a test compares them
+OPENING = "([{«“‘¿¡"  # no space comes after these
+CLOSING = ")]}»”’'.,;:!?%…、。，．！？；："  # nor before these
+# nor between two of these scripts, which have no spaces: Thai, Lao, Burmese, Khmer, Chinese and Japanese, wide signs
+WITHOUT_SPACES = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u30ff\u31f0-\u9fff\uf900-\ufaff\uff00-\uff60\U00020000-\U0003ffff]"
+)
 
 
 @dataclass
@@ -106,8 +114,10 @@ class Answer:
         self._between_spans = False  # nothing was written since a grounded text began or ended
 
     def write(self, text: str) -> None:
-        """Add text; between a free and a grounded one, add the space that neither of them may contain."""
-        if self._between_spans and self.text[-1:].strip() and text[:1].isalnum():
+        """Add text; where a free and a grounded one would run together, add a space."""
+        if not text:
+            return
+        if self._between_spans and run_together(self.text, text):
             text = f" {text}"
         self._between_spans = False
         self.text += text
@@ -154,6 +164,15 @@ class Answer:
             parts.append(span.to_html(self.text[span.start : end]))
             position = end
         return "".join([*parts, html.escape(self.text[position:])])
+
+
+def run_together(before: str, after: str) -> bool:
+    """Return whether two texts need a space between."""
+    if not before or before[-1].isspace() or after[0].isspace():
+        return False
+    if WITHOUT_SPACES.match(before[-1]) and WITHOUT_SPACES.match(after[0]):
+        return False
+    return before[-1] not in OPENING and after[0] not in CLOSING
 
 
 def _hue(number):

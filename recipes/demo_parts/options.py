@@ -3,12 +3,27 @@
 import argparse
 import os
 
+FLAGS = {"0": False, "false": False, "1": True, "true": True}
+
+
+def variable(name: str) -> str | None:
+    """Return an environment variable; an empty one counts as not set."""
+    return os.environ.get(name) or None
+
+
+def flag(name: str, default: bool, parser: argparse.ArgumentParser) -> bool:
+    """Return an environment variable that is 0 or 1; anything else ends the program, because it might mean either."""
+    value = variable(name)
+    if value is None:
+        return default
+    if value.lower() not in FLAGS:
+        parser.error(f"the variable {name} is {value!r}, expected 0 or 1.")
+    return FLAGS[value.lower()]
+
 
 def parse(argv: list[str] | None = None, description: str | None = None) -> argparse.Namespace:
     """Return the options of the command line; their defaults come from environment variables."""
-    variable = os.environ.get
-    examples = [question.strip() for question in variable("COSUP_EXAMPLES", "").split("|") if question.strip()]
-    upload = variable("COSUP_UPLOAD", "1") != "0"
+    examples = [question.strip() for question in (variable("COSUP_EXAMPLES") or "").split("|") if question.strip()]
     index_help = (
         "name or path of its index, or with --index_uri name of a Milvus collection; "
         "without it nothing is retrieved before an upload"
@@ -30,12 +45,13 @@ def parse(argv: list[str] | None = None, description: str | None = None) -> argp
     add("--index_uri", default=variable("COSUP_INDEX_URI"), help=uri_help)
     add("--memory", default=variable("COSUP_MEMORY"), help="name or path of a token memory of the model")
     faiss_help = "let FAISS read the file of an approximate index or memory; do so only if you trust its maker"
-    allow_faiss = variable("COSUP_ALLOW_FAISS_FILES", "0") != "0"
+    allow_faiss = flag("COSUP_ALLOW_FAISS_FILES", False, parser)
     add("--allow_faiss_files", action="store_true", default=allow_faiss, help=faiss_help)
     add("--revision", default=variable("COSUP_REVISION"), help="branch, tag or commit of the checkpoint")
     add("--index_revision", default=variable("COSUP_INDEX_REVISION"), help="branch, tag or commit of the index")
-    add("--instruction", default=variable("COSUP_INSTRUCTION", ""), help=instruction_help)
+    add("--instruction", default=variable("COSUP_INSTRUCTION") or "", help=instruction_help)
     add("--examples", nargs="*", default=examples, help="questions to choose from")
+    upload = flag("COSUP_UPLOAD", True, parser)
     add("--upload", action=argparse.BooleanOptionalAction, default=upload, help=upload_help)
     args = parser.parse_args(argv)
     if args.base_url:
@@ -45,6 +61,14 @@ def parse(argv: list[str] | None = None, description: str | None = None) -> argp
     if args.index_uri and not args.index:
         parser.error(
             "a server without an index: give --index, or set COSUP_INDEX, to the name of the Milvus collection."
+        )
+    has_folder = args.index and not args.index_uri
+    if args.index_revision and not has_folder:
+        parser.error("--index_revision is for an index on the Hub: give --index, without --index_uri.")
+    if args.allow_faiss_files and not has_folder and not args.memory:
+        parser.error(
+            "--allow_faiss_files is for an index in a folder and for a memory: give --index, without --index_uri, or"
+            " --memory."
         )
     return args
 

@@ -3,10 +3,12 @@
 import argparse
 import html
 import logging
+import math
 import os
-import re
 import threading
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # gradio reads both variables when it is imported
@@ -23,7 +25,16 @@ from demo_parts.served_model import ServedModel
 from demo_parts.uploads import FORMATS, MAX_BYTES, MAX_PASSAGES, read_upload, shorten
 
 INDEX_STEP = 64  # passages that are indexed between two updates of the status
+MAX_CORPORA = 64  # that are kept in memory; one more, and the oldest is deleted
+CORPUS_SECONDS = 24 * 60 * 60  # after which an uploaded corpus is deleted
 PRIVATE = {"api_visibility": "private", "show_progress": "hidden"}
+
+
+@dataclass(eq=False)
+class Corpus:
+    """The index of an uploaded corpus; `None` once it was deleted."""
+
+    index: Any
 
 
 class Demo:
@@ -42,6 +53,7 @@ class Demo:
         self.examples = [[question] for question in args.examples]
         self.takes_corpora = args.upload
         self.limit = {"concurrency_id": "model", "concurrency_limit": self.backend.at_once}
+        self.corpora: list[weakref.ref[Corpus]] = []  # of all visitors, the oldest first
         self.running: dict[str, threading.Event] = {}  # session -> the event that stops its answer
 
     def ask(
@@ -51,18 +63,26 @@ class Demo:
         top_k: float,
         max_new_tokens: float,
         min_score: str | None,
-        corpus: Any,
+        corpus: Corpus | None,
+        has_corpus: bool,
         request: gr.Request,
     ) -> Iterator[tuple]:
-        """Answer a question: after each event, yield the HTML of the answer and the state of the stop button."""
-        note = self.backend.note if corpus is None else "searched: your corpus"
+        """
+        Answer a question: after each event, yield the HTML of the answer and the state of the stop button.
+
+        `corpus` may be gone although the page says that it is searched (`has_corpus`): then nothing else is searched.
+        """
+        index = corpus.index if has_corpus and corpus is not None else None
+        note = "searched: your corpus" if has_corpus else self.backend.note
         if retrieval == OFF:
             note = "retrieval is switched off"
         answer = Answer(question or "", self.backend.score_name, note)  # an unused text box holds None
         stop = threading.Event()
         try:
+            if has_corpus and index is None:
+                raise ValueError("Your corpus is gone: upload it again, or go back to the demo's index.")
             settings = Question(answer.question, retrieval, int(top_k), int(max_new_tokens), _min_score(min_score))
-            steps = self.backend.write(answer, settings, corpus, stop)
+            steps = self.backend.write(answer, settings, index, stop)
         except ValueError as error:
             raise _user_error(error) from None
         self.running[request.session_hash] = stop
@@ -85,25 +105,36 @@ class Demo:
             event.set()
 
     def take_corpus(self, path: str | None) -> Iterator[tuple]:
-        """Index an uploaded file: yield the status, the index of this session, and the button that drops it."""
+        """Index an uploaded file: yield the status, the corpus, whether there is one, and the button that drops it."""
         if path is None:
             raise gr.Error("Choose a file first.", print_exception=False)
         try:
             passages = read_upload(path)
             index = None
             for start in range(0, len(passages), INDEX_STEP):
-                yield _status(f"Indexing passage {start + 1:,} of {len(passages):,} …"), gr.skip(), gr.skip()
+                yield _status(f"Indexing passage {start + 1:,} of {len(passages):,} …"), *[gr.skip()] * 3
                 index = self.backend.add_to_index(index, passages[start : start + INDEX_STEP])
         except Exception as error:
             user_error = _user_error(error)
-            yield _status(f"Not indexed. {user_error.reason}"), gr.skip(), gr.skip()
+            yield _status(f"Not indexed. {user_error.reason}"), *[gr.skip()] * 3
             raise user_error from None
         status = _status(f"Your corpus of {len(passages):,} passages is now searched, for you alone.")
-        yield status, index, gr.Button(interactive=True)
+        yield status, self._kept(index), True, gr.Button(interactive=True)
+
+    def _kept(self, index: Any) -> Corpus:
+        """Return a corpus with this index; if there are too many now, delete the oldest."""
+        corpus = Corpus(index)
+        corpora = [ref for ref in self.corpora if ref() is not None] + [weakref.ref(corpus)]
+        for ref in corpora[:-MAX_CORPORA]:
+            oldest = ref()
+            if oldest is not None:
+                oldest.index = None
+        self.corpora = corpora[-MAX_CORPORA:]
+        return corpus
 
     def drop_corpus(self) -> tuple:
         """Go back to the index of the demo."""
-        return self.default_status(), None, gr.Button(interactive=False)
+        return self.default_status(), None, False, gr.Button(interactive=False)
 
     def default_status(self) -> str:
         """Return the status for users without a corpus of their own, as HTML."""
@@ -112,7 +143,8 @@ class Demo:
     def page(self) -> gr.Blocks:
         """Build the page."""
         with gr.Blocks(title=f"CoSup: {self.backend.name}", analytics_enabled=False, delete_cache=(600, 600)) as page:
-            corpus = gr.State()
+            corpus = gr.State(time_to_live=CORPUS_SECONDS)
+            has_corpus = gr.Checkbox(False, visible=False)  # in the page, so that it outlives the corpus
             gr.HTML(
                 f"<h2>{html.escape(self.backend.name)}</h2><p>A language model that retrieves while it writes. "
                 "Text in colour is grounded on the passage [n].</p>"
@@ -129,8 +161,8 @@ class Demo:
                     answer = gr.HTML(elem_id="answer")
                 with gr.Column(scale=3, min_width=300):
                     settings = self._settings()
-                    self._corpus(corpus)
-            inputs = [question, *settings, corpus]
+                    self._corpus(corpus, has_corpus)
+            inputs = [question, *settings, corpus, has_corpus]
             asked = gr.on([ask.click, question.submit], self.ask, inputs, [answer, stop], **self.limit, **PRIVATE)
             asked.then(lambda: gr.Button(interactive=False), None, stop, queue=False, **PRIVATE)  # also after an error
             stop.click(self.stop, None, None, queue=False, **PRIVATE)
@@ -149,7 +181,7 @@ class Demo:
             )
         return retrieval, top_k, max_new_tokens, min_score
 
-    def _corpus(self, corpus):
+    def _corpus(self, corpus, has_corpus):
         status = gr.HTML(self.default_status(), elem_id="status", padding=False)
         with gr.Accordion("Your own corpus", open=False):
             if not self.takes_corpora:
@@ -158,13 +190,13 @@ class Demo:
             gr.HTML(
                 "<p>JSON Lines (text, optionally title and id), CSV (the same as columns) or text (one passage per "
                 f"paragraph). Up to {MAX_PASSAGES:,} passages in {MAX_BYTES // 2**20} MB, searched for you alone, "
-                "and deleted an hour after you leave.</p>"
+                "and deleted an hour after you leave, or a day after the upload.</p>"
             )
             file = gr.File(file_types=FORMATS, label="Corpus", elem_id="corpus", height=140)
             with gr.Row():
                 index = gr.Button("Index it", elem_id="index")
                 back = gr.Button("Back to the demo's index", interactive=False, elem_id="back")
-        outputs = [status, corpus, back]
+        outputs = [status, corpus, has_corpus, back]
         index.click(self.take_corpus, file, outputs, **self.limit, **PRIVATE)
         back.click(self.drop_corpus, None, outputs, queue=False, **PRIVATE)
 
@@ -174,25 +206,30 @@ def _status(text):
 
 
 def _min_score(text):
+    if not text or not text.strip():  # None if never used
+        return None
     try:
-        return float(text) if text and text.strip() else None  # None also if never used
+        score = float(text)
     except ValueError:
-        raise ValueError(f"The minimum score is {shorten(text)}, expected a number, or nothing.") from None
+        score = math.nan
+    if not math.isfinite(score):
+        raise ValueError(f"The minimum score is {shorten(text)}, expected a number, or nothing.")
+    return score
 
 
 def _user_error(error):
     """
-    Return the `gr.Error` that a user sees: the reason, without paths and traceback.
+    Return the `gr.Error` that a user sees.
 
-    Errors other than `ValueError` are unexpected, so they are also logged, with their traceback.
+    Our checks of what a user sent raise `ValueError`, whose text is for the user. Anything else is unexpected, and its
+    text may name hosts and files: only the log has it, with the traceback.
     """
     if isinstance(error, gr.Error):
         return error
-    if isinstance(error, (ValueError, RuntimeError)):
-        reason = re.sub(r"(?<![\w/])/[\w.@+-]+(/[\w.@+-]+)+", "…", str(error))
+    if type(error) is ValueError:  # its subclasses come from libraries
+        reason = str(error)
     else:
         reason = f"The demo failed ({type(error).__name__})."
-    if not isinstance(error, ValueError):
         logging.getLogger(__name__).error("%s", reason, exc_info=error)
     user_error = gr.Error(html.escape(reason), print_exception=False)
     user_error.reason = reason

@@ -111,4 +111,4 @@ class ServedModel:
             return f"The server answers: {body['message']}"
         if isinstance(error, self.openai.APIConnectionError):
             return "The server does not answer, or broke off."
-        return f"The server fails: {error}"
+        return f"The server fails ({type(error).__name__})."

@@ -7,6 +7,9 @@ from modeling_cosup.retriever_cosup import Retriever
 from modeling_cosup.settings_cosup import RetrievalConfig
 from modeling_cosup.trace_cosup import Row
 
+from serving.base_engine import search_failed
+from serving.engine import UnsupportedSetting
+
 
 class PreparedLookup(Lookup):
     """
@@ -19,6 +22,23 @@ class PreparedLookup(Lookup):
     def __init__(self, model: Any, retriever: Retriever | None) -> None:
         super().__init__(model, retriever)
         self._last: tuple[RetrievalConfig, Row] | None = None
+
+    def prepare_row(self, row: Row) -> None:
+        """
+        Give the row of a request its candidates and passages.
+
+        Raises:
+            [`UnsupportedSetting`]: names the field of the request, and what was expected.
+            [`SearchFailed`]: if the index cannot be read.
+        """
+        retrieval = row.settings.retrieval
+        try:
+            self.prepare([row], retrieval)
+        except ValueError as error:
+            name = "candidates" if retrieval.candidates is not None else "passages"
+            raise UnsupportedSetting(f"{name}: {error}") from error
+        except Exception as error:  # a retriever may raise anything
+            raise search_failed(error) from error
 
     def prepare(self, rows: list[Row], retrieval: RetrievalConfig, copies: int = 1) -> None:
         """Give a row its candidates and passages; see [`Lookup.prepare`]."""

@@ -20,9 +20,9 @@ from modeling_cosup.settings_cosup import DecisionSettings, DecodingSettings, Ro
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 from modeling_cosup.trace_cosup import Row
 
-from serving.base_engine import check_least, search_failed
+from serving.base_engine import check_least
 from serving.checks import check_request
-from serving.engine import GenerationRequest, UnsupportedSetting
+from serving.engine import GenerationRequest
 from serving.prepared_lookup import PreparedLookup
 
 _MOST_DECISIONS = 256  # kept for later requests
@@ -138,13 +138,7 @@ class ServedModel:
             num_logprobs=request.num_logprobs,
         )
         row = Row(0, list(request.prompt_ids), settings)
-        try:
-            self.lookup.prepare([row], retrieval)
-        except ValueError as error:
-            name = "candidates" if retrieval.candidates is not None else "passages"
-            raise UnsupportedSetting(f"{name}: {error}") from error
-        except Exception as error:
-            raise search_failed(error) from error
+        self.lookup.prepare_row(row)
         if request.seed is not None and request.temperature > 0:
             row.generator = torch.Generator(self.model._input_device())
             row.generator.manual_seed(request.seed)

@@ -12,7 +12,12 @@ from transformers.utils import cached_file
 from modeling_cosup import CoSupForCausalLM, Retriever
 from modeling_cosup.architectures_cosup import lm_logits
 from modeling_cosup.files_cosup import read_json
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt
+from modeling_cosup.tokenization_cosup import (
+    added_tokens,
+    encode_passages_for_emb_seq,
+    encode_prompt,
+    query_length,
+)
 
 from serving.vllm_client import VllmClient
 
@@ -41,16 +46,15 @@ def check_generation_config(model: CoSupForCausalLM) -> tuple[frozenset[int], di
     Raises:
         `ValueError`: names a setting of `generation_config.json` that vLLM cannot honour.
     """
-    config, generation = model.config, model.generation_config
-    control_ids = {config.nsp_token_id, config.cs_token_id}
+    generation = model.generation_config
     for name in WITHOUT_EQUIVALENT:
         value = getattr(generation, name, None)
         if value and value != NEUTRAL.get(name):
             raise ValueError(f"generation_config.json: {name}={value!r} is not available with vLLM.")
-    if not set(generation.suppress_tokens or ()) <= control_ids:
+    if not set(generation.suppress_tokens or ()) <= {model.config.cs_token_id}:  # [Cs] is banned anyway
         raise ValueError(
             f"generation_config.json: suppress_tokens={generation.suppress_tokens} is not available with vLLM, except"
-            " for control tokens."
+            " for [Cs]."
         )
     if generation.num_beams not in (None, 1) or generation.guidance_scale not in (None, 1):
         raise ValueError("generation_config.json: num_beams and guidance_scale are not available with vLLM.")
@@ -87,41 +91,43 @@ def control_tokens(model: CoSupForCausalLM) -> dict[int, str]:
 # ---------------------------------------------------------------------- servers
 
 
-async def check_servers(model: CoSupForCausalLM, gen: VllmClient, query: VllmClient, context_length: int) -> int:
+async def check_servers(
+    model: CoSupForCausalLM, gen: VllmClient, query: VllmClient, index: Retriever | None, context_length: int
+) -> int:
     """
-    Check that both servers serve this model, and return how many tokens they read, at most `context_length`.
+    Check that both servers serve this model, and return how many tokens Gen reads there, at most `context_length`.
 
     If Gen makes the queries, the state that `query` returns for a prompt must lead to the log-probabilities that `gen`
-    returns for it, through the LM head of the checkpoint: then all three belong together.
+    returns for it, through the LM head of the checkpoint: then all three belong together. If Emb_seq makes them,
+    `query` is checked as [`check_encoder`] does.
 
     Raises:
         [`BackendFailed`]: names a server that does not answer.
-        `ValueError`: names a server that serves something else, and how that shows.
+        `ValueError`: names a server that serves something else or reads too little, and how that shows.
     """
-    lengths = [context_length, await gen.max_model_len(), await query.max_model_len()]
+    context_length = min(context_length, await gen.max_model_len())
     prompt = encode_prompt(model.tokenizer, PROBE)
     body = {"prompt": prompt, "max_tokens": 1, "temperature": 0.0, "ignore_eos": True, "logprobs": MOST_LOGPROBS}
     top: list[tuple[int, float]] = []
     async for decisions in gen.complete(body, stream=False):
-        assert decisions[0].logprobs is not None  # they were asked for
+        assert decisions[0].logprobs is not None  # the client checks that they come if they are asked for
         top = decisions[0].logprobs.top
+    if model.config.query_from == "emb_seq":
+        longest = query_length(model.emb_seq_tokenizer, model.config)
+        if model.emb_seq_tokenizer is model.tokenizer and not model.config.query_prompt:
+            longest = min(longest, context_length)  # it reads the ids that Gen reads
+        await _check_encoder(model, query, index, longest, "query")
+        return context_length
+    context_length = min(context_length, await query.max_model_len())
     state = (await query.embed([prompt]))[0]  # (h,)
-    if model.config.query_from == "gen":
-        expected = model.config.gen_config.get_text_config().hidden_size
-    else:
-        expected = model.config.embedding_size
-    if len(state) != expected:
+    _check_width(query, len(state), model.config.gen_config.get_text_config().hidden_size)
+    distance = _logprob_distance(model, state, top)
+    if not distance <= LOGPROB_TOLERANCE:
         raise ValueError(
-            f"{query.name} returns embeddings of width {len(state)}, expected {expected}: it serves another model."
+            f"{gen.name} and {query.name} do not serve the Gen of this checkpoint, both: the log-probabilities of"
+            f" the next token differ by {distance:.2f}. Serve what save_gen wrote of it, twice."
         )
-    if model.config.query_from == "gen":
-        distance = _logprob_distance(model, state, top)
-        if distance > LOGPROB_TOLERANCE:
-            raise ValueError(
-                f"{gen.name} and {query.name} do not serve the Gen of this checkpoint, both: the log-probabilities of"
-                f" the next token differ by {distance:.2f}. Serve what save_gen wrote of it, twice."
-            )
-    return min(lengths)
+    return context_length
 
 
 def _logprob_distance(model: CoSupForCausalLM, state: np.ndarray, top: list[tuple[int, float]]) -> float:
@@ -132,17 +138,19 @@ def _logprob_distance(model: CoSupForCausalLM, state: np.ndarray, top: list[tupl
     """
     head = model.get_output_embeddings()
     ids = [token_id for token_id, _ in top]
-    names = {id(module): name for name, module in model.named_modules()}
-    weight = read_weight(model, f"{names[id(head)]}.weight")
-    if weight is None:  # tied to the token embeddings
-        weight = read_weight(model, f"{names[id(model.get_input_embeddings())]}.weight")
-    bias = read_weight(model, f"{names[id(head)]}.bias")
-    if weight is None or max(ids) >= len(weight) or weight.shape[1] != len(state):
+    if not ids:
         return float("inf")
+    names = {id(module): name for name, module in model.named_modules()}
+    weight = read_weight(model, f"{names[id(head)]}.weight", ids)
+    if weight is None:  # tied to the token embeddings
+        weight = read_weight(model, f"{names[id(model.get_input_embeddings())]}.weight", ids)
+    if weight is None or weight.shape[1] != len(state):
+        return float("inf")
+    bias = read_weight(model, f"{names[id(head)]}.bias", ids)
     rows = nn.Linear(len(state), len(ids), bias=bias is not None)
-    rows.weight = nn.Parameter(weight[ids].float())
+    rows.weight = nn.Parameter(weight.float())
     if bias is not None:
-        rows.bias = nn.Parameter(bias[ids].float())
+        rows.bias = nn.Parameter(bias.float())
     head_of_rows: Any = SimpleNamespace(config=model.gen.config, get_output_embeddings=lambda: rows)
     with torch.no_grad():
         logits = lm_logits(head_of_rows, torch.from_numpy(state.copy())[None])[0]  # (n,)
@@ -156,9 +164,22 @@ async def check_encoder(model: CoSupForCausalLM, encoder: VllmClient, index: Ret
 
     Raises:
         [`BackendFailed`]: names a server that does not answer.
-        `ValueError`: names a server of another model.
+        `ValueError`: names a server of another model, or one that reads too little.
     """
-    await encoder.max_model_len()
+    added = sum(map(len, added_tokens(model.emb_seq_tokenizer, model.config)))
+    await _check_encoder(model, encoder, index, model.config.max_passage_length + added, "passage")
+
+
+async def _check_encoder(
+    model: CoSupForCausalLM, encoder: VllmClient, index: Retriever | None, longest: int, what: str
+) -> None:
+    """Check a server of Emb_seq, which must read `longest` tokens: so many may a passage or a query (`what`) have."""
+    max_model_len = await encoder.max_model_len()
+    if max_model_len < longest:
+        raise ValueError(
+            f"{encoder.name} reads {max_model_len} tokens, but a {what} may have {longest}, with BOS and EOS: serve"
+            " it with a longer --max-model-len."
+        )
     if index is None or not len(index):
         passage: dict[str, Any] = {"id": "", "title": "", "text": PROBE}
         row = None
@@ -167,28 +188,41 @@ async def check_encoder(model: CoSupForCausalLM, encoder: VllmClient, index: Ret
         passage = index.get_passages([row])[0]
     ids = encode_passages_for_emb_seq(model.emb_seq_tokenizer, [passage], model.config)
     states = torch.from_numpy(await encoder.embed(ids))  # (1, h)
-    if states.shape[1] != model.config.embedding_size:
-        raise ValueError(
-            f"{encoder.name} returns embeddings of width {states.shape[1]}, expected {model.config.embedding_size}:"
-            " it serves another model."
-        )
+    _check_width(encoder, states.shape[1], model.config.embedding_size)
     if index is None or row is None:
         return
     embeds = model._normalize(states)
     scores, _ = index.search(embeds, candidates=[[row]])
     score, expected = float(scores[0, 0]), float(embeds[0] @ embeds[0])
-    if abs(score - expected) > COSINE_TOLERANCE * expected:
+    if not abs(score - expected) <= COSINE_TOLERANCE * expected:
         raise ValueError(
             f"{encoder.name} does not serve the Emb_seq that made the index: passage {passage['id']!r} scores"
             f" {score:.3f} with its own embedding, expected {expected:.3f}."
         )
 
 
+def _check_width(server: VllmClient, width: int, expected: int) -> None:
+    if width != expected:
+        raise ValueError(
+            f"{server.name} returns embeddings of width {width}, expected {expected}: it serves another model."
+        )
+
+
 # ---------------------------------------------------------------------- single weights of a checkpoint
 
 
-def read_weight(model: CoSupForCausalLM, name: str) -> torch.Tensor | None:
-    """Return one weight of the checkpoint that a model without weights was made from; `None` if it holds none."""
+def read_weight(model: CoSupForCausalLM, name: str, rows: list[int] | None = None) -> torch.Tensor | None:
+    """
+    Read one weight of the checkpoint that a model without weights was made from.
+
+    Args:
+        model ([`CoSupForCausalLM`]): from `model_without_weights`.
+        name (`str`): of the weight.
+        rows (`list[int]`, *optional*): the rows to read; nothing else is read then.
+
+    Returns:
+        `torch.Tensor`, or `None` if the checkpoint has no such weight, or the weight has no such row.
+    """
     place = model.config._name_or_path
     options = {"_raise_exceptions_for_missing_entries": False}
     file = "model.safetensors"
@@ -200,4 +234,9 @@ def read_weight(model: CoSupForCausalLM, name: str) -> torch.Tensor | None:
     with safe_open(cached_file(place, file), framework="pt") as weights:
         if name not in weights.keys():
             return None
-        return weights.get_tensor(name)
+        if rows is None:
+            return weights.get_tensor(name)
+        weight = weights.get_slice(name)
+        if max(rows) >= weight.get_shape()[0]:
+            return None
+        return torch.cat([weight[row : row + 1] for row in rows])

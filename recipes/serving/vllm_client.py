@@ -123,7 +123,7 @@ class VllmClient:
             "stream": stream,
             **body,
         }
-        num_logprobs = body.get("logprobs", 0)
+        num_logprobs = body.get("logprobs")
         if not stream:
             answer = await self._request("POST", "/completions", body, session)
             decisions, finished = self._decisions(answer, num_logprobs)
@@ -150,7 +150,7 @@ class VllmClient:
                     raise BackendFailed(f"In the middle of an answer: {error}") from error
                 await self._wait_or_raise(attempt, error)
 
-    def _decisions(self, part: Any, num_logprobs: int) -> tuple[list[TokenEvent], bool]:
+    def _decisions(self, part: Any, num_logprobs: int | None) -> tuple[list[TokenEvent], bool]:
         """Return the decisions in a part of an answer, and whether it is the last one."""
         if isinstance(part, dict) and "error" in part:
             raise BackendFailed(f"{self.name}: {_message(part)}")
@@ -158,12 +158,12 @@ class VllmClient:
             choice = part["choices"][0]
             token_ids = [int(token_id) for token_id in choice["token_ids"]]
             logprobs = _token_logprobs(choice.get("logprobs"), len(token_ids), num_logprobs)
+            events = [TokenEvent(token_id, entry) for token_id, entry in zip(token_ids, logprobs, strict=True)]
             finish_reason = choice.get("finish_reason")
         except (KeyError, IndexError, TypeError, ValueError, AttributeError):
             raise BackendFailed(f"{self.name} sent what is no answer of vLLM: {str(part)[:200]}") from None
         if finish_reason not in (None, "stop", "length"):
             raise BackendFailed(f"{self.name} gave up an answer ({finish_reason}).")
-        events = [TokenEvent(token_id, entry) for token_id, entry in zip(token_ids, logprobs, strict=True)]
         return events, finish_reason is not None
 
     # ------------------------------------------------------------------ embedding
@@ -217,7 +217,10 @@ class VllmClient:
                 if response.status_code != 200:
                     await response.aread()
                     kind = TemporaryFailure if response.status_code in TEMPORARY else BackendFailed
-                    raise kind(f"{self.name} refused ({response.status_code}): {_text(response)}")
+                    reason = _text(response)
+                    if response.status_code == 401:
+                        reason += " (its key is read from the variable VLLM_API_KEY)"
+                    raise kind(f"{self.name} refused ({response.status_code}): {reason}")
                 yield response
         except httpx.HTTPError as error:
             reason = str(error) or type(error).__name__  # timeouts have no message
@@ -236,10 +239,19 @@ class VllmClient:
             raise BackendFailed(f"{self.name} sent malformed JSON: {text[:200]!r}") from None
 
 
-def _token_logprobs(logprobs: dict[str, Any] | None, num_tokens: int, num_logprobs: int) -> list[TokenLogprobs | None]:
-    """Return the log-probabilities of each decision from vLLM's lists, in which tokens are written `token_id:7`."""
-    if logprobs is None:
+def _token_logprobs(
+    logprobs: dict[str, Any] | None, num_tokens: int, num_logprobs: int | None
+) -> list[TokenLogprobs | None]:
+    """
+    Return the log-probabilities of each decision from vLLM's lists, in which tokens are written `token_id:7`.
+
+    Raises:
+        `ValueError`, `KeyError`, `TypeError`, `AttributeError`: if they were asked for, and these are none.
+    """
+    if num_logprobs is None or not num_tokens:
         return [None] * num_tokens
+    if logprobs is None:
+        raise ValueError("no log-probabilities")
     entries: list[TokenLogprobs | None] = []
     for logprob, top in zip(logprobs["token_logprobs"], logprobs["top_logprobs"], strict=True):
         pairs = [(int(token.removeprefix("token_id:")), float(value)) for token, value in top.items()]

@@ -28,7 +28,7 @@ from modeling_cosup.settings_cosup import DecisionSettings, RowSettings
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_queries_for_emb_seq
 from modeling_cosup.trace_cosup import Row
 
-from serving.base_engine import BaseEngine, search_failed
+from serving.base_engine import BaseEngine
 from serving.checks import check_request
 from serving.engine import (
     BackendFailed,
@@ -158,7 +158,7 @@ class VllmEngine(BaseEngine):
             `ValueError`: names the server that serves something else.
         """
         try:
-            context = await check_servers(self.model, self.gen, self.query, self.context_length)
+            context = await check_servers(self.model, self.gen, self.query, self.index, self.context_length)
             if context < self.context_length:
                 logger.warning(f"The servers read {context:,} of the model's {self.context_length:,} tokens.")
             self.context_length = context
@@ -300,16 +300,10 @@ class VllmEngine(BaseEngine):
         retrieves = (self.has_index or retrieval.passages is not None) and not retrieval.forbid_nsp
         greedy = DecisionSettings(LogitsProcessorList(), [], do_sample=False, prompt_length=len(request.prompt_ids))
         row = Row(0, list(request.prompt_ids), RowSettings(greedy, request.max_new_tokens, retrieval, retrieves))
-        if retrieval.candidates is not None or retrieval.passages is not None:
-            try:
-                if retrieval.passages is None:
-                    await asyncio.to_thread(self.lookup.prepare, [row], retrieval)
-                else:  # encodes them, and a tokenizer serves one thread at a time
-                    self.lookup.prepare([row], retrieval)
-            except ValueError as error:
-                raise UnsupportedSetting(str(error)) from error
-            except Exception as error:  # a retriever may raise anything
-                raise search_failed(error) from error
+        if retrieval.passages is not None:  # encodes them, and a tokenizer serves one thread at a time
+            self.lookup.prepare_row(row)
+        elif retrieval.candidates is not None:
+            await asyncio.to_thread(self.lookup.prepare_row, row)
         return Answer(self.settings, request, self.gen, self.lookup, row, self._find)
 
     async def _find(self, row: Row, view: list[int], session: str) -> Found:

@@ -124,6 +124,15 @@ def test_citations_need_the_trace(model, inputs, index):
         model.decode_with_citations(ids)
 
 
+def test_given_passages_that_share_an_id_are_cited_apart(model, inputs):
+    given = [{"id": "a", "text": "One."}, {"id": "a", "text": "Two."}, {"id": 7, "text": "One."}]
+    settings = RetrievalConfig(top_k=3, force_nsp_first=True, passages=[given] * 5)
+    letter = Prefer(encode_texts(model.tokenizer, ["a"])[0])
+    output = generate(model, inputs, None, letter, retrieval_config=settings, max_new_tokens=2)
+    assert output.retrievals[0][0].passage_ids == ["a", "a", "7"]  # an integer becomes its digits, as in a corpus
+    assert model.decode_with_citations(output)[0].split("\n") == ["a [1][2][3]", "[1] One.", "[2] Two.", "[3] One."]
+
+
 def test_citations_of_a_prompt_that_ends_in_nsp(model, index):
     input_ids = torch.tensor([question_that_retrieves(model)])
     letter = encode_texts(model.tokenizer, ["a"])[0]

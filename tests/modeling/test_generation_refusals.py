@@ -1,5 +1,7 @@
 """Arguments, architectures and settings that generate() refuses."""
 
+import math
+
 import pytest
 import torch
 from transformers import BatchEncoding, DynamicCache, GenerationConfig
@@ -147,6 +149,7 @@ def test_architectures_that_are_refused(gen, message):
         ({"max_retrievals": -1}, "max_retrievals is -1"),
         ({"max_retrievals": "3"}, "max_retrievals is '3', expected an integer"),
         ({"min_score": "0.5"}, "min_score is '0.5', expected a number"),
+        ({"min_score": math.nan}, "min_score is nan, expected a number"),
         ({"passages": ["p0"]}, r"passages is \['p0'\], expected a list for each prompt"),
         ({"passages": [{"text": "x"}]}, "expected a list for each prompt"),
         ({"candidates": "p0"}, "candidates is 'p0', expected a list for each prompt"),
@@ -181,7 +184,11 @@ def test_candidates_and_passages_must_fit(model, inputs, index):
         model.generate_many([[5]], retriever=index, forbid_nsp=True)
     with pytest.raises(ValueError, match="candidates need a retriever"):
         generate(model, inputs, None, retrieval_config=RetrievalConfig(candidates=[["p0"]] * 5, forbid_nsp=True))
-    for passage, message in ((3, "holds 3, expected a passage or its id"), ({"title": "x"}, "text is None")):
+    for passage, message in (
+        (3, "holds 3, expected a passage or its id"),
+        ({"title": "x"}, "text is None"),
+        ({"id": ["x"], "text": "y"}, r"passage 0 of a prompt: id is \['x'\], expected a string"),
+    ):
         with pytest.raises(ValueError, match=message):
             generate(model, inputs, index, retrieval_config=RetrievalConfig(passages=[[passage]] * 5))
     with pytest.raises(ValueError, match="'p0' is given by its id"):

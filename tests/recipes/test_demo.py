@@ -172,6 +172,28 @@ def test_errors_are_shown_and_the_demo_keeps_running(visit, server, tmp_path):
     assert "Traceback" not in server.log.read_text()
 
 
+def test_a_visitor_whose_corpus_is_gone_is_told(module, checkpoint, browser, tmp_path):
+    demo = module.Demo(module.parse(["--model", str(checkpoint / "tiny-model"), "--index", str(checkpoint / "index")]))
+    page = demo.page()
+    _, url, _ = page.launch(prevent_thread_lock=True, server_name="127.0.0.1", quiet=True)
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(json.dumps(MINE[0]))
+    try:
+        with visitors(browser) as visit:
+            visit = visit(url)
+            upload(visit, path)
+            visit.locator("#status").get_by_text("Your corpus of 1 passages is now searched").wait_for()
+            assert "Uploaded" in str(ask(visit, "mine?")[1])
+            page.app.state_holder.session_data.clear()  # as after too many sessions, or a restart
+            visit.click("#ask")
+            visit.locator("[data-testid=toast-body]").get_by_text("Your corpus is gone: upload it again").wait_for()
+            visit.click("#back")
+            visit.locator("#status").get_by_text("An index of 6 passages is searched.").wait_for()
+            assert "Uploaded" not in str(ask(visit, "theirs?")[1])
+    finally:
+        page.close()
+
+
 # ------------------------------------------------------------------ without a browser
 
 
@@ -266,7 +288,7 @@ def slow(module, monkeypatch):
 
 
 def test_stop_ends_the_answer(demo, slow):
-    pages = demo.ask("who?", "Off", 1, 512, "", None, visitor())
+    pages = demo.ask("who?", "Off", 1, 512, "", None, False, visitor())
     next(pages)
     next(pages)
     demo.stop(visitor("another session"))
@@ -279,7 +301,7 @@ def test_stop_ends_the_answer(demo, slow):
 
 
 def test_a_visitor_who_leaves_stops_generation(demo, slow):
-    pages = demo.ask("who?", "Off", 1, 512, "", None, visitor())
+    pages = demo.ask("who?", "Off", 1, 512, "", None, False, visitor())
     next(pages)
     next(pages)
     num_threads = threading.active_count()
@@ -295,14 +317,48 @@ def test_an_error_of_the_search_is_shown_without_its_path(module, demo, monkeypa
 
     monkeypatch.setattr(demo.backend.index, "search", fail)
     with pytest.raises(module.gr.Error) as error:
-        list(demo.ask("who?", "Forced", 1, 8, "", None, visitor()))
-    message = error.value.message
-    assert "The search failed" in message
-    assert "gone" in message
-    assert "secret" not in message
+        list(demo.ask("who?", "Forced", 1, 8, "", None, False, visitor()))
+    assert error.value.message == "The demo failed (RetrievalError)."
     monkeypatch.undo()
-    *_, (page, _) = demo.ask("who?", "Forced", 1, 8, "", None, visitor())
+    *_, (page, _) = demo.ask("who?", "Forced", 1, 8, "", None, False, visitor())
     assert "cosup-passage-1" in page
+
+
+def test_an_unexpected_error_is_only_in_the_log(module, demo, monkeypatch, caplog):
+    def fail(*args, **kwargs):
+        raise RuntimeError(r"http://milvus.internal:19530 and C:\secret\an index.bin")
+
+    monkeypatch.setattr(demo.backend, "stream", fail)
+    with pytest.raises(module.gr.Error) as error:
+        list(demo.ask("who?", "Forced", 1, 8, "", None, False, visitor()))
+    assert error.value.message == "The demo failed (RuntimeError)."
+    assert "milvus.internal" in caplog.text
+
+
+def test_a_corpus_that_is_gone_is_not_replaced_by_the_index_of_the_demo(module, demo, tmp_path, monkeypatch):
+    monkeypatch.setattr("demo_parts.page.MAX_CORPORA", 2)
+    path = tmp_path / "corpus.jsonl"
+    path.write_text(json.dumps(MINE[0]))
+
+    def uploaded():
+        *_, (_, corpus, has_corpus, _) = demo.take_corpus(str(path))
+        return corpus, has_corpus
+
+    def note_of(*corpus):
+        *_, (page, _) = demo.ask("who?", "Forced", 1, 8, "", *corpus, visitor())
+        return re.search('cosup-note">([^<]*)<', page)[1]
+
+    first = uploaded()
+    replaced = uploaded()
+    del replaced  # by a corpus of the same visitor, and no longer one of the two
+    second = uploaded()
+    assert note_of(*first) == note_of(*second) == "searched: your corpus"
+    third = uploaded()
+    for gone in (first, (None, True)):  # too many corpora, or a session that has ended
+        with pytest.raises(module.gr.Error, match="Your corpus is gone: upload it again"):
+            next(demo.ask("who?", "Forced", 1, 8, "", *gone, visitor()))
+    assert note_of(*second) == note_of(*third) == "searched: your corpus"
+    assert note_of(*demo.drop_corpus()[1:3]) == "searched: the index of this demo"
 
 
 @pytest.mark.parametrize(
@@ -311,12 +367,14 @@ def test_an_error_of_the_search_is_shown_without_its_path(module, demo, monkeypa
         ("  ", "", "Write a question"),
         ("a" * 2001, "", "2,001 characters, expected 2,000 at most"),
         ("who?", "high", "The minimum score is .*high"),
+        ("who?", "nan", "The minimum score is .*nan"),
+        ("who?", "-inf", "The minimum score is .*inf"),
     ],
-    ids=["no question", "a long question", "no number"],
+    ids=["no question", "a long question", "no number", "not a number", "an infinite number"],
 )
 def test_a_bad_question_is_refused(module, demo, question, min_score, message):
     with pytest.raises(module.gr.Error, match=message):
-        next(demo.ask(question, "Off", 1, 8, min_score, None, visitor()))
+        next(demo.ask(question, "Off", 1, 8, min_score, None, False, visitor()))
 
 
 def test_without_an_index_and_without_emb_seq(module, checkpoint):
@@ -324,23 +382,23 @@ def test_without_an_index_and_without_emb_seq(module, checkpoint):
     assert demo.backend.model.emb_seq is None
     assert "There is no index" in demo.default_status()
     assert "without Emb_seq" in str(demo.page().get_config_file()["components"])
-    *_, (page, _) = demo.ask("who?", "Automatic", 1, 8, "", None, visitor())
+    *_, (page, _) = demo.ask("who?", "Automatic", 1, 8, "", None, False, visitor())
     assert "there is no index" in page
     assert "cosup-passage-1" not in page
     with pytest.raises(module.gr.Error, match="There is no index to retrieve from"):
-        next(demo.ask("who?", "Forced", 1, 8, "", None, visitor()))
+        next(demo.ask("who?", "Forced", 1, 8, "", None, False, visitor()))
 
 
 def test_a_token_memory_speaks_in_the_answer(module, checkpoint, tmp_path):
     options = ["--model", str(checkpoint / "tiny-model"), "--no-upload"]
     demo = module.Demo(module.parse(options))
-    *_, (page, _) = demo.ask("who?", "Off", 1, 8, "", None, visitor())
+    *_, (page, _) = demo.ask("who?", "Off", 1, 8, "", None, False, visitor())
     mlp_memory(demo.backend.model).save_pretrained(tmp_path / "memory")
     demo = module.Demo(module.parse([*options, "--memory", str(tmp_path / "memory")]))
     assert type(demo.backend.memory).__name__ == "MLPMemory"
-    *_, (other_page, _) = demo.ask("who?", "Off", 1, 8, "", None, visitor())
+    *_, (other_page, _) = demo.ask("who?", "Off", 1, 8, "", None, False, visitor())
     assert other_page != page
-    *_, (again, _) = demo.ask("who?", "Off", 1, 8, "", None, visitor())
+    *_, (again, _) = demo.ask("who?", "Off", 1, 8, "", None, False, visitor())
     assert again == other_page
 
 
@@ -355,8 +413,57 @@ def test_a_model_must_be_named(module, capsys, monkeypatch):
     assert args.examples == ["one?", "two?"]
     assert args.upload is False
     assert args.allow_faiss_files is False
-    monkeypatch.setenv("COSUP_ALLOW_FAISS_FILES", "1")
-    assert module.parse(["--model", "here"]).allow_faiss_files is True
+
+
+VARIABLES = ("COSUP_INDEX", "COSUP_INDEX_URI", "COSUP_BASE_URL", "COSUP_UPLOAD", "COSUP_ALLOW_FAISS_FILES")
+
+
+@pytest.mark.parametrize(
+    ("value", "upload", "allow_faiss"),
+    [("0", False, False), ("False", False, False), ("1", True, True), ("true", True, True), ("", True, False)],
+)
+def test_switches_from_variables(module, monkeypatch, value, upload, allow_faiss):
+    for name in VARIABLES:
+        monkeypatch.setenv(name, "")  # as if it were not set
+    monkeypatch.setenv("COSUP_UPLOAD", value)
+    monkeypatch.setenv("COSUP_ALLOW_FAISS_FILES", value)
+    args = module.parse(["--model", "here", "--memory", "m"])
+    assert (args.upload, args.allow_faiss_files) == (upload, allow_faiss)
+    assert args.index is args.index_uri is args.base_url is None
+
+
+@pytest.mark.parametrize("name", ["COSUP_UPLOAD", "COSUP_ALLOW_FAISS_FILES"])
+def test_a_switch_that_might_mean_either_is_refused(module, monkeypatch, capsys, name):
+    monkeypatch.setenv(name, "no")
+    with pytest.raises(SystemExit):
+        module.parse(["--model", "here", "--index", "i"])
+    assert f"the variable {name} is 'no', expected 0 or 1." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("《一》。", "二"),
+        ("一", "two"),
+        ("one", "(two"),
+        ("one (", "two"),
+        ("one", ", two"),
+        ("one", "“two”"),
+        ("1", "$2"),
+    ],
+)
+def test_texts_are_joined_as_the_server_joins_them(before, after):
+    from demo_parts import answers
+    from serving.answers import CLOSING, OPENING, WITHOUT_SPACES, _run_together
+
+    assert (answers.OPENING, answers.CLOSING) == (OPENING, CLOSING)
+    assert answers.WITHOUT_SPACES.pattern == WITHOUT_SPACES.pattern
+    answer = answers.Answer("who?", "cosine", "")
+    answer.write(before)
+    answer.begin_grounded([PASSAGES[0]], [0.5])
+    answer.write("")
+    answer.write(after)
+    assert answer.text == before + " " * _run_together(before, after) + after
 
 
 def test_a_passage_shows_where_it_comes_from(module):
@@ -423,10 +530,10 @@ def test_a_served_answer_in_the_browser(served_demo, world, browser):
 
 
 def test_stopping_frees_a_place_in_the_queue_too(served_demo, world):
-    running = served_demo.ask("when?", "Off", 1, 1500, "", None, visitor("the first"))
+    running = served_demo.ask("when?", "Off", 1, 1500, "", None, False, visitor("the first"))
     next(running)
     next(running)
-    waiting = served_demo.ask("when?", "Off", 1, 1500, "", None, visitor("the second"))
+    waiting = served_demo.ask("when?", "Off", 1, 1500, "", None, False, visitor("the second"))
     next(waiting)
     stopping = threading.Thread(target=list, args=[waiting])  # nothing comes while the first answer is written
     stopping.start()
@@ -441,16 +548,16 @@ def test_stopping_frees_a_place_in_the_queue_too(served_demo, world):
 
 def test_errors_of_the_server_are_shown(module, served_demo, world, monkeypatch):
     with pytest.raises(module.gr.Error, match="The server answers: The prompt has [0-9,]+ tokens, expected"):
-        list(served_demo.ask("é" * 1900, "Off", 1, 8, "", None, visitor()))
+        list(served_demo.ask("é" * 1900, "Off", 1, 8, "", None, False, visitor()))
     with pytest.raises(module.gr.Error, match="The minimum score is"):
-        next(served_demo.ask("who?", "Off", 1, 8, "high", None, visitor()))
+        next(served_demo.ask("who?", "Off", 1, 8, "high", None, False, visitor()))
 
     def fail(*args, **kwargs):
         raise OSError("cannot read /srv/secret/index.bin")
 
     monkeypatch.setattr(world.index, "search", fail)
     with pytest.raises(module.gr.Error, match="The server answers: ") as error:
-        list(served_demo.ask("who?", "Forced", 1, 8, "", None, visitor()))
+        list(served_demo.ask("who?", "Forced", 1, 8, "", None, False, visitor()))
     assert "secret" not in error.value.message
 
 
@@ -474,9 +581,18 @@ def test_a_server_that_cannot_be_used_is_reported_at_the_start(module, world, op
     [
         (["--base_url", "127.0.0.1:8000"], "--base_url is '127.0.0.1:8000', expected a URL such as"),
         (["--base_url", "http://a/v1", "--index", "out/index"], "--index cannot be used with --base_url"),
+        (["--model", "here", "--index_revision", "v1"], "--index_revision is for an index on the Hub"),
+        (
+            ["--model", "here", "--allow_faiss_files"],
+            "--allow_faiss_files is for an index in a folder and for a memory",
+        ),
+        (
+            ["--model", "m", "--index", "wiki", "--index_uri", "a.db", "--allow_faiss_files"],
+            "--allow_faiss_files is for an index in a folder",
+        ),
     ],
 )
-def test_options_of_a_server_are_checked(module, capsys, options, message):
+def test_options_that_do_not_fit_are_refused(module, capsys, options, message):
     with pytest.raises(SystemExit):
         module.parse(options)
     assert message in capsys.readouterr().err

@@ -307,7 +307,7 @@ def test_the_demo_answers_from_a_collection(world):
     answers = []
     for options in (["--index", str(folder)], ["--index", "wiki", "--index_uri", uri]):
         page = Demo(parse(["--model", str(model), *options]))
-        *_, (answer, _) = page.ask("who is it?", "Forced", 1, 6, "", None, request)
+        *_, (answer, _) = page.ask("who is it?", "Forced", 1, 6, "", None, False, request)
         answers.append(answer)
     assert answers[0] == answers[1]
     assert "cosup-passage-1" in answers[0]

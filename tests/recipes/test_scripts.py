@@ -155,12 +155,13 @@ def test_questions_are_read_as_utf_8_with_and_without_bom(source, tmp_path, monk
     generate = importlib.import_module("generate")
     path = tmp_path / "questions.txt"
     for encoding in ("utf-8", "utf-8-sig"):
-        path.write_text("was ist λ?\n\n何?\n", encoding=encoding)
+        path.write_text("was ist λ?\n\n何?\nwho\u2028painted\x0cit\x85?\r\nwhen?", encoding=encoding)
         arguments = generate.GenerateArguments(model="m", file=str(path))
         if source == "stdin":
             arguments.file = None
             monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(path.read_bytes()), encoding="cp1252"))
-        assert generate.read_questions(arguments) == ["was ist λ?", "何?"]
+        questions = ["was ist λ?", "何?", "who\u2028painted\x0cit\x85?", "when?"]
+        assert generate.read_questions(arguments) == questions
 
 
 @pytest.mark.parametrize(
@@ -170,6 +171,7 @@ def test_questions_are_read_as_utf_8_with_and_without_bom(source, tmp_path, monk
             {"stream": True, "output_file": "a.jsonl"},
             "--stream prints answers while they are written, and --output_file",
         ),
+        ({"stream": True, "batch_size": 2}, "--stream answers one question after the other: leave out --batch_size"),
         ({"file": "questions.txt"}, "Questions on the command line and --file: give one"),
         ({"passages_per_nsp": 5}, "--passages_per_nsp without --index: nothing is retrieved"),
         ({"force_nsp_first": True}, "--force_nsp_first without --index: nothing is retrieved"),

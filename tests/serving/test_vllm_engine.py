@@ -12,15 +12,16 @@ import httpx
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from modeling_cosup import RetrievalConfig
 from modeling_cosup.tokenization_cosup import encode_prompt, encode_texts
-from support.models import PASSAGES, make_model
+from support.models import PASSAGES, make_model, make_tokenizer
 from support.served_answers import alone, check_answer, check_logprobs, make_parts, requests_of
 from support.serving import running_server
 from support.vllm_server import StandIn, running
 
-from serving import vllm_client
+from serving import vllm_checks, vllm_client
 from serving.api import ApiSettings
 from serving.arguments import ServeArguments
 from serving.engine import (
@@ -189,8 +190,14 @@ def test_embeddings_are_those_of_the_model(world):
     [
         {"tie_emb_seq": True, "emb_head_size": 24, "similarity": "dot"},
         {"query_from": "emb_seq", "emb_seq_kwargs": {"hidden_size": 48}, "truncate_dim": 16},
+        {
+            "query_from": "emb_seq",
+            "emb_seq_tokenizer": make_tokenizer(vocab_size=300, texts=["who?"]),  # knows no id of [NSP]
+            "emb_seq_kwargs": {"vocab_size": 310, "max_position_embeddings": 48},  # less than Gen reads
+            "max_passage_length": 40,
+        },
     ],
-    ids=["tied", "emb_seq"],
+    ids=["tied", "emb_seq", "emb_seq with its own tokenizer"],
 )
 @torch.no_grad()
 def test_queries_of_other_kinds_of_models(tmp_path, settings):
@@ -198,8 +205,13 @@ def test_queries_of_other_kinds_of_models(tmp_path, settings):
         world = World(tmp_path, *make_parts("llama", **settings), stack)
         if world.model.config.query_from == "emb_seq":
             world.servers["query"] = world.servers["encoder"]
-        request = world.request(12, force_nsp_first=True, output_query_embeds=True)
-        events = world.run(lambda engine: events_of(engine, request))
+        request = world.request(12, "who? " * 20, force_nsp_first=True, output_query_embeds=True)
+
+        async def test(engine):
+            assert engine.context_length == 512
+            return await events_of(engine, request)
+
+        events = world.run(test)
     output = alone(world.model, world.index, request)
     check_answer(events, request, output, world.ends())
     query_embed = next(event.retrieval.query_embed for event in events if isinstance(event, RetrievalEvent))
@@ -236,7 +248,8 @@ def test_the_api_over_this_engine(world):
         ({"forget_passages": "mask"}, "forget_passages is 'mask', which needs the embedded engine"),
         ({"num_logprobs": 21}, "num_logprobs is 21, expected at most 20"),
         ({"temperature": -1.0}, "temperature is -1.0"),
-        ({"candidates": [["p99"]]}, "p99"),
+        ({"candidates": [["p99"]]}, "^candidates: .*p99"),
+        ({"passages": [[{"text": " "}]]}, "^passages: .*text is only white space"),
     ],
 )
 def test_bad_settings_are_refused_by_name(world, settings, message):
@@ -272,12 +285,15 @@ def test_urls_belong_to_this_engine():
         ("generation_config", "typical_p", 0.9, "typical_p=0.9 is not available with vLLM"),
         ("generation_config", "encoder_repetition_penalty", 1.2, "encoder_repetition_penalty=1.2 is not available"),
         ("generation_config", "suppress_tokens", [7], r"suppress_tokens=\[7\] is not available with vLLM"),
+        ("generation_config", "suppress_tokens", ["[NSP]"], r"suppress_tokens=\[\d+\] is not available with vLLM"),
         ("config", "query_from", "query_encoder", "query_from='query_encoder' is not available with vLLM"),
         ("config", "nsp_token_id", None, "The model has no control tokens"),
         ("config", "max_passage_length", 7, "This index was built by another model"),
     ],
 )
 def test_settings_of_the_checkpoint_that_do_not_fit(world, monkeypatch, part, name, value, message):
+    if value == ["[NSP]"]:
+        value = [world.model.config.nsp_token_id]
     monkeypatch.setattr(getattr(world.bare_model, part), name, value)
     with pytest.raises(ValueError, match=message):
         world.engine()
@@ -296,6 +312,71 @@ def test_servers_of_other_models_are_recognised(world):
     assert "do not serve the Gen of this checkpoint" in error_with("query", other)
     assert "embeddings of width 48, expected 32" in error_with("query", wide)
     assert "does not serve the Emb_seq that made the index" in error_with("encoder", other, "emb_seq")
+
+
+def test_a_query_server_of_another_emb_seq_is_recognised(tmp_path):
+    """It has the same width, and the index shows the difference; one that reads too little is refused too."""
+    emb_seq = {"hidden_size": 48, "max_position_embeddings": 128}
+    settings = {"query_from": "emb_seq", "max_passage_length": 60}
+    other = make_model(emb_seq_kwargs={**emb_seq, "seed": 6}, **settings)
+    with ExitStack() as stack:
+        world = World(tmp_path, *make_parts("llama", emb_seq_kwargs=emb_seq, **settings), stack)
+        server = stack.enter_context(running(StandIn(other, "emb_seq")))
+        with pytest.raises(ValueError, match="--query_url does not serve the Emb_seq that made the index"):
+            world.run(nothing, query_url=server.url)
+        server = world.servers["encoder"]
+        world.run(nothing, query_url=server.url)
+        server.stand_in.max_model_len = 127
+        with pytest.raises(ValueError, match="--query_url reads 127 tokens, but a query may have 128"):
+            world.run(nothing, query_url=server.url)
+
+
+def test_an_encoder_that_is_too_short_for_a_passage_is_refused(world, monkeypatch):
+    longest = world.model.config.max_passage_length + 2
+    monkeypatch.setattr(world.stand_in("encoder"), "max_model_len", longest)
+    world.run(nothing)
+    monkeypatch.setattr(world.stand_in("encoder"), "max_model_len", longest - 1)
+    with pytest.raises(ValueError, match=f"--encoder_url reads {longest - 1} tokens, but a passage may .* {longest}"):
+        world.run(nothing)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("no logprobs", "--gen_url sent what is no answer of vLLM"),
+        ("too many logprobs", "--gen_url sent what is no answer of vLLM"),
+        ("nan", "log-probabilities of the next token differ by nan"),
+        ("401", r"refused \(401\): .*VLLM_API_KEY"),
+    ],
+)
+def test_a_server_that_answers_otherwise_is_refused_at_the_start(world, fault, message):
+    async def test(engine):
+        world.stand_in("gen").faults.append(fault)
+        await engine.start()
+
+    with pytest.raises((ValueError, ConnectionError), match=message):
+        world.run(test, start=False)
+
+
+def test_of_the_lm_head_only_the_rows_of_the_probe_are_read(world, monkeypatch):
+    class Opened:
+        def __init__(self, *args, **kwargs):
+            self.weights = safe_open(*args, **kwargs)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def keys(self):
+            return self.weights.keys()
+
+        def get_slice(self, name):
+            return self.weights.get_slice(name)
+
+    monkeypatch.setattr(vllm_checks, "safe_open", Opened)  # it reads no whole weight
+    world.run(nothing)
 
 
 def test_servers_that_do_not_answer_are_named(world):

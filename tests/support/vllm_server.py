@@ -8,6 +8,7 @@ request at a time, greedily. What vLLM itself does is tested by `tests/serving/t
 import asyncio
 import base64
 import json
+import math
 import socket
 import threading
 import time
@@ -36,7 +37,9 @@ class StandIn:
 
     Attributes:
         faults (`deque[str]`): what the next requests meet, one each: a status code, `"garbage"`, `"cut"` (the
-            connection breaks after the first token), `"slow"`, `"nan"` or `"error"` (an error within a stream).
+            connection breaks after the first token), `"slow"`, `"nan"`, `"error"` (an error within a stream),
+            `"no logprobs"` or `"too many logprobs"`.
+        max_model_len (`int`): how many tokens it reads; by default as many as its part can.
         bodies (`list[dict]`), sessions (`list[str]`): of all requests.
         seconds_per_token (`float`): that a decision takes.
     """
@@ -44,7 +47,8 @@ class StandIn:
     def __init__(self, model: Any, part: str = "gen") -> None:
         self.model = model
         self.part = part
-        self.max_model_len = model.config.get_text_config().max_position_embeddings
+        encoder = model.gen if part == "gen" or model.config.tie_emb_seq else model.emb_seq
+        self.max_model_len = encoder.config.get_text_config().max_position_embeddings
         self.faults: deque[str] = deque()
         self.bodies: list[dict[str, Any]] = []
         self.sessions: list[str] = []
@@ -88,7 +92,7 @@ class StandIn:
         self.num_running += 1
         self.most_running = max(self.most_running, self.num_running)
         try:
-            decisions = self.decisions(body)
+            decisions = self.decisions(body, fault)
             for number in count():
                 choice = await asyncio.to_thread(next, decisions, None)
                 if choice is None:
@@ -104,7 +108,7 @@ class StandIn:
             self.num_running -= 1
 
     @torch.no_grad()
-    def decisions(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    def decisions(self, body: dict[str, Any], fault: str = "") -> Iterator[dict[str, Any]]:
         """Yield vLLM's `choices[0]` of each token."""
         tokenizer, cache, ids = self.model.tokenizer, DynamicCache(), body["prompt"]
         banned = [tokenizer.convert_tokens_to_ids(word) for word in body.get("bad_words", [])]
@@ -129,6 +133,12 @@ class StandIn:
                 best = [token, *logprobs.topk(body["logprobs"]).indices.tolist()]  # vLLM puts the decided one first
                 top = {f"token_id:{id}": float(logprobs[id]) for id in best}
                 choice["logprobs"] = {"token_logprobs": [float(logprobs[token])], "top_logprobs": [top]}
+            if fault == "no logprobs":
+                choice["logprobs"] = None
+            elif fault == "too many logprobs":
+                choice["logprobs"] = {name: entries * 2 for name, entries in choice["logprobs"].items()}
+            elif fault == "nan":
+                choice["logprobs"]["top_logprobs"] = [dict.fromkeys(top, math.nan)]
             yield choice
             if choice["finish_reason"]:
                 return
@@ -142,6 +152,8 @@ class StandIn:
         if failure is not None:
             return failure
         assert body["encoding_format"] == "base64" and body["use_activation"] is False
+        if max(map(len, body["input"])) > self.max_model_len:
+            return JSONResponse({"error": {"message": "the prompt is too long"}}, 400)
         data = []
         for index, ids in enumerate(body["input"]):
             encoder = self.model.gen.base_model if self.part == "gen" else self.model.emb_seq
@@ -163,7 +175,7 @@ def joined(parts: list[str]) -> str:
     answer = {"token_ids": [], "finish_reason": choices[-1]["finish_reason"]}
     for choice in choices:
         answer["token_ids"] += choice["token_ids"]
-        if "logprobs" in choice:
+        if choice.get("logprobs") is not None:
             lists = answer.setdefault("logprobs", {"token_logprobs": [], "top_logprobs": []})
             for name in lists:
                 lists[name] += choice["logprobs"][name]
