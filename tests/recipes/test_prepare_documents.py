@@ -18,26 +18,19 @@ from prepare_documents import DocumentArguments, prepare
 
 from modeling_cosup import CoSupForCausalLM, RetrievalConfig
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_passages_for_gen
+from support.documents import write_pdf
 from support.models import make_model, make_tokenizer
 
-from shared import document_conversion, document_rows, document_work
+from shared import document_conversion, document_rows, document_word, document_work
 from shared.document_cache import DocumentCache
-from shared.document_conversion import convert, join_lines
+from shared.document_conversion import convert
 from shared.document_files import DocumentError, DocumentFile, find_documents
-from shared.document_sections import (
-    SECTION_CHARACTERS,
-    markdown_blocks,
-    markdown_document,
-    plain_title,
-    row_sections,
-    sections_of,
-    text_file_document,
-)
+from shared.document_sections import SECTION_CHARACTERS, markdown_document, text_file_document
 from shared.document_work import work_of
 from shared.passage_splitting import PassageSplitter
 
 docx = pytest.importorskip("docx", reason="python-docx is not installed")
-fpdf = pytest.importorskip("fpdf", reason="fpdf2 is not installed")
+pytest.importorskip("fpdf", reason="fpdf2 is not installed")
 pytest.importorskip("pypdf", reason="pypdf is not installed")
 pytest.importorskip("semantic_text_splitter", reason="semantic-text-splitter is not installed")
 pytest.importorskip("trafilatura", reason="trafilatura is not installed")
@@ -84,24 +77,6 @@ UNREADABLE = {
     "bad/rows.jsonl, line 2": "text is 3, expected a string",
     "bad/scanned.pdf": "no page of 1 holds text; scanned pages need OCR",
 }
-
-
-def write_pdf(path, pages, title=None, **encryption):
-    """Write a PDF; each page is a list of texts, and a text in a tuple is a heading of the outline."""
-    pdf = fpdf.FPDF()
-    pdf.set_font("helvetica", size=12)
-    if title:
-        pdf.set_title(title)
-    for page in pages:
-        pdf.add_page()
-        for text in page:
-            if isinstance(text, tuple):
-                (text,) = text
-                pdf.start_section(text)
-            pdf.multi_cell(0, 8, text, new_x="LMARGIN", new_y="NEXT")
-    if encryption:
-        pdf.set_encryption(**encryption)
-    pdf.output(str(path))
 
 
 def write_docx(path):
@@ -285,13 +260,6 @@ def test_rows(result):
     check_passages(passages["table.parquet"], [("", "A row of a table.", metadata)])
 
 
-def test_spans_of_a_long_row_count_its_line_ends():
-    text = "".join(f"Line {i}\r\n" for i in range(SECTION_CHARACTERS // 6))
-    sections = list(row_sections(text))
-    assert len(sections) > 1 and "".join(section.text for section in sections) == text
-    assert all(text.startswith(section.text, section.start) for section in sections)
-
-
 def test_encodings(result, tmp_path):
     report, passages = result
     assert passages["latin.txt"][0]["text"] == "Das Zahnrad läuft größer und schöner über die Brücke."
@@ -329,7 +297,7 @@ def test_limits_on_what_a_file_unpacks_to(folder, monkeypatch):
     }
     for name, (limit, file, message) in limits.items():
         with monkeypatch.context() as context:
-            context.setattr(document_conversion, name, limit)
+            context.setattr(document_word if "DOCX" in name else document_conversion, name, limit)
             with pytest.raises(DocumentError, match=message):
                 convert(file.rpartition(".")[2], folder / file, file)
 
@@ -425,36 +393,6 @@ def test_any_text_is_kept_and_fits(splitter, overlap):
         if not overlap:
             before = "".join(filter(str.isalnum, "".join(section.text for section in document.sections)))
             assert "".join(filter(str.isalnum, "".join(passage["text"] for passage, _ in passages))) == before
-
-
-def test_front_matter_of_too_many_brackets_is_no_title():
-    document = markdown_document(StringIO(f"---\ntitle: {'[' * 400}\n---\n# Care\n\nOil them.\n"), "x", "x")
-    assert document.title == "Care"
-
-
-def test_headings_of_markdown():
-    text = (
-        "Setext *one*\n===\n\na\n# Two {#anchor} #\n####### seven\n #hash\n````\n# code\n```\n````\n"
-        "- item\n---\n### [Link](http://x) `code`\n\n    # indented\nlast line\nof two\n---\n"
-    )
-    blocks = list(markdown_blocks(text.splitlines(keepends=True)))
-    assert "".join(block.text for block in blocks) == text
-    levels = [(block.level, block.title) for block in blocks if block.level]
-    assert levels == [(1, "Setext one"), (1, "Two"), (3, "Link code")]
-    sections = list(sections_of(blocks))
-    assert [section.headings for section in sections] == [("Setext one",), ("Two",), ("Two", "Link code")]
-    for section in sections:
-        assert text[section.start :].startswith(section.text)
-    assert plain_title(r"snake_case \*kept\* _gone_") == "snake_case *kept* gone"
-
-
-def test_lines_of_a_page_are_joined():
-    page = (
-        "Heading\nThis is the first line of a para-\ngraph, and it goes on up to here.\nThe next one begins\nItem A\n"
-    )
-    joined = "Heading\nThis is the first line of a paragraph, and it goes on up to here.\nThe next one begins\nItem A"
-    assert join_lines(page) == joined
-    assert join_lines(" \n\n") == ""
 
 
 @pytest.mark.parametrize("kind", ["text", "rows"])
