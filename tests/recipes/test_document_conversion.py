@@ -8,12 +8,14 @@ from support.documents import write_pdf
 
 from shared.document_conversion import convert, join_lines
 from shared.document_sections import (
+    SAMPLE_BYTES,
     SECTION_CHARACTERS,
     markdown_blocks,
     markdown_document,
     plain_title,
     row_sections,
     sections_of,
+    text_file_document,
 )
 
 docx = pytest.importorskip("docx", reason="python-docx is not installed")
@@ -117,9 +119,45 @@ def test_spans_of_a_long_row_count_its_line_ends():
     assert all(text.startswith(section.text, section.start) for section in sections)
 
 
-def test_front_matter_of_too_many_brackets_is_no_title():
-    document = markdown_document(StringIO(f"---\ntitle: {'[' * 400}\n---\n# Care\n\nOil them.\n"), "x", "x")
-    assert document.title == "Care"
+@pytest.mark.parametrize(
+    ("front", "title"),
+    [
+        ("title: Widgets\ntags:\n- a\n", "Widgets"),
+        ("title: Widgets: a guide\ntags:\n- a\n  # b\n", "Care"),  # no valid YAML
+        (f"title: {'[' * 400}\n", "Care"),
+        ("\n# First slide\n\nHello.\n\n", "First slide"),
+        ("Hello: all\nof you.\n", "Care"),
+        ("", "Care"),
+    ],
+)
+def test_only_front_matter_is_left_out(front, title):
+    document = markdown_document(StringIO(f"---\n{front}---\n# Care\n\nOil them.\n"), "x", "x")
+    assert document.title == title
+    text = "".join(section.text for section in document.sections)
+    assert ("Hello" in text) == ("Hello" in front)
+    assert "title" not in text and "Oil them." in text
+
+
+def test_a_few_bad_bytes_leave_a_text_utf_8(tmp_path):
+    text = "Größe, Länge \ufffd und Höhe"  # a real U+FFFD is no bad byte
+    data = text.encode()
+    (tmp_path / "x.txt").write_bytes(data.replace(b" und ", b" \xff "))
+    document = text_file_document(tmp_path / "x.txt", "x.txt", False)
+    check_sections(document, [((), text.replace("und", "\ufffd"))])
+    assert document.note == "places that are not UTF-8, read as U+FFFD: 1"
+    (tmp_path / "x.txt").write_bytes(data)
+    assert text_file_document(tmp_path / "x.txt", "x.txt", False).note == ""
+    (tmp_path / "x.txt").write_bytes(b"x" * (SAMPLE_BYTES - 1) + data + b"\xc3")  # characters across pieces
+    assert text_file_document(tmp_path / "x.txt", "x.txt", False).note.endswith("U+FFFD: 1")
+
+
+@pytest.mark.parametrize("line", ["| a row | of a table |\n", "```\n", "```\ncode\n"])
+def test_a_long_text_without_blank_lines_is_cut(line):
+    text = line + "| a row | of a table |\n" * (8 * SECTION_CHARACTERS // 23)
+    sections = list(sections_of(markdown_blocks(text.splitlines(keepends=True))))
+    assert "".join(section.text for section in sections) == text
+    assert max(len(section.text) for section in sections) < 2 * SECTION_CHARACTERS + 100
+    assert all(text.startswith(section.text, section.start) for section in sections)
 
 
 def test_headings_of_markdown():
