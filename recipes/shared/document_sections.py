@@ -29,6 +29,7 @@ NUM_TITLE_LINES = 400  # of a Markdown file are searched for its first heading
 SAMPLE_BYTES = 2**16  # to recognise an encoding
 MIN_GOOD = 4  # characters of UTF-8 for each bad place; in other encodings, few bytes happen to be UTF-8
 
+WORD = re.compile(r"\w")  # text without any is no passage
 HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
 UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*$")
 FENCE = re.compile(r" {0,3}(`{3,}(?!.*`)|~{3,})")

@@ -75,6 +75,7 @@ UNREADABLE = {
     "bad/locked.pdf": "it is encrypted: it needs a password",
     "bad/nul.txt": "it is no text: it holds NUL bytes",
     "bad/rows.jsonl, line 2": "text is 3, expected a string",
+    "rows.jsonl, line 3": "it holds no text",
     "bad/scanned.pdf": "no page of 1 holds text; scanned pages need OCR",
 }
 
@@ -115,9 +116,7 @@ def write_documents(folder):
     (folder / "notes.md").write_text(MARKDOWN)
     (folder / "latin.txt").write_bytes("Das Zahnrad läuft größer und schöner über die Brücke.".encode("latin-1"))
     (folder / "sub/long.txt").write_bytes(LONG.replace(" Sentence 30", "\r\n\r\nSentence 30").encode("utf-8-sig"))
-    (folder / "sub/z_copy.md").write_text(
-        "# Copy\nOil them *twice* a year.\n\n```python\n# no heading\noil(widget)\n```\n"
-    )
+    (folder / "sub/z_copy.md").write_text("# Notes on widgets\n\nRead this first.\n\n# Others\n\nKeep them dry.\n")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     table = {"text": ["A row of a table."], "url": ["https://x.org/t"], "urls": ["other"], "ids": [3]}
     pyarrow.parquet.write_table(pa.table(table), folder / "table.parquet")
@@ -280,9 +279,10 @@ def test_what_cannot_be_read_is_listed(result, model_folder, folder, output):
         assert source not in passages
     assert report["ignored"] == {".png": 1, "hidden": 1, "no suffix": 1}
     assert report == json.loads(output.with_name("corpus.report.json").read_text())
-    assert (report["documents"], report["duplicates"]) == (len(passages) + 1, 1)  # the text of the copy is not new
+    assert (report["documents"], report["duplicates"]) == (len(passages), 1)
+    assert [passage["title"] for passage in passages["sub/z_copy.md"]] == ["Notes on widgets › Others"]
     corpus = output.read_bytes()
-    message = r"7 of 18 documents and 1 rows cannot be read; no corpus was written(.|\n)*needs a pass"
+    message = r"7 of 18 documents and 2 rows cannot be read; no corpus was written(.|\n)*needs a pass"
     with pytest.raises(ValueError, match=message):
         prepare(arguments(model_folder, output, folder, on_error="fail"))
     assert output.read_bytes() == corpus
@@ -425,7 +425,7 @@ def small(tmp_path):
     folder = tmp_path / "small"
     folder.mkdir()
     for name in "abc":
-        (folder / f"{name}.md").write_text(f"# {name}\n\nText of {name}.\n\n## Same\n\nThe same everywhere.\n")
+        (folder / f"{name}.md").write_text(f"# Guide\n\nText of {name}.\n\n## Same\n\nThe same everywhere.\n")
     return folder
 
 
@@ -456,7 +456,7 @@ def test_ids_depend_on_path_and_span_alone(model_folder, small, tmp_path):
     assert report["duplicates"] == 1
 
 
-def test_equal_texts_are_written_once(model_folder, small, tmp_path):
+def test_equal_passages_are_written_once(model_folder, small, tmp_path):
     report = prepare(arguments(model_folder, tmp_path / "c.jsonl.gz", small))
     assert (report["passages"], report["duplicates"]) == (4, 2)
     from modeling_cosup.corpus_cosup import read_files
@@ -692,6 +692,9 @@ def test_from_a_page_to_its_citation(model_folder, folder, result, tmp_path, mon
     assert "no text on 1 of 3 pages: 3" in printed
     command = shlex.split(printed.splitlines()[-1])  # can be pasted as it is
     assert command[:6] == ["python", "recipes/build_index.py", "--model", model_folder, "--corpus_file", str(output)]
+    assert command[6:] == ["--output_dir", f"{model_folder}/index"]
+    of_the_hub = arguments("me/cosup", output, folder)  # a folder of this name would hide it
+    assert prepare_documents.summary(result[0], of_the_hub).endswith(" --output_dir index")
     model = CoSupForCausalLM.from_pretrained(model_folder)
     index = model.build_index(str(output), show_progress_bar=False)
     prompt = [*model.tokenizer("oil?")["input_ids"], model.config.nsp_token_id]
