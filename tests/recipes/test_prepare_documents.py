@@ -524,6 +524,18 @@ def test_the_output_is_no_document(model_folder, small):
 # ------------------------------------------------------------------ inputs
 
 
+ALL = ["a.md", "b.md", "c.md", "deep/a.md", "deep/file.md"]
+SKIPPED = {"links to folders": 2, "hidden": 1}
+PATTERNS = {
+    "**/*.md": (ALL, SKIPPED),
+    "**": (ALL, SKIPPED),
+    "**/deep/**": (ALL[3:], SKIPPED),
+    "*/*.md": (ALL[3:], {}),
+    "*/.hidden/*.md": (["deep/.hidden/h.md"], {}),
+    "deep/circle/*.md": (ALL[:3], {}),
+}
+
+
 def test_inputs(small, tmp_path, monkeypatch):
     (small / "deep").mkdir()
     (small / "deep" / "a.md").write_text("deep")
@@ -531,6 +543,14 @@ def test_inputs(small, tmp_path, monkeypatch):
     assert [document.source for document in documents] == ["a.md", "b.md", "c.md", "deep/a.md"]
     documents, _ = find_documents([str(small / "a.md"), str(small), str(small)], [small / "b.md"])
     assert [document.source for document in documents] == ["a.md", "c.md", "deep/a.md"]
+    (small / "deep" / "circle").symlink_to(small)
+    (small / "deep" / "away").symlink_to(tmp_path)
+    (small / "deep" / ".hidden").mkdir()
+    (small / "deep" / ".hidden" / "h.md").write_text("hidden")
+    (small / "deep" / "file.md").symlink_to(small / "a.md")
+    for pattern, expected in PATTERNS.items():
+        documents, ignored = find_documents([f"{small}/{pattern}"], ())
+        assert ([document.source for document in documents], ignored) == expected, pattern
     with pytest.raises(ValueError, match="have the same relative path 'a.md'"):
         find_documents([str(small), str(small / "deep")], ())
     (small / "x.xyz").write_text("x")
