@@ -16,6 +16,8 @@ from support.models import TEXTS, make_gen, make_model, make_tokenizer
 from support.recipes import fails_here, flags, write
 from trainer.memory_fit import KS
 
+from shared.token_memories import read_documents
+
 LONG = " ".join(TEXTS)
 HELD_OUT = ["Marie Curie was born in Warsaw.", "The city of Amsterdam has a painting by Rembrandt in it.", LONG]
 
@@ -138,6 +140,15 @@ def test_train_fit_and_measure_with_a_plain_gen(world, monkeypatch, tmp_path, ca
     assert measured["text"]["documents"] == 1
     assert measured["arms"]["lm"]["perplexity"]["interval"] is None
     assert measured["arms"][str(output)]["memory_config"] == fit["memory_config"]
+
+
+def test_a_text_may_begin_with_a_byte_order_mark_and_is_named_if_it_is_not_utf_8(tmp_path):
+    tokenizer = make_tokenizer()
+    (tmp_path / "BOOK.TXT").write_text(LONG, encoding="utf-8-sig")
+    assert list(read_documents(tmp_path / "BOOK.TXT", tokenizer)) == [document_ids(LONG, tokenizer)]
+    (tmp_path / "latin.txt").write_text("größer", encoding="latin-1")
+    with pytest.raises(ValueError, match="latin.txt is not UTF-8: .* position 2"):
+        list(read_documents(tmp_path / "latin.txt", tokenizer))
 
 
 def test_a_datastore_is_fitted_in_its_folder(world, results, monkeypatch, tmp_path, capsys):

@@ -119,7 +119,7 @@ def write_documents(folder):
     (folder / "sub/z_copy.md").write_text("# Notes on widgets\n\nRead this first.\n\n# Others\n\nKeep them dry.\n")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     table = {"text": ["A row of a table."], "url": ["https://x.org/t"], "urls": ["other"], "ids": [3]}
-    pyarrow.parquet.write_table(pa.table(table), folder / "table.parquet")
+    pyarrow.parquet.write_table(pa.table(table), folder / "table.PARQUET")
     (folder / "bad/empty.txt").write_bytes(b"")
     (folder / "bad/blank.md").write_text("# Only a heading\n\n \n---\n")
     (folder / "bad/nul.txt").write_bytes(b"MZ\0\0")
@@ -255,8 +255,8 @@ def test_rows(result):
     metadata = {"page": 7, "source": "rows.jsonl", "row": "a", "url": "https://x.org/a", "start": 0, "end": 20}
     check_passages([first], [("Row", "A row about widgets.", metadata)])
     check_passages([second], [("", "Another row.", {"source": "rows.jsonl", "row": 1, "start": 0, "end": 12})])
-    metadata = {"source": "table.parquet", "row": 0, "url": "https://x.org/t", "start": 0, "end": 17}
-    check_passages(passages["table.parquet"], [("", "A row of a table.", metadata)])
+    metadata = {"source": "table.PARQUET", "row": 0, "url": "https://x.org/t", "start": 0, "end": 17}
+    check_passages(passages["table.PARQUET"], [("", "A row of a table.", metadata)])
 
 
 def test_encodings(result, tmp_path):
