@@ -43,7 +43,7 @@ def read_files(
         `FileNotFoundError`, `ValueError`: for a damaged file; names the file, and the line of JSON Lines.
     """
     for path in paths:
-        if Path(path).suffix == ".parquet":
+        if Path(path).suffix.lower() == ".parquet":
             yield from read_parquet(path, columns, on_bad_row, optional)
         else:
             yield from lines_with_places(path, on_bad_row)

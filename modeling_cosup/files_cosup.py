@@ -41,7 +41,7 @@ def byte_lines(path: str | Path) -> Iterator[bytes]:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file.")
-    file = gzip.open(path) if path.suffix == ".gz" else path.open("rb")
+    file = gzip.open(path) if path.suffix.lower() == ".gz" else path.open("rb")
     with file:
         try:
             yield from file

@@ -83,7 +83,7 @@ def writing_bytes(path: str | Path) -> Iterator[BufferedIOBase]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with replacing_file(path) as unfinished, contextlib.ExitStack() as stack:
         file: BufferedIOBase = stack.enter_context(unfinished.open("wb"))
-        if path.suffix == ".gz":
+        if path.suffix.lower() == ".gz":
             # without a file name and a time in the header, the same lines always give the same bytes
             file = stack.enter_context(gzip.GzipFile("", "wb", 6, file, mtime=0))
         yield file

@@ -22,6 +22,9 @@ MAX_REQUEST_ROWS = 4_096
 MAX_REQUEST_BYTES = 16 * 2**20  # a server accepts messages of up to 64 MiB
 NOT_LOADED = 101  # Milvus's error code for a collection that is not in memory, e.g. after a restart
 CANNOT_CONNECT = 2  # pymilvus's error code
+RATE_LIMIT = 8  # Milvus's error code; it allows one flush of a collection in ten seconds, for example
+RATE_LIMIT_SECONDS = 10
+GETS_READY = (103, 106, 503)  # Milvus's error codes for a collection or channel that is being loaded or recovers
 # An environment variable: a token on the command line would be visible in lists of processes and in results
 TOKEN_VARIABLE = "MILVUS_TOKEN"
 
@@ -75,7 +78,7 @@ class MilvusConnection:
 
     def call(self, method: str, doing: str, name_collection: bool = True, **kwargs: Any) -> Any:
         """
-        Call a method of the Milvus client; if the server does not answer, call it again.
+        Call a method of the Milvus client; if the server does not answer, or not yet, call it again.
 
         A request may arrive twice, so call only methods for which that is harmless.
 
@@ -86,14 +89,16 @@ class MilvusConnection:
             **kwargs: arguments of the method.
 
         Raises:
-            `ConnectionError`: if the server did not answer any of `max_retries + 1` calls.
+            `ConnectionError`: if the server did not answer any of `max_retries + 1` calls, or not yet.
             `OSError`: if Milvus refuses the request.
         """
         pymilvus, grpc = milvus_packages()
         arguments = (self.collection,) if name_collection else ()
+        failure: Any = None
         for attempt in range(self.max_retries + 1):
             if attempt:
-                time.sleep(0.5 * 2 ** (attempt - 1))
+                seconds = 0.5 * 2 ** (attempt - 1)
+                time.sleep(max(seconds, RATE_LIMIT_SECONDS) if _code(failure) == RATE_LIMIT else seconds)
             try:
                 return self._send(method, *arguments, **kwargs)
             except (pymilvus.MilvusException, grpc.RpcError) as error:
@@ -158,15 +163,32 @@ class MilvusConnection:
 
     # ------------------------------------------------------------------ reading
 
-    def query(self, expression: str, fields: list[str]) -> list[dict[str, Any]]:
+    def query(self, expression: str, fields: list[str], consistency_level: str = "Session") -> list[dict[str, Any]]:
         """Read fields of the passages that match a filter expression."""
-        options: dict[str, Any] = {"filter": expression, "output_fields": fields, "consistency_level": "Session"}
-        return self.call("query", "reading passages", **options)
+        options: dict[str, Any] = {"output_fields": fields, "consistency_level": consistency_level}
+        return self.call("query", "reading passages", filter=expression, **options)
 
     def query_rows(self, rows: list[int], fields: list[str], step: int) -> Iterator[dict[str, Any]]:
         """Read fields of the rows that hold a passage, `step` rows per request."""
         for start in range(0, len(rows), step):
             yield from self.query(f"row in {rows[start : start + step]}", fields)
+
+    def rows_of_ids(self, ids: list[str], consistency_level: str = "Session") -> dict[str, int]:
+        """
+        Return the rows of the ids that are in the collection; with `"Strong"`, whichever process wrote them last.
+
+        Raises:
+            `ValueError`: if an id is not a string.
+        """
+        wrong = [id for id in ids if not isinstance(id, str)]
+        if wrong:
+            raise ValueError(f"{wrong[0]!r} is not a passage id, expected a string.")
+        rows: dict[str, int] = {}
+        quoted = [quote(id) for id in dict.fromkeys(ids)]
+        for part in split(quoted, len, MAX_REQUEST_BYTES // 4):  # of characters, up to four bytes each
+            hits = self.query(f"id in [{', '.join(part)}]", ["row", "id"], consistency_level)
+            rows.update({hit["id"]: hit["row"] for hit in hits})
+        return rows
 
     def fetch_embeddings(self, rows: NDArray[np.int64], size: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the rows that hold a passage, of sorted `rows`, and their embeddings `(M, size)`."""
@@ -247,5 +269,9 @@ def _stop_milvus_lite(path: str) -> None:
 
 def _may_pass(error: Any, grpc: ModuleType) -> bool:
     """Return whether the server was unreachable or not ready, so that the same request may succeed later."""
-    code = error.code() if callable(error.code) else error.code  # a method in gRPC's errors
-    return code in (CANNOT_CONNECT, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    no_answer = (CANNOT_CONNECT, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
+    return _code(error) in (*no_answer, RATE_LIMIT, *GETS_READY)
+
+
+def _code(error: Any) -> Any:
+    return error.code() if callable(error.code) else error.code  # a method in gRPC's errors

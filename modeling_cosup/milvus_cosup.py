@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .index_search_cosup import merge, nothing
 from .index_searchable_cosup import check_candidates, check_queries
-from .milvus_client_cosup import MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, MilvusConnection, quote, split
+from .milvus_client_cosup import MAX_REQUEST_BYTES, MAX_REQUEST_ROWS, MilvusConnection
 from .milvus_upload_cosup import (
     check_can_be_searched,
     check_sizes,
@@ -56,8 +56,9 @@ class MilvusPassageIndex:
         token (`str`, *optional*): `"user:password"` or an API key; defaults to the environment variable
             `MILVUS_TOKEN`.
         timeout (`float`, *optional*, defaults to 60): seconds that one request may take.
-        max_retries (`int`, *optional*, defaults to 5): how many times an unanswered request is sent again, after 0.5,
-            1, 2, ... seconds. By default, this takes at least 15 seconds.
+        max_retries (`int`, *optional*, defaults to 5): how many times a request is sent again if the server does not
+            answer, or not yet, after 0.5, 1, 2, ... seconds, and 10 or more if it has had too many requests. By
+            default, this takes at least 15 seconds.
         search_params (`dict`, *optional*): parameters of the collection's index type, e.g. `{"ef": 128}` for HNSW.
         search (`str`, *optional*): `"exact"` refuses a collection with an approximate index type.
 
@@ -191,6 +192,8 @@ class MilvusPassageIndex:
         if candidates is None:
             candidates = [None] * len(queries)
         pools = check_candidates(candidates, len(queries), self._count_rows)
+        if k > self._size:  # another process may have added passages
+            self._size = count_passages(self._milvus)
         k = min(k, self._size)
         scores, rows = nothing(len(queries), k)
         if k == 0:
@@ -292,6 +295,7 @@ class MilvusPassageIndex:
         return embeddings[np.searchsorted(live_rows, rows)]
 
     def __len__(self) -> int:
+        """Number of passages, as last counted: when the index was opened or changed here, or by a search for more."""
         return self._size
 
     @property
@@ -332,8 +336,11 @@ class MilvusPassageIndex:
         Raises:
             `ValueError`: names (up to five) ids that the index does not hold.
         """
+        return self._rows_of(ids, "Session")
+
+    def _rows_of(self, ids: Iterable[str], consistency_level: str) -> NDArray[np.int64]:
         ids = list(ids)
-        rows = self.find(ids)
+        rows = self._find(ids, consistency_level)
         missing = dict.fromkeys(ids[i] for i in np.flatnonzero(rows < 0))  # each once
         if missing:
             raise ValueError(f"The index holds no passage with {_some(list(missing), 'id')}.")
@@ -348,15 +355,11 @@ class MilvusPassageIndex:
 
     def find(self, ids: Iterable[str]) -> NDArray[np.int64]:
         """Return the rows of passage ids, -1 for unknown ids; `ValueError` if one is not a string."""
+        return self._find(ids, "Session")
+
+    def _find(self, ids: Iterable[str], consistency_level: str) -> NDArray[np.int64]:
         ids = list(ids)
-        wrong = [id for id in ids if not isinstance(id, str)]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r} is not a passage id, expected a string.")
-        rows: dict[str, int] = {}
-        quoted = [quote(id) for id in dict.fromkeys(ids)]
-        for part in split(quoted, len, MAX_REQUEST_BYTES // 4):  # of characters, up to four bytes each
-            hits = self._milvus.query(f"id in [{', '.join(part)}]", ["row", "id"])
-            rows.update({hit["id"]: hit["row"] for hit in hits})
+        rows = self._milvus.rows_of_ids(ids, consistency_level)
         return np.array([rows.get(id, -1) for id in ids], np.int64)
 
     def check_model(self, model: CoSupModel) -> None:
@@ -397,7 +400,7 @@ class MilvusPassageIndex:
         new = PassageIndex.build(passages, model, show_progress_bar=show_progress_bar, **limits)
         check_sizes(new, self._fields)
         ids = [passage["id"] for passage in new]
-        known = [ids[i] for i in np.flatnonzero(self.find(ids) >= 0)]
+        known = [ids[i] for i in np.flatnonzero(self._find(ids, "Strong") >= 0)]
         if known:
             raise ValueError(f"The index already holds passages with {_some(known, 'id')}; delete them first.")
         first = self.num_rows
@@ -427,7 +430,7 @@ class MilvusPassageIndex:
         Raises:
             `ValueError`: names ids that the index does not hold; then none is deleted.
         """
-        self._delete_rows(np.unique(self.rows_of(ids)))
+        self._delete_rows(np.unique(self._rows_of(ids, "Strong")))
         self._size = count_passages(self._milvus)
 
     def _delete_rows(self, rows: NDArray[np.int64]) -> None:

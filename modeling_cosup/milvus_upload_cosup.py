@@ -72,12 +72,28 @@ def _may_resume(connection: MilvusConnection, source: str, overwrite: bool) -> b
     if properties.get("cosup.source") == source and properties.get("cosup.complete") == "false":
         return True
     if not overwrite:
-        raise FileExistsError(
-            f"{connection} already exists and is not an unfinished upload of this index. Open it with"
-            " MilvusPassageIndex(uri, collection), choose another name, or drop it with overwrite=True."
-        )
+        raise _taken(connection)
     connection.call("drop_collection", "dropping the collection")
     return False
+
+
+def check_can_be_uploaded(connection: MilvusConnection) -> None:
+    """
+    Raise `FileExistsError` if the collection exists and is not an unfinished upload, whose index shows only later.
+
+    A recipe asks before it embeds a corpus, which may take days.
+    """
+    if connection.call("has_collection", "looking for the collection"):
+        properties = connection.call("describe_collection", "reading the collection's properties")["properties"]
+        if properties.get("cosup.complete") != "false":
+            raise _taken(connection)
+
+
+def _taken(connection: MilvusConnection) -> FileExistsError:
+    return FileExistsError(
+        f"{connection} already exists and is not an unfinished upload of this index. Open it with"
+        " MilvusPassageIndex(uri, collection), choose another name, or drop it with overwrite=True."
+    )
 
 
 def _create(connection: MilvusConnection, index: PassageIndex, source: str, index_type: str) -> None:

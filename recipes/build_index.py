@@ -14,11 +14,14 @@ already in `output_dir` stays until the new one is complete. With `--encoder_url
 processes: it serves what `save_emb_seq` wrote (`vllm serve emb_seq --runner pooling --convert embed`). The environment
 variable VLLM_API_KEY may hold its key. With `--index_uri` the index is also uploaded to Milvus, and an interrupted
 upload is resumed. Pass the same two options to the other recipes to search that collection. The environment variable
-MILVUS_TOKEN may hold `user:password` or an API key.
+MILVUS_TOKEN may hold `user:password` or an API key. An index of the same corpus and model that `output_dir` already
+holds is uploaded as it is.
 """
 
 import json
 import os
+from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from shared.cli import check_options, clear_errors, parse, table
@@ -28,9 +31,13 @@ from shared.arguments import IndexArguments
 if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
     check_options([IndexArguments], __doc__)
 
+from accelerate import PartialState
+
 from modeling_cosup import CoSupForCausalLM, MilvusPassageIndex, PassageIndex
 from modeling_cosup.index_approximate_cosup import empty_approximate
-from modeling_cosup.milvus_client_cosup import milvus_packages
+from modeling_cosup.milvus_client_cosup import MilvusConnection, milvus_packages
+from modeling_cosup.milvus_upload_cosup import check_can_be_uploaded
+from modeling_cosup.passages_cosup import checked_passages, read_corpus
 from trainer.judging.figures import figure, shown
 
 from serving.server_encoder import ServerEncoder
@@ -45,26 +52,35 @@ def main() -> None:
         state = processes()
         model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
         check(args, model.config.embedding_size)
-        encoder = None
-        if args.encoder_url is None:
-            model.to(state.device)
-        else:
-            encoder = ServerEncoder(model, args.encoder_url, os.environ.get("VLLM_API_KEY"), args.batch_size)
-        model.build_index(
-            file_or_dataset(args.corpus_file, args.streaming),
-            save_directory=args.output_dir,
-            batch_size=args.batch_size,
-            max_tokens_per_batch=args.max_tokens_per_batch,
-            shard_size=args.shard_size,
-            dtype=args.embedding_dtype,
-            num_processes=state.num_processes,
-            process_index=state.process_index,
-            encoder=encoder,
-        )
+        if args.index_uri is not None and state.is_main_process:
+            check_collection(args.index_uri, args.index)
+        was_built = args.index_uri is not None and is_built(args, model)
+        if not was_built:
+            build(args, model, state)
         state.wait_for_everyone()
         if state.is_main_process:
-            finish(args, state.num_processes)
+            finish(args, must_merge=state.num_processes > 1 and not was_built)
     end_processes()
+
+
+def build(args: IndexArguments, model: CoSupForCausalLM, state: PartialState) -> None:
+    """Embed the share of this process."""
+    encoder = None
+    if args.encoder_url is None:
+        model.to(state.device)
+    else:
+        encoder = ServerEncoder(model, args.encoder_url, os.environ.get("VLLM_API_KEY"), args.batch_size)
+    model.build_index(
+        file_or_dataset(args.corpus_file, args.streaming),
+        save_directory=args.output_dir,
+        batch_size=args.batch_size,
+        max_tokens_per_batch=args.max_tokens_per_batch,
+        shard_size=args.shard_size,
+        dtype=args.embedding_dtype,
+        num_processes=state.num_processes,
+        process_index=state.process_index,
+        encoder=encoder,
+    )
 
 
 def check(args: IndexArguments, embedding_size: int) -> None:
@@ -92,6 +108,41 @@ def check(args: IndexArguments, embedding_size: int) -> None:
     milvus_index_params(args)
 
 
+def check_collection(uri: str, collection: str) -> None:
+    """Connect to Milvus; `FileExistsError` if the collection exists, and is not an unfinished upload."""
+    connection = MilvusConnection(uri, collection)
+    if connection.is_file and not Path(uri).exists():
+        return
+    try:
+        check_can_be_uploaded(connection)
+    finally:
+        connection.close()
+
+
+def is_built(args: IndexArguments, model: CoSupForCausalLM) -> bool:
+    """
+    Return whether `output_dir` holds a complete index of this corpus and model, with these settings.
+
+    An upload resumes only from the same embeddings, and embedding again would make others.
+    """
+    if not Path(args.output_dir).is_dir():
+        return False
+    try:
+        index = PassageIndex.from_pretrained(args.output_dir, search="exact")
+        index.check_model(model)
+    except (OSError, ValueError):
+        return False
+    num_full, num_left = divmod(index.num_rows, args.shard_size)
+    sizes = [args.shard_size] * num_full + ([num_left] if num_left else [])
+    has_settings = index.config["dtype"] == args.embedding_dtype and index.config["shards"] == sizes
+    if not has_settings or (index.config["approximate"] and not args.index_factory):
+        return False
+    corpus = checked_passages(read_corpus(file_or_dataset(args.corpus_file, args.streaming)))
+    passages = ({**passage, "input_ids": None} for _, passage in corpus)
+    held = ({**passage, "input_ids": None} for passage in index)
+    return all(first == second for first, second in zip_longest(passages, held))
+
+
 def milvus_index_params(args: IndexArguments) -> dict[str, Any]:
     """Return the parameters of the Milvus index type; `ValueError` unless they are a JSON object."""
     try:
@@ -103,11 +154,11 @@ def milvus_index_params(args: IndexArguments) -> dict[str, Any]:
     return params
 
 
-def finish(args: IndexArguments, num_processes: int) -> None:
+def finish(args: IndexArguments, must_merge: bool) -> None:
     """In one process, merge the shards, train an approximate index, upload the index, and print what was made."""
-    if num_processes > 1:
+    if must_merge:
         PassageIndex.merge(args.output_dir)
-    index = PassageIndex.from_pretrained(args.output_dir, verify=False)
+    index = PassageIndex.from_pretrained(args.output_dir, search="exact", verify=False)
     print(f"{len(index):,} passages in {args.output_dir}", flush=True)
     if args.index_factory:
         recalls = index.train_approximate(args.index_factory, args.train_size, args.seed, **search_options(args))

@@ -13,8 +13,8 @@ and of datasets, with a text and perhaps a title, a url and metadata. Other file
 A passage has at most `passage_length` tokens, with its title, `document title › heading`. It never crosses a heading
 or a page, and begins within a word only if the word alone is longer. Its metadata are `source` (the path relative to
 INPUT), `page` (of a PDF, from 1), `start` and `end` (characters in the converted text) and `url` (a web page's
-canonical link). Its id depends on source, row, start and end alone. A text that occurs twice is written once, where it
-occurs first.
+canonical link). Its id depends on source, row, start and end alone. A passage whose title and text occurred before is
+not written again.
 
 Documents that have not changed are not converted again: their passages are kept in `<output_file>.cache`, which may be
 deleted. An interrupted run resumes there. What could not be read, documents and single rows, is printed, and stands in
@@ -163,7 +163,7 @@ def notes_of(cache: DocumentCache, documents: Iterable[DocumentFile]) -> list[di
 
 
 def write_corpus(cache: DocumentCache, documents: list[DocumentFile], output: Path) -> dict[str, Any]:
-    """Write the passages of documents, each text once; return the figures of the report."""
+    """Write the passages of documents, each title and text once; return the figures of the report."""
     num_passages = num_duplicates = num_tokens = longest = 0
     with writing_bytes(output) as file:
         for document in documents:
@@ -202,7 +202,7 @@ def summary(report: dict[str, Any], args: DocumentArguments) -> str:
         ("documents", f"{report['documents']:,}, {report['unchanged']:,} of them unchanged"),
         ("passages", f"{report['passages']:,}"),
         ("tokens of a passage", f"{report['tokens']['mean']} on average, {report['tokens']['longest']:,} at most"),
-        ("duplicate texts left out", f"{report['duplicates']:,}"),
+        ("duplicates left out", f"{report['duplicates']:,}"),
         ("unreadable documents", f"{report['unreadable_documents']:,}"),
         ("unreadable rows of others", f"{report['unreadable_rows']:,}"),
         ("other files ignored", ignored or "0"),
@@ -213,7 +213,8 @@ def summary(report: dict[str, Any], args: DocumentArguments) -> str:
     if report["unreadable"]:
         parts.append(f"NOT IN THE CORPUS, as they cannot be read:\n{listed(report['unreadable'])}")
     parts.append(f"All of this is in {report_path(Path(args.output_file))}. The next command:")
-    files = ["--corpus_file", args.output_file, "--output_dir", f"{args.model}/index"]
+    output_dir = f"{args.model}/index" if Path(args.model).is_dir() else "index"  # never a folder named like a model
+    files = ["--corpus_file", args.output_file, "--output_dir", output_dir]
     parts.append(f"  {shlex.join(['python', 'recipes/build_index.py', '--model', args.model, *files])}")
     return "\n".join(parts)
 

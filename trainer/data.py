@@ -260,7 +260,7 @@ def load_corpus(source: str | Path, split: str = "train", contents: PassageConte
     """
     passages = []
     places: dict[str, str] = {}
-    rows = read_corpus(source) if str(source).endswith(".parquet") else read_rows(source, split)
+    rows = read_corpus(source) if Path(source).suffix.lower() == ".parquet" else read_rows(source, split)
     for where, passage in checked_passages(rows):
         id = passage["id"]
         if id in places:

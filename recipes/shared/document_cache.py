@@ -41,7 +41,7 @@ class PassageBatch:
     Args:
         lines (`bytes`): lines of the corpus, compressed by zlib.
         ids (`bytes`): their ids, `ID_BYTES` each.
-        hashes (`bytes`): of their texts, `HASH_BYTES` each.
+        hashes (`bytes`): of their titles and texts, `HASH_BYTES` each.
         lengths (`bytes`): their numbers of tokens, an `array("I")`.
         note (`str`): what could not be read of the document.
     """
@@ -164,7 +164,7 @@ class DocumentCache:
             yield PassageBatch(*row)
 
     def is_new(self, value: bytes) -> bool:
-        """Return whether an id, or the hash of a text, is new in this run, and remember it, on disk if need be."""
+        """Return whether an id, or the hash of a passage, is new in this run, and remember it, on disk if need be."""
         return self._connection.execute("INSERT OR IGNORE INTO temp.seen VALUES (?)", (value,)).rowcount == 1
 
     def forget_others(self, sources: Iterable[str]) -> None:

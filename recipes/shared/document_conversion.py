@@ -1,28 +1,19 @@
-"""Conversion of HTML (trafilatura), Word (python-docx) and PDF (pypdf) files to sections."""
+"""Conversion of HTML (trafilatura), PDF (pypdf) and Word files to sections."""
 
 import logging
 import re
 import statistics
-import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from importlib import import_module
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 from shared.document_files import NO_CHARACTER, DocumentError
-from shared.document_sections import (
-    Block,
-    Document,
-    Section,
-    markdown_document,
-    plain_title,
-    sections_of,
-)
+from shared.document_sections import Document, Section, markdown_document
+from shared.document_word import docx_document
 
 MAX_HTML_BYTES = 32 * 2**20
-MAX_DOCX_BYTES = 512 * 2**20  # unpacked, images included
-MAX_DOCX_TEXT_BYTES = 64 * 2**20  # of its XML
 MAX_PAGES = 20_000
 MAX_PAGE_CHARACTERS = 1_000_000
 EXTRA = 'pip install "cosup[documents]"'
@@ -102,58 +93,6 @@ def html_document(path: Path, id: str) -> Document:
     return document
 
 
-# ---------------------------------------------------------------------- Word
-
-
-def docx_document(path: Path, id: str) -> Document:
-    """Read the paragraphs, lists and tables of a Word file; headings are its heading styles."""
-    import docx
-
-    if not zipfile.is_zipfile(path):
-        raise DocumentError("it is no .docx file: it is encrypted, damaged, or of an old format")
-    with zipfile.ZipFile(path) as archive:
-        entries = archive.infolist()
-    size = sum(entry.file_size for entry in entries)
-    text_size = sum(entry.file_size for entry in entries if entry.filename.lower().endswith((".xml", ".rels")))
-    if size > MAX_DOCX_BYTES or text_size > MAX_DOCX_TEXT_BYTES:
-        raise DocumentError(
-            f"it unpacks to {size:,} bytes, {text_size:,} of them XML; expected at most {MAX_DOCX_BYTES:,} and"
-            f" {MAX_DOCX_TEXT_BYTES:,}"
-        )
-    file = docx.Document(str(path))
-    blocks = list(_docx_blocks(file))
-    titles = [block.title for block in blocks if block.level and block.title]
-    title = (file.core_properties.title or "").strip() or (titles[0] if titles else Path(id).stem)
-    return Document(id, title, sections_of(blocks), is_markdown=True)
-
-
-def _docx_blocks(file: Any) -> Iterator[Block]:
-    for block in file.iter_inner_content():
-        if hasattr(block, "rows"):
-            yield Block(_table(block), may_end=True)
-            continue
-        text = NO_CHARACTER.sub("\ufffd", block.text)
-        style = block.style.name if block.style is not None and block.style.name else ""
-        heading = re.fullmatch(r"Heading ([1-9])|Title", style)
-        if heading and text.strip():
-            level = min(6, int(heading[1] or 1))
-            yield Block(f"{'#' * level} {text}\n\n", level, " ".join(text.split()))
-        elif style.startswith("List"):
-            yield Block(f"- {text}\n", may_end=True)
-        else:
-            yield Block(f"{text}\n\n", may_end=True)
-
-
-def _table(table: Any) -> str:
-    rows = []
-    for row in table.rows:
-        cells = [" ".join(NO_CHARACTER.sub("\ufffd", cell.text).split()) for cell in row.cells]
-        rows.append(f"| {' | '.join(cells)} |\n")
-        if len(rows) == 1:
-            rows.append(f"|{'---|' * len(cells)}\n")
-    return "\n" + "".join(rows) + "\n"
-
-
 # ---------------------------------------------------------------------- PDF
 
 
@@ -178,10 +117,10 @@ def pdf_document(path: Path, id: str) -> Document:
     sections, unread = [], []
     start, headings = 0, []
     for number, page in enumerate(reader.pages, 1):
-        text = _page_text(page)
+        entries = [entry for entry in outline if entry[0] == number]
+        text = _page_text(page, [title for *_, title in entries])
         if not text.strip():
             unread.append(str(number))
-        entries = [entry for entry in outline if entry[0] == number]
         sections += _page_sections(text, start, number, entries, headings)
         start += len(text) + 1  # the form feed between two pages
     if len(unread) == num_pages:
@@ -194,7 +133,7 @@ def pdf_document(path: Path, id: str) -> Document:
     return Document(id, NO_CHARACTER.sub("\ufffd", title), sections, note=note)
 
 
-def _page_text(page: Any) -> str:
+def _page_text(page: Any, titles: list[str]) -> str:
     """Return the text of a page, of which the lines of a paragraph are joined; empty if it cannot be read."""
     try:
         text = page.extract_text()
@@ -202,17 +141,19 @@ def _page_text(page: Any) -> str:
         return ""
     if len(text) > MAX_PAGE_CHARACTERS:
         raise DocumentError(f"a page holds {len(text):,} characters, expected at most {MAX_PAGE_CHARACTERS:,}")
-    return join_lines(NO_CHARACTER.sub("\ufffd", text).replace("\f", "\n"))
+    return join_lines(NO_CHARACTER.sub("\ufffd", text).replace("\f", "\n"), titles)
 
 
-def join_lines(text: str) -> str:
+def join_lines(text: str, titles: Collection[str] = ()) -> str:
     """
     Join the lines of each paragraph of a page.
 
     A line goes on in the next one if it is nearly as long as the page is wide and does not end a sentence there, or if
-    the next one begins with a small letter. A hyphen between two small letters is taken out.
+    the next one begins with a small letter. A hyphen between two small letters is taken out. A line that is one of the
+    titles, of bookmarks, stays alone.
     """
     lines = [line.strip() for line in text.splitlines()]
+    alone = {line for line in lines if titles and _heading(titles).fullmatch(line)}
     widths = [len(line) for line in lines if line]
     if not widths:
         return ""
@@ -220,6 +161,7 @@ def join_lines(text: str) -> str:
     joined = lines[0]
     for line, after in zip(lines, lines[1:], strict=False):
         goes_on = line and after and (after[0].islower() or len(line) >= full and line[-1] not in ".!?:;")
+        goes_on = goes_on and not alone.intersection((line, after))
         if goes_on and re.search(r"[a-zà-ÿ][-\u00ad]$", line) and after[0].islower():
             joined = joined[:-1] + after
         elif goes_on:
@@ -227,6 +169,12 @@ def join_lines(text: str) -> str:
         else:
             joined += f"\n{after}"
     return joined
+
+
+def _heading(titles: Collection[str]) -> re.Pattern[str]:
+    """Return what matches a whole line that shows one of these titles, perhaps with a number before it."""
+    words = "|".join(r"\s+".join(map(re.escape, title.split())) for title in titles)
+    return re.compile(rf"^(?:[a-z]?[\d.]+\s+)?(?:{words})$", re.IGNORECASE | re.MULTILINE)
 
 
 def _outline(reader: Any) -> list[tuple[int, int, str]]:
@@ -239,7 +187,7 @@ def _outline(reader: Any) -> list[tuple[int, int, str]]:
                 visit(item, level + 1)
                 continue
             page = reader.get_destination_page_number(item)
-            title = plain_title(NO_CHARACTER.sub("\ufffd", str(item.title or "")))
+            title = " ".join(NO_CHARACTER.sub("\ufffd", str(item.title or "")).split())
             if page is not None and page >= 0 and title:
                 entries.append((page + 1, level, title))
 
@@ -254,7 +202,9 @@ def _page_sections(
     text: str, start: int, page: int, entries: list[tuple[int, int, str]], headings: list[tuple[int, str]]
 ) -> list[Section]:
     """
-    Cut a page where its headings stand in the text.
+    Cut a page where its headings stand in the text, each on lines of its own, perhaps with a number before it.
+
+    A heading that is not found begins with the next one that is, or on the next page.
 
     Args:
         entries (list of `(page, level, title)`): of the outline, on this page.
@@ -262,18 +212,25 @@ def _page_sections(
     """
     sections: list[Section] = []
     position = 0
+    begun: list[tuple[int, str]] = []  # headings that the text does not show, since the last one that it does
 
     def add(end: int) -> None:
         if text[position:end].strip():
             titles = tuple(title for _, title in headings)
             sections.append(Section(text[position:end], start + position, titles, page))
 
+    def begin() -> None:
+        for level, title in begun:
+            headings[:] = [heading for heading in headings if heading[0] < level] + [(level, title)]
+        begun.clear()
+
     for _, level, title in entries:
-        words = r"\s+".join(map(re.escape, title.split()))
-        match = re.compile(words, re.IGNORECASE).search(text, position)
+        match = _heading([title]).search(text, position)
+        begun.append((level, title))
         if match:
             add(match.start())
             position = match.end()
-        headings[:] = [heading for heading in headings if heading[0] < level] + [(level, title)]
+            begin()
     add(len(text))
+    begin()
     return sections

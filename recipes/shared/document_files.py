@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 
 from shared.cli import check_place
@@ -59,7 +60,7 @@ def find_documents(inputs: Sequence[str], excluded: Collection[Path]) -> tuple[l
     Return the documents of all inputs, and how many other files were ignored, by the end of their names.
 
     Folders are searched recursively and sorted by name. Hidden files and folders, and links to folders, count as
-    ignored.
+    ignored. Links to files are followed, also out of the folder: the Hub's cache is made of them.
 
     Args:
         inputs (`list[str]`): folders, files, patterns such as `"docs/**/*.md"`, and names of datasets.
@@ -103,7 +104,7 @@ def _documents_of(name: str, left_out: set[Path], ignored: Counter[str]) -> Iter
             raise ValueError(f"{name} is an input, and would be overwritten: name another output_file.")
         yield DocumentFile(NO_CHARACTER.sub("\ufffd", path.name), kind, path)
     elif glob.has_magic(name):
-        folder, paths = _of_pattern(name)
+        folder, paths = _of_pattern(name, ignored)
         yield from _documents_among(paths, folder, left_out, ignored)
     else:
         check_place(name, name)
@@ -127,15 +128,37 @@ def _in_folder(folder: Path, ignored: Counter[str]) -> Iterator[Path]:
         yield from (Path(parent, name) for name in sorted(files) if not name.startswith("."))
 
 
-def _of_pattern(pattern: str) -> tuple[Path, list[Path]]:
-    """Return the folder before the first wildcard, and the files that match."""
+def _of_pattern(pattern: str, ignored: Counter[str]) -> tuple[Path, list[Path]]:
+    """Return the folder before the first wildcard, and the files below it that match."""
     parts = Path(pattern).parts
     num_plain = next(number for number, part in enumerate(parts) if glob.has_magic(part))
     folder = Path(*parts[:num_plain])
-    paths = sorted(path for path in map(Path, glob.glob(pattern, recursive=True)) if path.is_file())
+    skipped: dict[Path, str] = {}
+    paths = set(_matches(folder, parts[num_plain:], skipped)) if folder.is_dir() else set()
     if not paths:
         raise FileNotFoundError(f"{pattern}: no file has such a name.")
-    return folder, paths
+    ignored.update(skipped.values())
+    return folder, sorted(paths)
+
+
+def _matches(folder: Path, parts: Sequence[str], skipped: dict[Path, str]) -> Iterator[Path]:
+    """Yield the files below a folder that match; unlike `glob`, follow no link to a folder, which may lead back."""
+    part, *rest = parts
+    at_any_depth = part == "**"
+    if at_any_depth:
+        yield from _matches(folder, rest or ["*"], skipped)
+    for path in folder.iterdir():
+        is_folder = path.is_dir()
+        if not (at_any_depth or fnmatch(path.name, part)) or is_folder != (at_any_depth or bool(rest)):
+            continue
+        if path.name.startswith(".") and not part.startswith("."):
+            skipped[path] = "hidden"
+        elif is_folder and path.is_symlink():
+            skipped[path] = "links to folders"
+        elif is_folder:
+            yield from _matches(path, parts if at_any_depth else rest, skipped)
+        elif path.is_file():
+            yield path
 
 
 def _documents_among(

@@ -12,7 +12,7 @@ from modeling_cosup.passages_cosup import check_id, check_text
 
 from shared.document_cache import BadRow, DocumentCache
 from shared.document_files import NO_CHARACTER, DocumentError, DocumentFile
-from shared.document_sections import Document, row_sections
+from shared.document_sections import WORD, Document, row_sections
 
 MAX_BAD_ROWS = 1000  # of a document, that are listed one by one
 ROW_HASH_BYTES = 12  # unlike the ids and hashes of passages
@@ -64,6 +64,8 @@ class RowReader:
     def _document(self, where: str, row: dict[str, Any]) -> Document:
         source = self.file.source
         text = check_text(row.get(self.text_column), self.text_column, where, may_be_empty=True)
+        if not WORD.search(text):
+            raise ValueError(f"{where}: it holds no text.")
         title = check_text(row.get("title") or "", "title", where, may_be_empty=True)
         metadata = {**(check_metadata(row.get("metadata"), where) or {}), "source": source}
         metadata["row"] = self.num_rows if row.get("id") in (None, "") else check_id(row["id"], where)

@@ -16,21 +16,24 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, BinaryIO, TextIO
 
 import yaml
 
 from shared.document_files import DocumentError
 
-SECTION_CHARACTERS = 2**16  # a longer text is cut at the next blank line
+SECTION_CHARACTERS = 2**16  # a longer text is cut at the next blank line; one twice as long at the next line
 MAX_LINE = 2**20  # characters of a line of Markdown
 MAX_HEADING = 1000  # characters; a longer line is text
 NUM_TITLE_LINES = 400  # of a Markdown file are searched for its first heading
 SAMPLE_BYTES = 2**16  # to recognise an encoding
+MIN_GOOD = 4  # characters of UTF-8 for each bad place; in other encodings, few bytes happen to be UTF-8
 
+WORD = re.compile(r"\w")  # text without any is no passage
 HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
 UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*$")
 FENCE = re.compile(r" {0,3}(`{3,}(?!.*`)|~{3,})")
+FRONT_MATTER = re.compile(r"[\w-]+[ \t]*:|[ \t]+\S|- ")
 NO_PARAGRAPH = re.compile(r"\s*([-*+>|]|\d+[.)])")  # lists, quotes and tables, which an underline makes no heading
 
 
@@ -76,7 +79,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Block:
-    """A line or paragraph; `level` is 1 to 6 for a heading, and a long section may end after `may_end`."""
+    """A line or paragraph; `level` is 1 to 6 for a heading, and a long section best ends before `may_end`."""
 
     text: str
     level: int = 0
@@ -90,7 +93,8 @@ def sections_of(blocks: Iterable[Block], start: int = 0) -> Iterator[Section]:
     lines: list[str] = []
     size = 0
     for block in blocks:
-        if block.level or (size >= SECTION_CHARACTERS and block.may_end):
+        limit = SECTION_CHARACTERS if block.may_end else 2 * SECTION_CHARACTERS
+        if block.level or size >= limit:
             if lines:
                 yield Section("".join(lines), start, tuple(title for _, title in path))
             start, lines, size = start + size, [], 0
@@ -113,8 +117,10 @@ def open_text(path: Path) -> tuple[TextIO, str]:
     """
     Open a text file: UTF-8, UTF-16 with a byte order mark, or another encoding that `charset_normalizer` recognises.
 
+    UTF-8 with a few bad bytes is still UTF-8.
+
     Returns:
-        `(file, note)`: the note names an encoding that was guessed.
+        `(file, note)`: the note names an encoding that was guessed, or counts the bad places of UTF-8.
 
     Raises:
         [`DocumentError`]: for a file that is empty or no text.
@@ -129,17 +135,31 @@ def open_text(path: Path) -> tuple[TextIO, str]:
             return path.open(encoding="utf-16"), ""
         if b"\0" in sample:
             raise DocumentError("it is no text: it holds NUL bytes")
-        decoder = codecs.getincrementaldecoder("utf-8")()
-        try:
-            decoder.decode(sample)
-            while piece := file.read(SAMPLE_BYTES):
-                decoder.decode(piece)
-            decoder.decode(b"", final=True)
-        except UnicodeDecodeError:
-            encoding = _guessed_encoding(sample)
-        else:
-            return path.open(encoding="utf-8-sig"), ""
+        file.seek(0)
+        num_bad, num_good = _count_utf8(file)
+    if not num_bad:
+        return path.open(encoding="utf-8-sig"), ""
+    if num_bad * MIN_GOOD <= num_good:
+        note = f"places that are not UTF-8, read as U+FFFD: {num_bad:,}"
+        return path.open(encoding="utf-8-sig", errors="replace"), note
+    encoding = _guessed_encoding(sample)
     return path.open(encoding=encoding), f"read as {encoding}, as it is not UTF-8"
+
+
+def _count_utf8(file: BinaryIO) -> tuple[int, int]:
+    """Return how many places of a file are not UTF-8, and how many characters are, ASCII not counted."""
+    make_decoder = codecs.getincrementaldecoder("utf-8")
+    replacing, ignoring = make_decoder("replace"), make_decoder("ignore")
+    num_bad = num_good = 0
+    is_last = False
+    while not is_last:
+        piece = file.read(SAMPLE_BYTES)
+        is_last = not piece
+        good = ignoring.decode(piece, is_last)
+        num_bad += len(replacing.decode(piece, is_last)) - len(good)
+        if not good.isascii():
+            num_good += len(good) - len(good.encode("ascii", "ignore"))
+    return num_bad, num_good
 
 
 def _guessed_encoding(sample: bytes) -> str:
@@ -192,17 +212,24 @@ def markdown_document(file: TextIO, id: str, title: str) -> Document:
 
 
 def _front_matter(lines: list[str]) -> tuple[int, str]:
-    """Return the number of lines of YAML front matter, and its title."""
+    """
+    Return the number of lines of YAML front matter, and its title.
+
+    Text between two rules is none: front matter is a mapping, or looks like one if it is no valid YAML.
+    """
     if not lines or lines[0].rstrip() != "---":
         return 0, ""
     ends = [number for number, line in enumerate(lines) if number and line.rstrip() in ("---", "...")]
     if not ends:
         return 0, ""
+    matter = lines[1 : ends[0]]
     try:
-        values = yaml.load("".join(lines[1 : ends[0]]), yaml.BaseLoader)  # every value is a text
+        values = yaml.load("".join(matter), yaml.BaseLoader)  # every value is a text
     except (yaml.YAMLError, RecursionError):  # the latter for thousands of brackets
-        values = None
-    title = values.get("title") if isinstance(values, dict) else None
+        values = {} if all(map(FRONT_MATTER.match, matter)) else None
+    if not isinstance(values, dict):
+        return 0, ""
+    title = values.get("title")
     return ends[0] + 1, title if isinstance(title, str) else ""
 
 

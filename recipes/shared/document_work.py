@@ -28,7 +28,7 @@ from shared.document_rows import RowReader
 from shared.document_sections import Document, text_file_document
 from shared.passage_splitting import PassageSplitter
 
-FORMAT = 2  # of the passages; another one splits every document again
+FORMAT = 3  # of the passages; another one splits every document again
 LIBRARIES = ("pypdf", "python-docx", "semantic-text-splitter", "trafilatura")
 WORK_CHARACTERS = 2**18  # of rows or sections that a worker gets at a time
 WORK_ROWS = 1000
@@ -89,7 +89,8 @@ def split_work(work: Work, splitter: PassageSplitter) -> PassageBatch:
             for passage, length in splitter.passages(document):
                 lines.append(json.dumps(passage, ensure_ascii=False).encode())
                 ids.append(bytes.fromhex(passage["id"]))
-                hashes.append(hashlib.blake2b(passage["text"].encode(), digest_size=HASH_BYTES).digest())
+                content = f"{passage['title']}\0{passage['text']}".encode()
+                hashes.append(hashlib.blake2b(content, digest_size=HASH_BYTES).digest())
                 lengths.append(length)
         except ValueError as error:
             raise DocumentError(str(error)) from None

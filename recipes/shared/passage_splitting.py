@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from shared.document_cache import ID_BYTES
-from shared.document_sections import Document
+from shared.document_sections import WORD, Document
 
 if TYPE_CHECKING:  # a recipe that only prints its options does not wait for torch
     from transformers import PreTrainedTokenizerBase
@@ -21,7 +20,6 @@ MIN_LENGTH = 16  # tokens of a passage
 TITLE_SHARE = 1 / 3  # of a passage's tokens, at most
 SAMPLE_CHARACTERS = 1000  # of a document, to learn how long its tokens are
 FILL = 0.95  # of the room for text that a passage aims at, as tokens differ in length
-WORD = re.compile(r"\w")
 
 
 class PassageSplitter:

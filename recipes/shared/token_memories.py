@@ -28,15 +28,19 @@ def read_documents(
     Yield the token ids of documents, one at a time.
 
     Args:
-        path (`str`): JSON Lines (.gz) or Parquet with a `text` for each document, or plain text (.txt): one document.
+        path (`str`): JSON Lines (.gz) or Parquet with a `text` for each document, or one text in UTF-8 (.txt).
         tokenizer (`PreTrainedTokenizerBase`): of Gen.
         max_documents (`int`, *optional*): read only the first.
 
     Raises:
         `FileNotFoundError`, `ValueError`: names file and line of what cannot be read.
     """
-    if Path(path).suffix == ".txt":
-        yield document_ids(Path(path).read_text(encoding="utf-8"), tokenizer)
+    if Path(path).suffix.lower() == ".txt":
+        try:
+            text = Path(path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8: {error}") from None
+        yield document_ids(text, tokenizer)
         return
     for text in itertools.islice(read_texts(path), max_documents):
         yield document_ids(text, tokenizer)

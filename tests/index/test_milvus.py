@@ -216,6 +216,28 @@ def server(tmp_path):
     server.kill()
 
 
+@pytest.mark.parametrize(("code", "waits"), [(8, [10, 10, 10, 10, 10]), (103, [0.5, 1]), (106, [0.5]), (503, [0.5])])
+def test_a_server_that_refuses_for_now_is_asked_again(monkeypatch, code, waits):
+    """Code 8 is a rate limit: Milvus allows one flush of a collection in ten seconds."""
+    refusals = [pymilvus.MilvusException(code, "not now")] * len(waits)
+
+    class Client:
+        def flush(self, collection, retry_times):
+            if refusals:
+                raise refusals.pop()
+            return "done"
+
+    waited = []
+    monkeypatch.setattr(milvus_client_cosup.time, "sleep", waited.append)
+    connection = MilvusConnection("http://127.0.0.1:9", "passages")
+    connection._client = Client()
+    assert connection.call("flush", "storing") == "done"
+    assert waited == waits
+    refusals.append(pymilvus.MilvusException(1100, "wrong"))
+    with pytest.raises(OSError, match="failed while storing"):
+        connection.call("flush", "storing")
+
+
 def test_searches_go_on_when_the_server_comes_back(index, server):
     retriever = upload(index, server, "passages")
     for i in range(6):
@@ -411,6 +433,33 @@ def test_what_another_process_adds_is_found(index, the_model, milvus_server):
     assert reader.search(queries(1), candidates=[[6]])[1].tolist() == [[6]]
     with pytest.raises(ValueError, match=r"candidates\[0\] holds \[7\], which are not rows of this index \(0 to 6\)"):
         reader.search(queries(1), candidates=[[6, 7]])
+    assert sorted(reader.search(queries(1), k=9)[1][0]) == list(range(7))
+    assert len(reader) == 7
+
+
+def test_an_index_that_was_empty_when_it_was_opened_is_searched(index, the_model, milvus_server):
+    writer = upload(index, milvus_server, "emptied")
+    writer.delete([passage["id"] for passage in PASSAGES])
+    reader = MilvusPassageIndex(milvus_server.uri, "emptied")
+    assert reader.search(queries(1))[1].shape == (1, 0)
+    writer.add(PASSAGES[:1], the_model)
+    assert reader.search(queries(1))[1].tolist() == [[6]]
+
+
+def test_a_change_knows_the_ids_that_any_process_has_written(index, the_model, milvus_server, monkeypatch):
+    retriever = upload(index, milvus_server, "levels")
+    levels = []
+    query = MilvusConnection.query
+
+    def recorded(self, expression, fields, consistency_level="Session"):
+        levels.append(consistency_level)
+        return query(self, expression, fields, consistency_level)
+
+    monkeypatch.setattr(MilvusConnection, "query", recorded)
+    retriever.add([{"id": "new", "title": "", "text": "radium"}], the_model)
+    retriever.delete(["new"])
+    retriever.find(["p0"])
+    assert levels == ["Strong", "Strong", "Session"]
 
 
 # ------------------------------------------------------------------ limits

@@ -30,11 +30,12 @@ def test_reading_and_writing_files_needs_neither_torch_nor_numpy():
     assert process.stdout == "set()\n"
 
 
-@pytest.mark.parametrize("name", ["rows.jsonl", "folder/rows.jsonl.gz"])
+@pytest.mark.parametrize("name", ["rows.jsonl", "folder/rows.jsonl.gz", "ROWS.JSONL.GZ"])
 def test_lines_are_read_as_they_were_written(name, tmp_path):
     path = tmp_path / name
     write_lines(path, ROWS)
     assert read_lines(path) == ROWS
+    assert (path.read_bytes()[:2] == b"\x1f\x8b") == name.lower().endswith(".gz")
     assert list(lines_with_places(path))[1] == (f"{path}, line 2", {"id": "b"})
     before = path.read_bytes()
     write_lines(path, iter(ROWS))

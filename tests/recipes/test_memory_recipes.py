@@ -18,6 +18,8 @@ from support.recipes import fails_here, flags, write
 from trainer.memory_fit import KS
 from trainer.reports.perplexity import write_perplexity_report
 
+from shared.token_memories import read_documents
+
 LONG = " ".join(TEXTS)
 HELD_OUT = ["Marie Curie was born in Warsaw.", "The city of Amsterdam has a painting by Rembrandt in it.", LONG]
 
@@ -160,6 +162,15 @@ def test_train_fit_and_measure_with_a_plain_gen(world, monkeypatch, tmp_path, ca
     runs_here(monkeypatch, "train_memory", fit_only="true", **options)
     not_checked = f"warning: not checked: {output} does not record whether it was trained on {world / 'text.jsonl'}."
     assert not_checked in capsys.readouterr().out
+
+
+def test_a_text_may_begin_with_a_byte_order_mark_and_is_named_if_it_is_not_utf_8(tmp_path):
+    tokenizer = make_tokenizer()
+    (tmp_path / "BOOK.TXT").write_text(LONG, encoding="utf-8-sig")
+    assert list(read_documents(tmp_path / "BOOK.TXT", tokenizer)) == [document_ids(LONG, tokenizer)]
+    (tmp_path / "latin.txt").write_text("größer", encoding="latin-1")
+    with pytest.raises(ValueError, match="latin.txt is not UTF-8: .* position 2"):
+        list(read_documents(tmp_path / "latin.txt", tokenizer))
 
 
 def test_a_datastore_is_fitted_in_its_folder(world, results, monkeypatch, tmp_path, capsys):

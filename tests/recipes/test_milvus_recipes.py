@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from modeling_cosup import CoSupForCausalLM, MilvusPassageIndex, PassageIndex
+from modeling_cosup import CoSupForCausalLM, MilvusPassageIndex, PassageIndex, milvus_cosup
+from modeling_cosup.lines_cosup import read_lines, write_lines
 from support.forks import run_forked
 from support.models import make_model
 from support.recipes import fails_here, train_here
@@ -52,12 +53,49 @@ def test_build_index_uploads_an_approximate_collection_or_says_what_is_wrong(
     options = ["--milvus_index_type", "HNSW", "--milvus_index_params", '{"M": 8, "efConstruction": 32}']
     taken = fails_here(monkeypatch, "build_index", *command, "--index", "wiki", "--index_uri", uri, *options)
     assert "collection 'wiki' already exists and is not an unfinished upload of this index" in taken
+    assert not (tmp_path / "index").exists()
     arguments = [*command, "--index", "graph", "--index_uri", uri, *options]
     monkeypatch.setattr(sys, "argv", ["build_index.py", *map(str, arguments)])
     build_index.main()
     assert "6 passages in collection graph of" in capsys.readouterr().out
     with pytest.raises(ValueError, match="is searched through HNSW, and search='exact' needs FLAT"):
         CoSupForCausalLM.from_pretrained(model).load_index("graph", uri=uri, search="exact")
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_upload_is_resumed_without_embedding_again(world, inputs, tmp_path, monkeypatch, capsys):
+    import build_index
+
+    model, _, uri = world
+    passages = read_lines(inputs / "corpus.jsonl")
+    build = CoSupForCausalLM.build_index
+    built = []
+
+    def counted(*args, **options):
+        built.append(len(read_lines(args[1])))
+        return build(*args, **options)
+
+    def run(collection, corpus, *options):
+        write_lines(tmp_path / "corpus.jsonl", corpus)
+        command = ["build_index.py", "--model", model, "--corpus_file", tmp_path / "corpus.jsonl", *options]
+        command += ["--output_dir", tmp_path / "index", "--index_uri", uri, "--index", collection]
+        monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+        build_index.main()
+
+    monkeypatch.setattr(CoSupForCausalLM, "build_index", counted)
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(milvus_cosup, "finish_upload", interrupt)
+        run("resumed", passages)
+    run("resumed", passages)
+    assert "6 passages in collection resumed of" in capsys.readouterr().out
+    assert built == [6]
+    run("changed", [{**passages[0], "text": "changed"}, *passages[1:]])
+    run("shorter", passages[:5])
+    run("shards", passages[:5], "--shard_size", 3)
+    assert built == [6, 6, 5, 5]
 
 
 def test_generate_answers_the_same(world, tmp_path, monkeypatch, capsys):

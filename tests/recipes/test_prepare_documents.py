@@ -18,26 +18,19 @@ from prepare_documents import DocumentArguments, prepare
 
 from modeling_cosup import CoSupForCausalLM, RetrievalConfig
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_passages_for_gen
+from support.documents import write_pdf
 from support.models import make_model, make_tokenizer
 
-from shared import document_conversion, document_rows, document_work
+from shared import document_conversion, document_rows, document_word, document_work
 from shared.document_cache import DocumentCache
-from shared.document_conversion import convert, join_lines
+from shared.document_conversion import convert
 from shared.document_files import DocumentError, DocumentFile, find_documents
-from shared.document_sections import (
-    SECTION_CHARACTERS,
-    markdown_blocks,
-    markdown_document,
-    plain_title,
-    row_sections,
-    sections_of,
-    text_file_document,
-)
+from shared.document_sections import SECTION_CHARACTERS, markdown_document, text_file_document
 from shared.document_work import work_of
 from shared.passage_splitting import PassageSplitter
 
 docx = pytest.importorskip("docx", reason="python-docx is not installed")
-fpdf = pytest.importorskip("fpdf", reason="fpdf2 is not installed")
+pytest.importorskip("fpdf", reason="fpdf2 is not installed")
 pytest.importorskip("pypdf", reason="pypdf is not installed")
 pytest.importorskip("semantic_text_splitter", reason="semantic-text-splitter is not installed")
 pytest.importorskip("trafilatura", reason="trafilatura is not installed")
@@ -82,26 +75,9 @@ UNREADABLE = {
     "bad/locked.pdf": "it is encrypted: it needs a password",
     "bad/nul.txt": "it is no text: it holds NUL bytes",
     "bad/rows.jsonl, line 2": "text is 3, expected a string",
+    "rows.jsonl, line 3": "it holds no text",
     "bad/scanned.pdf": "no page of 1 holds text; scanned pages need OCR",
 }
-
-
-def write_pdf(path, pages, title=None, **encryption):
-    """Write a PDF; each page is a list of texts, and a text in a tuple is a heading of the outline."""
-    pdf = fpdf.FPDF()
-    pdf.set_font("helvetica", size=12)
-    if title:
-        pdf.set_title(title)
-    for page in pages:
-        pdf.add_page()
-        for text in page:
-            if isinstance(text, tuple):
-                (text,) = text
-                pdf.start_section(text)
-            pdf.multi_cell(0, 8, text, new_x="LMARGIN", new_y="NEXT")
-    if encryption:
-        pdf.set_encryption(**encryption)
-    pdf.output(str(path))
 
 
 def write_docx(path):
@@ -140,12 +116,10 @@ def write_documents(folder):
     (folder / "notes.md").write_text(MARKDOWN)
     (folder / "latin.txt").write_bytes("Das Zahnrad läuft größer und schöner über die Brücke.".encode("latin-1"))
     (folder / "sub/long.txt").write_bytes(LONG.replace(" Sentence 30", "\r\n\r\nSentence 30").encode("utf-8-sig"))
-    (folder / "sub/z_copy.md").write_text(
-        "# Copy\nOil them *twice* a year.\n\n```python\n# no heading\noil(widget)\n```\n"
-    )
+    (folder / "sub/z_copy.md").write_text("# Notes on widgets\n\nRead this first.\n\n# Others\n\nKeep them dry.\n")
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
     table = {"text": ["A row of a table."], "url": ["https://x.org/t"], "urls": ["other"], "ids": [3]}
-    pyarrow.parquet.write_table(pa.table(table), folder / "table.parquet")
+    pyarrow.parquet.write_table(pa.table(table), folder / "table.PARQUET")
     (folder / "bad/empty.txt").write_bytes(b"")
     (folder / "bad/blank.md").write_text("# Only a heading\n\n \n---\n")
     (folder / "bad/nul.txt").write_bytes(b"MZ\0\0")
@@ -281,15 +255,8 @@ def test_rows(result):
     metadata = {"page": 7, "source": "rows.jsonl", "row": "a", "url": "https://x.org/a", "start": 0, "end": 20}
     check_passages([first], [("Row", "A row about widgets.", metadata)])
     check_passages([second], [("", "Another row.", {"source": "rows.jsonl", "row": 1, "start": 0, "end": 12})])
-    metadata = {"source": "table.parquet", "row": 0, "url": "https://x.org/t", "start": 0, "end": 17}
-    check_passages(passages["table.parquet"], [("", "A row of a table.", metadata)])
-
-
-def test_spans_of_a_long_row_count_its_line_ends():
-    text = "".join(f"Line {i}\r\n" for i in range(SECTION_CHARACTERS // 6))
-    sections = list(row_sections(text))
-    assert len(sections) > 1 and "".join(section.text for section in sections) == text
-    assert all(text.startswith(section.text, section.start) for section in sections)
+    metadata = {"source": "table.PARQUET", "row": 0, "url": "https://x.org/t", "start": 0, "end": 17}
+    check_passages(passages["table.PARQUET"], [("", "A row of a table.", metadata)])
 
 
 def test_encodings(result, tmp_path):
@@ -312,9 +279,10 @@ def test_what_cannot_be_read_is_listed(result, model_folder, folder, output):
         assert source not in passages
     assert report["ignored"] == {".png": 1, "hidden": 1, "no suffix": 1}
     assert report == json.loads(output.with_name("corpus.report.json").read_text())
-    assert (report["documents"], report["duplicates"]) == (len(passages) + 1, 1)  # the text of the copy is not new
+    assert (report["documents"], report["duplicates"]) == (len(passages), 1)
+    assert [passage["title"] for passage in passages["sub/z_copy.md"]] == ["Notes on widgets › Others"]
     corpus = output.read_bytes()
-    message = r"7 of 18 documents and 1 rows cannot be read; no corpus was written(.|\n)*needs a pass"
+    message = r"7 of 18 documents and 2 rows cannot be read; no corpus was written(.|\n)*needs a pass"
     with pytest.raises(ValueError, match=message):
         prepare(arguments(model_folder, output, folder, on_error="fail"))
     assert output.read_bytes() == corpus
@@ -329,7 +297,7 @@ def test_limits_on_what_a_file_unpacks_to(folder, monkeypatch):
     }
     for name, (limit, file, message) in limits.items():
         with monkeypatch.context() as context:
-            context.setattr(document_conversion, name, limit)
+            context.setattr(document_word if "DOCX" in name else document_conversion, name, limit)
             with pytest.raises(DocumentError, match=message):
                 convert(file.rpartition(".")[2], folder / file, file)
 
@@ -427,36 +395,6 @@ def test_any_text_is_kept_and_fits(splitter, overlap):
             assert "".join(filter(str.isalnum, "".join(passage["text"] for passage, _ in passages))) == before
 
 
-def test_front_matter_of_too_many_brackets_is_no_title():
-    document = markdown_document(StringIO(f"---\ntitle: {'[' * 400}\n---\n# Care\n\nOil them.\n"), "x", "x")
-    assert document.title == "Care"
-
-
-def test_headings_of_markdown():
-    text = (
-        "Setext *one*\n===\n\na\n# Two {#anchor} #\n####### seven\n #hash\n````\n# code\n```\n````\n"
-        "- item\n---\n### [Link](http://x) `code`\n\n    # indented\nlast line\nof two\n---\n"
-    )
-    blocks = list(markdown_blocks(text.splitlines(keepends=True)))
-    assert "".join(block.text for block in blocks) == text
-    levels = [(block.level, block.title) for block in blocks if block.level]
-    assert levels == [(1, "Setext one"), (1, "Two"), (3, "Link code")]
-    sections = list(sections_of(blocks))
-    assert [section.headings for section in sections] == [("Setext one",), ("Two",), ("Two", "Link code")]
-    for section in sections:
-        assert text[section.start :].startswith(section.text)
-    assert plain_title(r"snake_case \*kept\* _gone_") == "snake_case *kept* gone"
-
-
-def test_lines_of_a_page_are_joined():
-    page = (
-        "Heading\nThis is the first line of a para-\ngraph, and it goes on up to here.\nThe next one begins\nItem A\n"
-    )
-    joined = "Heading\nThis is the first line of a paragraph, and it goes on up to here.\nThe next one begins\nItem A"
-    assert join_lines(page) == joined
-    assert join_lines(" \n\n") == ""
-
-
 @pytest.mark.parametrize("kind", ["text", "rows"])
 def test_a_large_file_is_never_in_memory(tmp_path, kind):
     line = "word " * 2000
@@ -487,7 +425,7 @@ def small(tmp_path):
     folder = tmp_path / "small"
     folder.mkdir()
     for name in "abc":
-        (folder / f"{name}.md").write_text(f"# {name}\n\nText of {name}.\n\n## Same\n\nThe same everywhere.\n")
+        (folder / f"{name}.md").write_text(f"# Guide\n\nText of {name}.\n\n## Same\n\nThe same everywhere.\n")
     return folder
 
 
@@ -518,7 +456,7 @@ def test_ids_depend_on_path_and_span_alone(model_folder, small, tmp_path):
     assert report["duplicates"] == 1
 
 
-def test_equal_texts_are_written_once(model_folder, small, tmp_path):
+def test_equal_passages_are_written_once(model_folder, small, tmp_path):
     report = prepare(arguments(model_folder, tmp_path / "c.jsonl.gz", small))
     assert (report["passages"], report["duplicates"]) == (4, 2)
     from modeling_cosup.corpus_cosup import read_files
@@ -586,6 +524,18 @@ def test_the_output_is_no_document(model_folder, small):
 # ------------------------------------------------------------------ inputs
 
 
+ALL = ["a.md", "b.md", "c.md", "deep/a.md", "deep/file.md"]
+SKIPPED = {"links to folders": 2, "hidden": 1}
+PATTERNS = {
+    "**/*.md": (ALL, SKIPPED),
+    "**": (ALL, SKIPPED),
+    "**/deep/**": (ALL[3:], SKIPPED),
+    "*/*.md": (ALL[3:], {}),
+    "*/.hidden/*.md": (["deep/.hidden/h.md"], {}),
+    "deep/circle/*.md": (ALL[:3], {}),
+}
+
+
 def test_inputs(small, tmp_path, monkeypatch):
     (small / "deep").mkdir()
     (small / "deep" / "a.md").write_text("deep")
@@ -593,6 +543,14 @@ def test_inputs(small, tmp_path, monkeypatch):
     assert [document.source for document in documents] == ["a.md", "b.md", "c.md", "deep/a.md"]
     documents, _ = find_documents([str(small / "a.md"), str(small), str(small)], [small / "b.md"])
     assert [document.source for document in documents] == ["a.md", "c.md", "deep/a.md"]
+    (small / "deep" / "circle").symlink_to(small)
+    (small / "deep" / "away").symlink_to(tmp_path)
+    (small / "deep" / ".hidden").mkdir()
+    (small / "deep" / ".hidden" / "h.md").write_text("hidden")
+    (small / "deep" / "file.md").symlink_to(small / "a.md")
+    for pattern, expected in PATTERNS.items():
+        documents, ignored = find_documents([f"{small}/{pattern}"], ())
+        assert ([document.source for document in documents], ignored) == expected, pattern
     with pytest.raises(ValueError, match="have the same relative path 'a.md'"):
         find_documents([str(small), str(small / "deep")], ())
     (small / "x.xyz").write_text("x")
@@ -754,6 +712,9 @@ def test_from_a_page_to_its_citation(model_folder, folder, result, tmp_path, mon
     assert "no text on 1 of 3 pages: 3" in printed
     command = shlex.split(printed.splitlines()[-1])  # can be pasted as it is
     assert command[:6] == ["python", "recipes/build_index.py", "--model", model_folder, "--corpus_file", str(output)]
+    assert command[6:] == ["--output_dir", f"{model_folder}/index"]
+    of_the_hub = arguments("me/cosup", output, folder)  # a folder of this name would hide it
+    assert prepare_documents.summary(result[0], of_the_hub).endswith(" --output_dir index")
     model = CoSupForCausalLM.from_pretrained(model_folder)
     index = model.build_index(str(output), show_progress_bar=False)
     prompt = [*model.tokenizer("oil?")["input_ids"], model.config.nsp_token_id]
