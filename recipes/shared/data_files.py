@@ -86,7 +86,7 @@ def _cells(path: str | Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file.")
     csv.field_size_limit(sys.maxsize)
-    open_file = gzip.open if path.suffix == ".gz" else open
+    open_file = gzip.open if path.suffix.lower() == ".gz" else open
     with open_file(path, "rb") as binary:
         text = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
         rows = csv.reader(text, delimiter=delimiter, strict=True)  # else a lone quote swallows all lines after it

@@ -40,7 +40,7 @@ def read_qa_rows(
         `FileNotFoundError`, `ValueError`: for a file of another kind or a damaged one, naming it and the place.
     """
     path = Path(source)
-    ending = Path(source.removesuffix(".gz")).suffix.lower()
+    ending = Path(source.lower().removesuffix(".gz")).suffix
     if column_names and ending not in TABLES:
         raise ValueError(f"--column_names is for a CSV or TSV file without a header, and {source} is none.")
     if not path.is_file() and ending not in ENDINGS:
@@ -116,7 +116,7 @@ def read_json_rows(path: Path) -> Iterator[Row]:
 @contextlib.contextmanager
 def open_bytes(path: Path) -> Iterator[IO[bytes]]:
     """Open a file, `.gz` or plain, to read the bytes after its byte order mark, if it has one."""
-    with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+    with gzip.open(path, "rb") if path.suffix.lower() == ".gz" else path.open("rb") as file:
         if file.read(3) != codecs.BOM_UTF8:
             file.seek(0)
         yield file
