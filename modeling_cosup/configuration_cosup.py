@@ -1,10 +1,13 @@
 """Configuration of a CoSup model: its sub-models, and how passages and queries are embedded and compared."""
 
 import os
+import re
 from shlex import quote
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+
+from .numbers_cosup import COUNT, NOT_NEGATIVE, POSITIVE, check_numbers
 
 # Similarity, temperature and λ belong together: the dot product of two final-norm states starts near |h|² ≈ 1,200
 SIMILARITY_DEFAULTS = {
@@ -13,6 +16,13 @@ SIMILARITY_DEFAULTS = {
 }
 QUERY_SOURCES = ("gen", "emb_seq", "query_encoder")
 POOLINGS = ("eos", "lasttoken", "mean", "cls")
+NUMBERS = {
+    "temperature": POSITIVE,
+    "nsp_loss_weight": NOT_NEGATIVE,
+    "max_passage_length": COUNT,
+    "emb_head_size": COUNT,
+    "truncate_dim": COUNT,
+}
 # Embedding settings that indexes of earlier releases do not record, with the values that applied then.
 EARLIER_EMBEDDING_SETTINGS = {
     "emb_seq_add_bos_token": True,
@@ -63,9 +73,9 @@ class CoSupConfig(PreTrainedConfig):
         fingerprint (`dict`, *optional*): written by `save_pretrained`; see `CoSupForCausalLM.fingerprint`.
 
     Raises:
-        `ValueError`: on an unknown similarity, query source or pooling, a temperature that is not positive, a template
-            without `{text}`, a query encoder that is missing or has another width than Emb_seq, a tied model with an
-            Emb_seq or queries of its own, or settings that contradict each other.
+        `ValueError`: on an unknown similarity, query source or pooling, a number that is out of range, a template
+            without `{text}` or with another placeholder, a query encoder that is missing or has another width than
+            Emb_seq, a tied model with an Emb_seq or queries of its own, or settings that contradict each other.
     """
 
     model_type = "cosup"
@@ -140,8 +150,6 @@ class CoSupConfig(PreTrainedConfig):
             self.temperature = defaults["temperature"]
         if self.nsp_loss_weight is None:
             self.nsp_loss_weight = defaults["nsp_loss_weight"]
-        if not self.temperature > 0:
-            raise ValueError(f"CoSupConfig.temperature is {self.temperature}, expected a positive number.")
         self._check_settings()
         self.check_tied()
         self._make_sub_configs()
@@ -165,10 +173,13 @@ class CoSupConfig(PreTrainedConfig):
                 raise ValueError(f"CoSupConfig.{name} is {value!r}, expected one of {', '.join(map(repr, known))}.")
 
     def _check_settings(self) -> None:
-        """Check the passage template, the query prompt, and that pooling can read an EOS if it needs one."""
-        if "{text}" not in self.passage_template:
+        """Check numbers, the passage template, the query prompt, and that pooling can read an EOS if it needs one."""
+        check_numbers(self, NUMBERS, optional=("emb_head_size", "truncate_dim"), prefix="CoSupConfig.")
+        placeholders = set(re.findall(r"\{\w+\}", self.passage_template))
+        if "{text}" not in placeholders or not placeholders <= {"{title}", "{text}"}:
             raise ValueError(
-                f"CoSupConfig.passage_template is {self.passage_template!r}, expected a template that holds {{text}}."
+                f"CoSupConfig.passage_template is {self.passage_template!r}, expected a template that holds {{text}},"
+                " and {title} if you want it, but no other placeholder."
             )
         if self.emb_seq_pooling == "eos" and not self.emb_seq_add_eos_token:
             raise ValueError(
@@ -223,8 +234,6 @@ class CoSupConfig(PreTrainedConfig):
                 raise ValueError(
                     f"query_from='query_encoder' needs a query encoder of Emb_seq's width, {expected}, found {width}."
                 )
-        if self.emb_head_size is not None and self.emb_head_size < 1:
-            raise ValueError(f"emb_head_size is {self.emb_head_size}, expected a positive number.")
         if self.query_from == "gen" and self.emb_head_size not in (None, self.full_embedding_size):
             raise ValueError(
                 f"emb_head_size is {self.emb_head_size}, but Gen makes the queries: expected its width,"

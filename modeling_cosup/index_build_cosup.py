@@ -16,6 +16,7 @@ from .folders_cosup import DTYPES, create_tensors
 from .index_files_cosup import Shard, shard_files, write_passages
 from .index_search_cosup import contains
 from .metadata_cosup import metadata_text
+from .numbers_cosup import COUNT, check_number
 from .packing_cosup import pad_rows
 from .passages_cosup import can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus
 from .retriever_cosup import CoSupModel
@@ -66,6 +67,9 @@ class ShardBuilder:
     ) -> None:
         if dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+        check_number("batch_size", batch_size, COUNT)
+        if max_tokens_per_batch is not None:
+            check_number("max_tokens_per_batch", max_tokens_per_batch, COUNT)
         self.model, self.dtype = model, DTYPES[dtype]
         self.batch_size = batch_size
         self.max_tokens_per_batch = max_tokens_per_batch or (4096 if model._input_device().type == "cpu" else 32768)
@@ -248,8 +252,7 @@ def read_shards(
     Raises:
         `ValueError`: names the place of a passage with a missing or empty field, or a duplicate or known id.
     """
-    if shard_size < 1:
-        raise ValueError(f"shard_size is {shard_size}, expected at least 1.")
+    check_number("shard_size", shard_size, COUNT)
 
     def read() -> Iterator[tuple[str, dict[str, Any]]]:
         return checked_passages(read_corpus(source), check)

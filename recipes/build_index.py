@@ -18,13 +18,11 @@ MILVUS_TOKEN may hold `user:password` or an API key. An index of the same corpus
 holds is uploaded as it is.
 """
 
-import json
 import os
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
-from shared.cli import check_options, clear_errors, parse, table
+from shared.cli import check_options, clear_errors, json_object, parse, table
 
 from shared.arguments import IndexArguments
 
@@ -42,7 +40,7 @@ from trainer.judging.figures import figure, shown
 
 from serving.server_encoder import ServerEncoder
 from shared.indexes import check_index_options, file_or_dataset, search_options
-from shared.processes import end_processes, processes
+from shared.processes import end_processes, processes, set_cpu_threads
 
 
 def main() -> None:
@@ -50,6 +48,7 @@ def main() -> None:
     (args,) = parse([IndexArguments], __doc__)
     with clear_errors():
         state = processes()
+        set_cpu_threads(args.num_threads)
         model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
         check(args, model.config.embedding_size)
         if args.index_uri is not None and state.is_main_process:
@@ -105,7 +104,7 @@ def check(args: IndexArguments, embedding_size: int) -> None:
         )
     if args.index_uri is not None:
         milvus_packages()
-    milvus_index_params(args)
+    json_object(args.milvus_index_params, "milvus_index_params")
 
 
 def check_collection(uri: str, collection: str) -> None:
@@ -143,17 +142,6 @@ def is_built(args: IndexArguments, model: CoSupForCausalLM) -> bool:
     return all(first == second for first, second in zip_longest(passages, held))
 
 
-def milvus_index_params(args: IndexArguments) -> dict[str, Any]:
-    """Return the parameters of the Milvus index type; `ValueError` unless they are a JSON object."""
-    try:
-        params = json.loads(args.milvus_index_params)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"milvus_index_params is {args.milvus_index_params!r}: malformed JSON: {error}") from None
-    if not isinstance(params, dict):
-        raise ValueError(f"milvus_index_params is {args.milvus_index_params!r}, expected a JSON object.")
-    return params
-
-
 def finish(args: IndexArguments, must_merge: bool) -> None:
     """In one process, merge the shards, train an approximate index, upload the index, and print what was made."""
     if must_merge:
@@ -165,7 +153,8 @@ def finish(args: IndexArguments, must_merge: bool) -> None:
         print(f"{args.index_factory} against exact search, queries sampled from the passages:")
         print(table([(figure(name).label, f"{shown(value, name)} %") for name, value in recalls.items()]))
     if args.index_uri is not None:
-        options = {"index_type": args.milvus_index_type, "index_params": milvus_index_params(args)}
+        params = json_object(args.milvus_index_params, "milvus_index_params")
+        options = {"index_type": args.milvus_index_type, "index_params": params}
         uploaded = MilvusPassageIndex.from_index(index, args.index_uri, args.index, **options)
         print(f"{len(uploaded):,} passages in collection {args.index} of {args.index_uri}", flush=True)
         uploaded.close()

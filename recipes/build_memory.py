@@ -22,7 +22,7 @@ from modeling_cosup import KNNMemory
 from modeling_cosup.index_approximate_cosup import L2, empty_approximate
 
 from shared.indexes import file_or_dataset, search_options
-from shared.processes import end_processes, processes
+from shared.processes import end_processes, processes, set_cpu_threads
 from shared.token_memories import load_gen
 
 
@@ -31,6 +31,7 @@ def main() -> None:
     (args,) = parse([BuildMemoryArguments], __doc__)
     with clear_errors():
         state = processes()
+        set_cpu_threads(args.num_threads)
         model, tokenizer = load_gen(args.model, args.dtype)
         model = model.to(state.device)
         check(args, model.config.get_text_config().hidden_size)

@@ -57,7 +57,7 @@ class GenerateArguments:
     )
     dtype: str = field(default="auto", metadata={"help": "dtype of the weights, e.g. bfloat16 on a GPU"})
     max_retrievals: int | None = field(default=None, metadata={"help": "maximum number of retrievals per question"})
-    passages_per_nsp: int = field(default=1, metadata={"help": "passages per retrieval"})
+    top_k: int = field(default=1, metadata={"help": "passages per retrieval"})
     min_score: float | None = field(default=None, metadata={"help": "a passage with a lower score is not retrieved"})
     force_nsp_first: bool = field(
         default=False, metadata={"help": "every answer begins with a retrieval", "flag": True}
@@ -72,7 +72,7 @@ class GenerateArguments:
 
 
 RETRIEVAL_OPTIONS = (
-    *("max_retrievals", "passages_per_nsp", "min_score", "force_nsp_first", "forbid_nsp", "no_repeat_passages"),
+    *("max_retrievals", "top_k", "min_score", "force_nsp_first", "forbid_nsp", "no_repeat_passages"),
     "forget_passages",
 )
 
@@ -109,7 +109,7 @@ def answer(args: GenerateArguments, memory_options: MemoryOptions) -> None:
     if index is not None:
         options["retriever"] = index
         options["retrieval_config"] = RetrievalConfig(
-            top_k=args.passages_per_nsp,
+            top_k=args.top_k,
             max_retrievals=args.max_retrievals,
             min_score=args.min_score,
             force_nsp_first=args.force_nsp_first,

@@ -11,7 +11,7 @@ Evaluate a checkpoint on one evaluation set, or on all that a config lists, and 
         --eval_file eval.jsonl --memory out/memory --memory_weight 0.25
 
 A config may hold any option, and `tasks`, a list of entries as below. An option that is also a field of an entry
-applies to all entries that leave the field out.
+applies to all entries that leave the field out. An entry with a `corpus_file` gets no `index`, or the other way round.
 
     tasks:
       - {name: nq-20, eval_file: nq.jsonl, corpus_file: nq_corpus.jsonl, split: in-domain, pool: 20}
@@ -30,7 +30,6 @@ from shared.memory_options import MemoryOptions, open_memory
 if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
     check_options([EvaluationArguments, MemoryOptions], __doc__)
 
-import torch
 from accelerate import PartialState
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
@@ -42,15 +41,14 @@ from trainer.judging.tasks import Task, read_tasks, task_name
 from trainer.reports.evaluation import write_report
 
 from shared.indexes import check_index_options, faiss_options
-from shared.processes import end_processes, processes
+from shared.processes import end_processes, processes, set_cpu_threads
 
 
 def main() -> None:
     """Evaluate the model, write the report and print the figures."""
     args, memory_options = parse([EvaluationArguments, MemoryOptions], __doc__)
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
     with clear_errors():
+        set_cpu_threads(args.num_threads)
         tasks = list_tasks(args)
         if args.update_card and not Path(args.model, "config.json").is_file():
             raise ValueError(f"--update_card writes into the folder of a checkpoint, and {args.model} is not one.")

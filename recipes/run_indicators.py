@@ -42,15 +42,14 @@ from trainer.reports.indicators import (
 )
 
 from shared.indexes import open_index
-from shared.processes import processes
+from shared.processes import processes, set_cpu_threads
 
 
 def main() -> None:
     """Retrieve, let every model read, write the results and the report, and print the figures."""
     (args,) = parse([IndicatorArguments], __doc__)
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
     with clear_errors():
+        set_cpu_threads(args.num_threads)
         start = time.perf_counter()
         check(args)
         state = processes()

@@ -31,8 +31,6 @@ from shared.memory_arguments import MemoryRunnerArguments
 if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
     check_options([MemoryRunnerArguments], __doc__)
 
-import torch
-
 from modeling_cosup import MemoryConfig
 from modeling_cosup.files_cosup import digest
 from trainer.reports.memories import write_memory_report
@@ -43,6 +41,7 @@ from experiments.launching import hardware
 from experiments.macondo_scores import read_children, score
 from experiments.memory_definition import MemoryExperiment, load_memory_experiment
 from experiments.memory_stages import prepare, stage
+from shared.processes import set_cpu_threads
 
 
 def main() -> None:
@@ -54,8 +53,7 @@ def main() -> None:
             experiment.seeds = parse_seeds(args.seeds)
         if unknown := sorted(set(args.only or []) - set(experiment.arms)):
             raise ValueError(f"--only {unknown[0]}: the experiment has the arms {', '.join(experiment.arms)}.")
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
+        set_cpu_threads(args.num_threads)
     cache = Path(args.cache_dir or args.output_dir)
     runs: list[dict[str, Any]] = []
     command = shlex.join(["python", os.path.relpath(sys.argv[0]), *sys.argv[1:]])

@@ -20,8 +20,6 @@ from shared.memory_arguments import PerplexityArguments
 if __name__ == "__main__":  # --help and a wrong option do not wait for the imports below
     check_options([PerplexityArguments], __doc__)
 
-import torch
-
 from modeling_cosup import KNNMemory, MLPMemory
 from modeling_cosup.files_cosup import digest_file, write_json
 from modeling_cosup.opening_cosup import load_memory
@@ -36,16 +34,15 @@ from trainer.running import peak_memory
 
 from shared.indexes import faiss_options
 from shared.memory_options import call_config
-from shared.processes import processes
+from shared.processes import processes, set_cpu_threads
 from shared.token_memories import load_gen, read_documents
 
 
 def main() -> None:
     """Score the text, write the results and the report, and print the figures."""
     (args,) = parse([PerplexityArguments], __doc__)
-    if args.num_threads:
-        torch.set_num_threads(args.num_threads)
     with clear_errors():
+        set_cpu_threads(args.num_threads)
         start = time.perf_counter()
         check(args)
         state = processes()

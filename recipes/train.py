@@ -19,14 +19,12 @@ also pushes the index, passages included, to the dataset repository `--hub_model
 
 import gc
 import itertools
-import json
-import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from shared.cli import check_options, clear_errors, parse
+from shared.cli import check_options, clear_errors, json_object, parse
 
 from shared.arguments import TRAINING_ARGUMENTS, ScriptArguments
 
@@ -36,6 +34,7 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
 import torch
 from accelerate import DistributedType
 from transformers import set_seed
+from transformers.utils import logging
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.facts_cosup import load_facts
@@ -51,11 +50,18 @@ from trainer.watch import is_full_disk
 
 from shared.indexes import check_index_options, close_index, open_index
 from shared.model_options import check_tied_options, load_model, lora
-from shared.processes import end_processes
+from shared.processes import end_processes, set_cpu_threads
 from shared.quickstart import WorldArguments, prepare_world
 from shared.training_run import Run, evaluate, held_out, read_questions
 
+logger = logging.get_logger(__name__)
+
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
+READ_WITH = {  # option -> the option without which it is not read
+    "corpus_license": "push_index",
+    "prepare_options": "prepare",
+    **dict.fromkeys(("lora_r", "lora_alpha", "lora_dropout", "lora_target_modules"), "use_peft"),
+}
 
 
 def main() -> None:
@@ -89,9 +95,8 @@ def train_and_evaluate(run: Run) -> None:
 def train(run: Run) -> CoSupForCausalLM | None:
     """Read and check everything, train, and save. Return the model, or `None` if it was sharded."""
     script, args = run.script, run.args
-    if args.use_cpu and args.world_size == 1:
-        torch.set_num_threads(script.num_threads or os.cpu_count() or 1)  # accelerate launch leaves one
     with clear_errors():
+        set_cpu_threads(script.num_threads, args.use_cpu)
         trainer = prepare_training(run)
         if script.index:
             run.corpus = check_index(trainer, run)
@@ -138,6 +143,7 @@ def prepare_training(run: Run) -> CoSupTrainer:
     check_output_dir(args.output_dir)
     check_index_options(script.index, script.index_uri)
     check_tied_options(script, args)
+    check_options_are_read(script)
     if script.push_index and not args.push_to_hub:
         raise ValueError("--push_index pushes the index next to the model: set --push_to_hub true.")
     if script.index and (script.corpus_file or script.push_index):
@@ -157,11 +163,15 @@ def prepare_training(run: Run) -> CoSupTrainer:
             "Nothing to train: give --train_file and --gen (or --model_name_or_path), or --prepare quickstart."
         )
     train_instances = load_instances(script.train_file)[: script.max_train_samples]
+    if script.eval_before_training and not script.eval_file:  # which configs of ours set
+        logger.warning("--eval_before_training is not read without --eval_file.")
     validation_instances = None
     if script.validation_file:
         validation_instances = load_instances(script.validation_file, "validation")
     if script.corpus_file:
         run.corpus = load_corpus(script.corpus_file)
+    if script.push_index and run.corpus is None:
+        raise ValueError("--push_index pushes the index of a corpus: give --corpus_file.")
     if script.eval_file:
         run.questions = read_questions(run)
     if run.corpus is not None:
@@ -320,6 +330,14 @@ def precision(args: CoSupTrainingArguments) -> torch.autocast:
     return torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16)
 
 
+def check_options_are_read(script: ScriptArguments) -> None:
+    """Raise for an option that was given and that nothing reads without another one."""
+    defaults = ScriptArguments()
+    for name, needed in READ_WITH.items():
+        if getattr(script, name) != getattr(defaults, name) and not getattr(script, needed):
+            raise ValueError(f"--{name} is not read without --{needed}: give both, or leave it out.")
+
+
 def check_output_dir(output_dir: str) -> None:
     """Raise now, not after training, if the output folder cannot be written."""
     try:
@@ -331,7 +349,7 @@ def check_output_dir(output_dir: str) -> None:
 
 def prepare(script: ScriptArguments, args: CoSupTrainingArguments) -> None:
     """Make the quickstart's world on one process, and set the options that were not given to its paths."""
-    settings = {"seed": args.seed, **json.loads(script.prepare_options)}
+    settings = {"seed": args.seed, **json_object(script.prepare_options, "prepare_options")}
     try:
         world = WorldArguments(str(Path(args.output_dir) / "world"), **settings)
     except TypeError as error:

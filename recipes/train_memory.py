@@ -39,6 +39,7 @@ from trainer.memory_fit import MemoryFit, fit_memory_config, fit_record, write_m
 from trainer.watch import last_complete_checkpoint
 
 from shared.indexes import faiss_options
+from shared.processes import set_cpu_threads
 from shared.token_memories import load_gen, read_documents
 
 NO_OUTPUT_DIR = "trainer_output"  # what TrainingArguments takes if none is given
@@ -48,9 +49,8 @@ TRAINING_OPTIONS = ("learning_rate", "num_train_epochs", "kl_weight", "validatio
 def main() -> None:
     """Train a memory, or take the one that is given, and fit it."""
     script, args = parse([MemoryTrainingScriptArguments, MEMORY_TRAINING_ARGUMENTS], __doc__)
-    if script.num_threads:
-        torch.set_num_threads(script.num_threads)
     with clear_errors():
+        set_cpu_threads(script.num_threads, args.use_cpu)
         check(script, args)
         if not script.fit_only:
             MLPMemory.check_save_directory(str(args.output_dir))

@@ -37,7 +37,6 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
     check_options([NLIArguments, "transformers.training_args.TrainingArguments"], __doc__)
 
 import numpy as np
-import torch
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -58,6 +57,8 @@ from trainer.judging.intervals import Rate
 from trainer.judging.nli import entailment_label
 from trainer.questions import normalize_answer
 
+from shared.processes import set_cpu_threads
+
 Pair = tuple[str, str, str]  # premise, hypothesis, kind
 Segment = tuple[str, dict]  # question, and the segment of an instance
 
@@ -72,9 +73,8 @@ TRIES = 20  # segments that are drawn in search of another passage and another t
 def main() -> None:
     """Make pairs, train on them, save the model, and measure its accuracy on held-out pairs."""
     nli, args = parse([NLIArguments, TrainingArguments], __doc__)
-    if nli.num_threads:
-        torch.set_num_threads(nli.num_threads)
     with clear_errors():
+        set_cpu_threads(nli.num_threads, args.use_cpu)
         check_hypothesis(nli.hypothesis)
         set_seed(args.seed)
         train_pairs = make_pairs(load_instances(nli.train_file), nli.hypothesis, args.seed, nli.max_train_samples)

@@ -71,8 +71,6 @@ def check_ablations(args: Any) -> None:
             "isolate_queries keeps next token prediction from the states at [NSP], from which train_on_passages"
             " predicts the first token of a passage: leave one of them out."
         )
-    if args.gradient_cosine_steps is not None and args.gradient_cosine_steps < 1:
-        raise ValueError(f"gradient_cosine_steps is {args.gradient_cosine_steps}, expected 1 or more.")
     if args.gradient_cosine_steps is not None and args.gradient_accumulation_steps > 1:
         raise ValueError(
             "gradient_cosine_steps compares the gradients of one batch, and gradient_accumulation_steps adds several:"

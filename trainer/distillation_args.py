@@ -1,7 +1,6 @@
 """Arguments of candidates, which instances without a passage get, and of distillation; imports no torch."""
 
-import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 # the targets of each distillation, the default first, with their default temperatures; None: scores as they are
@@ -16,6 +15,8 @@ SOURCES = (None, "index", "instance")  # of candidates
 class DistillationArguments:
     """
     What an instance without a passage gets, and how the reader teaches the retriever with it (arXiv 2402.11794).
+
+    Without candidates each argument must keep its default, because nothing reads it.
 
     Args:
         num_candidates (`int`): K, the number of passages that an instance without a passage gets. They stand in its
@@ -89,16 +90,13 @@ def check_candidates(args: Any) -> None:
     """
     _check_distillation(args)
     if args.candidates_from is None:
-        _refuse(args, ("rerank_candidates", "index_factory", "shuffle_candidates", "log_indicators"))
+        _refuse_without_candidates(args)
         return
     if not args.distills and args.supervision != "ntp":
         raise ValueError(
             f"candidates_from retrieves passages for instances without one, which supervision={args.supervision!r}"
             " cannot train: choose 'ntp', 'attention_distillation' or 'perplexity_distillation'."
         )
-    for name in ("num_candidates", "refresh_index_steps"):
-        if getattr(args, name) < 1:
-            raise ValueError(f"{name} is {getattr(args, name)}, expected 1 or more.")
     if args.distills and args.num_candidates == 1:
         raise ValueError(
             "num_candidates=1 with a distillation: there is nothing to compare a single passage with. Expected 2 or"
@@ -128,12 +126,12 @@ def _check_distillation(args: Any) -> None:
             f"distillation_target is {args.distillation_target!r}, but supervision={args.supervision!r} has"
             f" {', '.join(map(repr, targets))}."
         )
-    if args.target_temperature is not None and not 0 < args.target_temperature < math.inf:
-        raise ValueError(f"target_temperature is {args.target_temperature}, expected a number above 0.")
 
 
-def _refuse(args: Any, names: tuple[str, ...]) -> None:
-    """Raise for arguments that are set and mean nothing without candidates."""
-    for name in names:
-        if getattr(args, name):
-            raise ValueError(f"{name} has no meaning without candidates: give candidates_from, or leave it out.")
+def _refuse_without_candidates(args: Any) -> None:
+    """Raise for an argument that has another value than its default, and no meaning without candidates."""
+    for argument in fields(DistillationArguments):
+        if getattr(args, argument.name) != argument.default:
+            raise ValueError(
+                f"{argument.name} has no meaning without candidates: give candidates_from, or leave it out."
+            )

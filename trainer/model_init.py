@@ -14,6 +14,7 @@ from .control_tokens import check_adapters, check_control_token_lr
 from .isolation import check_isolation
 from .model_setup import (
     check_control_tokens,
+    check_gen_is_clipped,
     check_reader,
     check_retriever_is_trained,
     check_supervision,
@@ -71,6 +72,7 @@ class ModelInitMixin(Trainer):
         freeze(base, self.args)
         check_retriever_is_trained(base, self.args)
         check_reader(base, self.args)
+        check_gen_is_clipped(base, self.args)
         if self.args.isolate_queries:
             check_isolation(base)
         freeze_unreached(base, self.args)

@@ -78,6 +78,15 @@ def check_retriever_is_trained(model: CoSupForCausalLM, args: CoSupTrainingArgum
     )
 
 
+def check_gen_is_clipped(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
+    """Raise if `clip_gen_only` would clip nothing, because no weight of Gen is trained."""
+    if args.clip_gen_only and not any(parameter.requires_grad for parameter in model.gen.parameters()):
+        raise ValueError(
+            "clip_gen_only clips the gradients of Gen alone, and no weight of Gen is trained, so nothing would be"
+            " clipped: leave it out."
+        )
+
+
 def trains_retriever(model: CoSupForCausalLM) -> bool:
     """Return whether training changes what a query finds: a part that makes queries or passage embeddings."""
     parts: list[nn.Module | None] = [model.emb_seq, model.emb_head, model.query_encoder]

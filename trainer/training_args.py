@@ -7,6 +7,7 @@ that a program lists its options at once.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from transformers.trainer_utils import SchedulerType
@@ -14,6 +15,7 @@ from transformers.training_args import OptimizerNames, TrainingArguments
 from transformers.utils import logging
 
 from modeling_cosup.names_cosup import nearest_name
+from modeling_cosup.numbers_cosup import COUNT, POSITIVE, Range, check_number, check_numbers
 
 from .ablation_args import GRADIENTS, AblationArguments, check_ablations
 from .distillation_args import DISTILLATIONS, SOURCES, DistillationArguments, check_candidates
@@ -27,6 +29,16 @@ CHOICES = {
     "nsp_gradient": GRADIENTS,
     "batch_sampler": ("batch_sampler", "no_duplicates"),
     "include_num_input_tokens_seen": (False, True, "no", "all", "non_padding"),
+}
+NUMBERS = {
+    **dict.fromkeys(("max_length", "num_candidates", "refresh_index_steps"), COUNT),
+    "label_smoothing_factor": Range("a number of 0 or more, and less than 1", Real, lambda value: 0 <= value < 1),
+}
+OPTIONAL_NUMBERS = {
+    **dict.fromkeys(("nsp_batch_size", "max_tokens_per_micro_batch", "dataset_num_proc"), COUNT),
+    **dict.fromkeys(("rerank_candidates", "gradient_cosine_steps"), COUNT),
+    **dict.fromkeys(("control_token_lr", "target_temperature"), POSITIVE),
+    "lr_decay_per_epoch": Range("a number above 0, and at most 1", Real, lambda value: 0 < value <= 1),
 }
 METRIC_EXTRAS = ("inputs", "loss")  # of include_for_metrics
 # arguments of TrainingArguments that keep their default, and why
@@ -50,7 +62,8 @@ class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingA
         lr_scheduler_type (`str`), warmup_steps (`int` or `float`): as in `TrainingArguments`, but the default is a
             warm-up of a tenth of all steps, then a cosine schedule; `recipes/benchmarks` says why.
         max_length (`int`): the most tokens of an instance, passages included. A longer instance is dropped, counted
-            and reported, never cut. It is an error if one remains that is longer than Gen can read.
+            and reported, never cut. There is always a limit, and it is an error if an instance remains that is longer
+            than Gen can read.
         train_on_passages (`bool`): also train the tokens of retrieved passages (an ablation of the paper; its main
             result masks them).
         supervision (`str`):
@@ -98,7 +111,8 @@ class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingA
             embeddings and LM head, and in the embeddings of an encoder that reads queries with Gen's tokenizer. It
             follows the schedule of `learning_rate`, which is its default. It needs an optimiser whose step is
             proportional to the learning rate (AdamW, SGD, Adafactor and most others), and one process, DDP or FSDP2.
-        clip_gen_only (`bool`): clip the gradients of Gen alone to `max_grad_norm`, as the paper did.
+        clip_gen_only (`bool`): clip the gradients of Gen alone to `max_grad_norm`, as the paper did. It is refused if
+            Gen is not trained.
         dataset_num_proc (`int`, *optional*): processes that tokenize the dataset.
 
     Some arguments of `TrainingArguments` mean a little more or less here:
@@ -108,14 +122,17 @@ class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingA
     - `include_num_input_tokens_seen` counts tokens of Gen and Emb_seq, on all ranks: `"all"` (or `True`) with padding,
       `"non_padding"` without.
     - `include_for_metrics`: see `compute_metrics` of [`CoSupTrainer`].
+    - `logging_nan_inf_filter` is always `False`: training stops at a loss that is not finite, and never leaves it out
+      of the log.
     - `prediction_loss_only`: `compute_metrics` is not called, and `predict()` returns metrics alone.
     - `dataloader_drop_last` is for training: an evaluation reads every instance.
     - `batch_eval_metrics`, `eval_do_concat_batches=False`, `label_names`, and model parallelism in
       `parallelism_config` have no meaning here and are refused.
 
     Raises:
-        `ValueError`: for an unknown choice, an argument that has no meaning here, an NSP batch that the ranks cannot
-            share evenly, a token budget without `nsp_batch_size`, or an optimiser that `control_token_lr` cannot use.
+        `ValueError`: for an unknown choice, a number that is out of range, an argument that has no meaning here, an
+            NSP batch that the ranks cannot share evenly, a token budget without `nsp_batch_size`, or an optimiser that
+            `control_token_lr` cannot use.
     """
 
     lr_scheduler_type: SchedulerType | str = field(
@@ -237,16 +254,18 @@ class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingA
         for name in self.include_for_metrics:
             if name not in METRIC_EXTRAS:
                 raise ValueError(f"include_for_metrics holds {name!r}{nearest(name, METRIC_EXTRAS)}")
-        if not 0 <= self.label_smoothing_factor < 1:
-            raise ValueError(
-                f"label_smoothing_factor is {self.label_smoothing_factor}, expected 0 or more, and less than 1."
-            )
-        if self.label_smoothing_factor and not self.trains_ntp:
-            frozen = " with freeze_gen" if self.distills else ""
-            raise ValueError(
-                f"label_smoothing_factor smooths next token prediction, which supervision={self.supervision!r}{frozen}"
-                " does not train."
-            )
+        check_numbers(self, NUMBERS | OPTIONAL_NUMBERS, optional=OPTIONAL_NUMBERS)
+        for name, does in (("label_smoothing_factor", "smooths"), ("train_on_passages", "adds tokens to")):
+            if getattr(self, name) and not self.trains_ntp:
+                frozen = " with freeze_gen" if self.distills else ""
+                raise ValueError(
+                    f"{name} {does} next token prediction, which supervision={self.supervision!r}{frozen} does not"
+                    " train."
+                )
+        if not isinstance(self.matryoshka_dims, list | tuple | None):
+            raise ValueError(f"matryoshka_dims is {self.matryoshka_dims!r}, expected a list of widths.")
+        for dim in self.matryoshka_dims or ():
+            check_number("A width of matryoshka_dims", dim, COUNT)
         if self.matryoshka_dims and not self.trains_embeddings:
             raise ValueError("matryoshka_dims cuts embeddings, which supervision='ntp' does not train.")
         if self.matryoshka_dims and self.distills:
@@ -275,10 +294,9 @@ class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingA
             raise ValueError("max_tokens_per_micro_batch cuts the NSP batch of GradCache: give nsp_batch_size too.")
         if self.nsp_batch_size is None:
             return
-        if self.nsp_batch_size < 1 or self.nsp_batch_size % self.world_size:
+        if self.nsp_batch_size % self.world_size:
             raise ValueError(
-                f"nsp_batch_size={self.nsp_batch_size} must be a positive multiple of the number of ranks,"
-                f" {self.world_size}."
+                f"nsp_batch_size={self.nsp_batch_size} must be a multiple of the number of ranks, {self.world_size}."
             )
         if self.max_tokens_per_micro_batch is not None and self.auto_find_batch_size:
             raise ValueError(
@@ -305,8 +323,6 @@ class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingA
         """Check a learning rate that scales the optimiser's step, before a model is loaded."""
         if self.control_token_lr is None:
             return
-        if not 0 < self.control_token_lr < float("inf"):
-            raise ValueError(f"control_token_lr is {self.control_token_lr}, expected a number above 0.")
         if self._steps_in_backward or self._optimizer_name.startswith(SCHEDULE_FREE):
             raise ValueError(
                 f"control_token_lr scales the optimizer's step, and optim={self._optimizer_name!r} changes weights"

@@ -6,11 +6,12 @@ recipes/run_experiments.py also fills in the options of recipes/train.py and rec
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from modeling_cosup.numbers_cosup import COUNT, check_numbers
 from trainer.judging.grounding import HYPOTHESIS
 
-from shared.indexes import FAISS_HELP, INDEX_HELP, INDEX_URI_HELP
+from shared.indexes import FAISS_HELP, INDEX_HELP, INDEX_URI_HELP, THREADS_HELP
 
 RECIPES = Path(__file__).resolve().parents[1]
 TRAINING_ARGUMENTS = "trainer.training_args.CoSupTrainingArguments"  # a name, because the class needs torch
@@ -29,6 +30,7 @@ TASK_OPTIONS = (
     "top_k",
     "max_retrievals",
 )
+SAMPLES = {"max_train_samples": COUNT, "max_eval_samples": COUNT}
 
 
 @dataclass
@@ -197,13 +199,16 @@ class ScriptArguments:
             "'-index'."
         },
     )
-    num_threads: int | None = field(
-        default=None, metadata={"help": "CPU threads of a single process. Default: all cores."}
-    )
+    num_threads: int | None = field(default=None, metadata={"help": THREADS_HELP})
     prepare: Literal["quickstart"] | None = field(
         default=None, metadata={"help": "Make data and models first, as recipes/prepare_quickstart.py does."}
     )
-    prepare_options: str = field(default="{}", metadata={"help": "Options of prepare, as a JSON object."})
+    prepare_options: dict[str, Any] | str | None = field(
+        default="{}", metadata={"help": "Options of prepare, as a JSON object."}
+    )
+
+    def __post_init__(self) -> None:
+        check_numbers(self, SAMPLES, optional=SAMPLES, prefix="--")
 
 
 @dataclass
@@ -288,7 +293,7 @@ class EvaluationArguments:
     batch_size: int = field(default=32, metadata={"help": "Questions per batch."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
     num_examples: int = field(default=3, metadata={"help": "Answers per task that the report shows."})
-    num_threads: int | None = field(default=None, metadata={"help": "Threads of a process on a CPU."})
+    num_threads: int | None = field(default=None, metadata={"help": THREADS_HELP})
     seed: int = field(default=0, metadata={"help": "Seed of the passages in mode wrong."})
 
 
@@ -322,6 +327,7 @@ class IndexArguments:
         metadata={"help": "Passages per shard: what a process holds in memory, and loses if it dies."},
     )
     dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
+    num_threads: int | None = field(default=None, metadata={"help": THREADS_HELP})
     embedding_dtype: str = field(
         default="float32",
         metadata={"help": "Dtype of the stored embeddings: float32, or float16 or bfloat16 in half the space."},
@@ -346,7 +352,7 @@ class IndexArguments:
         default="FLAT",
         metadata={"help": "Index type of the collection: FLAT (exact), or an approximate one, e.g. HNSW."},
     )
-    milvus_index_params: str = field(
+    milvus_index_params: dict[str, Any] | str | None = field(
         default="{}",
         metadata={"help": 'Parameters of the index type, a JSON object, e.g. {"M": 32, "efConstruction": 200}.'},
     )
@@ -378,7 +384,10 @@ class NLIArguments:
         default=None, metadata={"help": "Use only this many segments, drawn at random."}
     )
     max_eval_samples: int | None = field(default=None, metadata={"help": "Use only this many held-out segments."})
-    num_threads: int | None = field(default=None, metadata={"help": "Threads of a single process on a CPU."})
+    num_threads: int | None = field(default=None, metadata={"help": THREADS_HELP})
+
+    def __post_init__(self) -> None:
+        check_numbers(self, SAMPLES, optional=SAMPLES, prefix="--")
 
 
 @dataclass

@@ -10,6 +10,7 @@ import ast
 import contextlib
 import difflib
 import io
+import json
 import os
 import re
 import sys
@@ -381,12 +382,15 @@ def convert(value: Any, action: argparse.Action, where: str, is_text: bool) -> A
 
 def convert_one(value: Any, action: argparse.Action, where: str, is_text: bool) -> Any:
     """Convert one value of an option, see [`convert`]."""
+    from transformers.hf_argparser import string_to_bool
+
     if is_text:
         if isinstance(value, bool) or not isinstance(value, str | int | float):
             sys.exit(f"{where} is {value!r}, expected a text: write it in quotes.")
         value = str(value)
-    to_type: Any = action.type
-    if callable(to_type) and (isinstance(value, str) or to_type in EXPECTED):
+    takes_bool = action.type is string_to_bool or isinstance(action.const, bool)  # a flag has no type
+    to_type: Any = string_to_bool if takes_bool else action.type
+    if callable(to_type) and (isinstance(value, str) or takes_bool or to_type in EXPECTED):
         expected = EXPECTED.get(to_type, "true or false")
         try:
             value = to_type(str(value))
@@ -394,6 +398,23 @@ def convert_one(value: Any, action: argparse.Action, where: str, is_text: bool) 
             sys.exit(f"{where} is {value!r}, expected {expected}.")
     if action.choices is not None and value not in action.choices:
         sys.exit(f"{where} is {value!r}, expected one of {', '.join(map(str, action.choices))}.")
+    return value
+
+
+def json_object(value: str | dict[str, Any] | None, name: str) -> dict[str, Any]:
+    """
+    Return the value of an option that is a JSON object: text on the command line, often a mapping in a config.
+
+    Raises:
+        `ValueError`: names the option if its value is not one.
+    """
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise ValueError(f"--{name} is {value!r}: malformed JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"--{name} is {value!r}, expected a JSON object.")
     return value
 
 

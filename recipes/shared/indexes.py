@@ -19,6 +19,8 @@ INDEX_URI_HELP = (
     "MILVUS_TOKEN"
 )
 
+THREADS_HELP = "CPU threads of a process. Default: all cores for a single process."
+
 FAISS_HELP = "let FAISS read the file of an approximate index or memory; do so only if you trust its maker"
 
 FILE_SUFFIXES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet")

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from shared.indexes import INDEX_HELP, INDEX_URI_HELP
+from shared.indexes import INDEX_HELP, INDEX_URI_HELP, THREADS_HELP
 
 
 @dataclass
@@ -42,5 +42,5 @@ class IndicatorArguments:
     batch_size: int = field(default=32, metadata={"help": "Questions per batch when queries are embedded."})
     max_tokens: int = field(default=8192, metadata={"help": "Tokens in a forward of a reader, padding included."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the weights, e.g. bfloat16 on a GPU."})
-    num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU."})
+    num_threads: int | None = field(default=None, metadata={"help": THREADS_HELP})
     seed: int = field(default=0, metadata={"help": "Seed of the places of gold passages, and of their order."})

@@ -6,7 +6,7 @@ As in `arguments.py`, `--help` and a misspelt option need only this file.
 
 from dataclasses import dataclass, field
 
-from shared.indexes import FAISS_HELP
+from shared.indexes import FAISS_HELP, THREADS_HELP
 
 WINDOW_HELP = "Tokens of a sliding window; defaults to what the model can read, at most 1,024."
 STRIDE_HELP = "Tokens from one window to the next; defaults to half a window."
@@ -32,6 +32,7 @@ class BuildMemoryArguments:
         default=2**18, metadata={"help": "Keys per shard, about: what a process loses if it dies."}
     )
     dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
+    num_threads: int | None = field(default=None, metadata={"help": THREADS_HELP})
     key_dtype: str = field(
         default="float16", metadata={"help": "Dtype of the stored keys: float16, bfloat16 or float32."}
     )
@@ -70,7 +71,7 @@ class MemoryTrainingScriptArguments:
     max_length: int | None = field(default=None, metadata={"help": WINDOW_HELP})
     stride: int | None = field(default=None, metadata={"help": STRIDE_HELP})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
-    num_threads: int | None = field(default=None, metadata={"help": "Threads of a process on a CPU."})
+    num_threads: int | None = field(default=None, metadata={"help": THREADS_HELP})
 
 
 @dataclass
@@ -105,7 +106,7 @@ class PerplexityArguments:
     )
     batch_size: int = field(default=8, metadata={"help": "Windows in a forward."})
     dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
-    num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU."})
+    num_threads: int | None = field(default=None, metadata={"help": THREADS_HELP})
 
 
 @dataclass
@@ -147,4 +148,4 @@ class MemoryRunnerArguments:
     )
     seeds: str | None = field(default=None, metadata={"help": "Seeds in place of those in the file, e.g. 0,1."})
     only: list[str] | None = field(default=None, metadata={"help": "Run and report only these arms."})
-    num_threads: int | None = field(default=None, metadata={"help": "Threads on a CPU."})
+    num_threads: int | None = field(default=None, metadata={"help": THREADS_HELP})

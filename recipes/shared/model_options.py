@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 
 logger = logging.get_logger(__name__)
 
+CONTROL_TOKENS = ("nsp_token", "cs_token", "ce_token")
 MODEL_OPTIONS = (  # what a checkpoint was built with
     "similarity",
     "temperature",
@@ -28,9 +30,7 @@ MODEL_OPTIONS = (  # what a checkpoint was built with
     "tie_emb_seq",
     "emb_head_size",
     "truncate_dim",
-    "nsp_token",
-    "cs_token",
-    "ce_token",
+    *CONTROL_TOKENS,
     "nsp_init",
 )
 
@@ -79,8 +79,10 @@ def load_model(script: ScriptArguments, args: CoSupTrainingArguments) -> CoSupFo
         for name in ("tie_emb_seq", "truncate_dim"):  # from_pretrained knows whether they fit the checkpoint
             if name in options:
                 model_kwargs[name] = options.pop(name)
-        check_unchanged(script.model_name_or_path, options)
         unread = [f"--{name}" for name in ("gen", "emb_seq", "query_encoder") if getattr(script, name) is not None]
+        if options.pop("nsp_init", None) is not None:  # the embedding of [NSP] has started
+            unread.append("--nsp_init")
+        check_unchanged(script.model_name_or_path, options)
         if unread:
             logger.warning(f"Not read, as {script.model_name_or_path} has parts of its own: {', '.join(unread)}.")
         return CoSupForCausalLM.from_pretrained(script.model_name_or_path, **model_kwargs)
@@ -107,10 +109,18 @@ def check_unchanged(checkpoint: str, options: dict[str, Any]) -> None:
         config = CoSupConfig.from_pretrained(checkpoint)
     except OSError as error:  # without a network, transformers does not say what it looked for
         raise OSError(f"{checkpoint} cannot be read: {error}") from error
+    tokens = control_tokens(checkpoint, config) if options.keys() & set(CONTROL_TOKENS) else {}
     for name, value in options.items():
-        built_with = getattr(config, name, "its own")  # the config holds no strings of tokens
+        built_with = tokens[name] if name in tokens else getattr(config, name)
         if value != built_with:
             raise ValueError(f"--{name} {value} cannot be changed: {checkpoint} was built with {built_with}.")
+
+
+def control_tokens(checkpoint: str, config: CoSupConfig) -> dict[str, str]:
+    """Return the control tokens of a checkpoint, by the names of their options; its config has only their ids."""
+    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    ids = [getattr(config, f"{name}_id") for name in CONTROL_TOKENS]
+    return dict(zip(CONTROL_TOKENS, tokenizer.convert_ids_to_tokens(ids), strict=True))
 
 
 def lora(script: ScriptArguments) -> "LoraConfig | None":

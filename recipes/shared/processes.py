@@ -6,6 +6,8 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 
+from modeling_cosup.numbers_cosup import COUNT, check_number
+
 
 def processes() -> PartialState:
     """
@@ -24,6 +26,37 @@ def processes() -> PartialState:
             "each would do all of the work."
         )
     return state
+
+
+def set_cpu_threads(num_threads: int | None, use_cpu: bool = False) -> None:
+    """
+    Set the threads of torch: as many as were asked for or, in a single process on a CPU, one for each core.
+
+    `accelerate launch` leaves a process one thread, unless OMP_NUM_THREADS says another number. Several processes
+    share the cores, so each keeps its threads.
+
+    Args:
+        num_threads (`int`, *optional*): of `--num_threads`.
+        use_cpu (`bool`): the process does not use the GPU that is there.
+
+    Raises:
+        `ValueError`: if it is not 1 or more.
+    """
+    if num_threads is not None:
+        check_number("--num_threads", num_threads, COUNT)
+        torch.set_num_threads(num_threads)
+        return
+    on_cpu = use_cpu or not torch.accelerator.is_available()
+    was_launched = "ACCELERATE_USE_CPU" in os.environ  # which `accelerate launch` sets
+    if on_cpu and was_launched and os.environ.get("WORLD_SIZE", "1") == "1" and torch.get_num_threads() == 1:
+        torch.set_num_threads(num_cores())
+
+
+def num_cores() -> int:
+    """Return how many cores this process may use."""
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def end_processes() -> None:

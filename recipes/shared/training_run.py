@@ -191,5 +191,5 @@ def print_examples(predictions: list[dict], run: Run) -> None:
     print(f"\nCheckpoint: {checkpoint}   Index: {' '.join(index)}   Numbers: {output_dir / 'results.json'}")
     command = ["python", "recipes/generate.py", "--model", str(checkpoint), "--index", *index]
     if num_passages(run.args) > 1:
-        command += ["--passages_per_nsp", str(num_passages(run.args))]
+        command += ["--top_k", str(num_passages(run.args))]
     print(f"Ask it:     {shlex.join([*command, questions[needing_passage[0]]['input']])}")

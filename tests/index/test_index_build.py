@@ -260,6 +260,15 @@ def test_batches_respect_both_bounds_and_change_nothing(model, monkeypatch):
     torch.testing.assert_close(index.embeddings, alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("batch_size", 0), ("batch_size", -1), ("max_tokens_per_batch", 0), ("shard_size", 0), ("shard_size", 2.5)],
+)
+def test_a_bound_below_1_is_refused(model, name, value):
+    with pytest.raises(ValueError, match=f"{name} is {value}, expected an integer of 1 or more"):
+        build(model, **{name: value})
+
+
 def test_a_passage_without_tokens(tmp_path):
     from tokenizers import normalizers
 

@@ -22,6 +22,10 @@ def test_pools():
         ({"name": "a/b"}, "name is 'a/b'"),
         ({"max_new_tokens": None}, "max_new_tokens is None"),
         ({"top_k": 0}, "top_k is 0"),
+        (
+            {"corpus_file": "c.jsonl", "index": "i"},
+            "names a corpus_file, c.jsonl, and an index, i, .*: give one of them",
+        ),
     ],
 )
 def test_bad_tasks_are_refused(fields, message):
@@ -47,3 +51,12 @@ def test_defaults_apply_to_entries_that_leave_a_field_out():
     with_default, with_its_own = read_tasks(entries, pool=20, top_k=None)
     assert (with_default.pool, with_default.top_k) == (20, 1)
     assert with_its_own.pool == "full"
+
+
+def test_an_entry_with_a_corpus_gets_no_default_index_nor_the_other_way_round():
+    entries = [{"name": "a", "eval_file": "x", "corpus_file": "own"}, {"name": "b", "eval_file": "x"}]
+    with_corpus, with_default = read_tasks(entries, index="wiki", index_uri="http://host:19530")
+    assert (with_corpus.corpus_file, with_corpus.index, with_corpus.index_uri) == ("own", None, None)
+    assert (with_default.index, with_default.index_uri) == ("wiki", "http://host:19530")
+    (with_index,) = read_tasks([{"name": "c", "eval_file": "x", "index": "own"}], corpus_file="default")
+    assert (with_index.corpus_file, with_index.index) == (None, "own")

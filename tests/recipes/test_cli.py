@@ -7,7 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
 
-from shared.cli import check_options, option_names, parse
+from shared.cli import check_options, json_object, option_names, parse
 
 import pytest
 from generate import GenerateArguments, read_questions
@@ -27,6 +27,8 @@ class Arguments:
     kind: Literal["full", "half"] | None = None
     quick: bool = field(default=False, metadata={"flag": True, "help": "Takes no value."})
     card: bool = False
+    kept: bool = True
+    options: dict[str, int] | str | None = "{}"
     filters: list[str] = field(
         default_factory=lambda: ["long"], metadata={"choices": ("long", "short"), "may_be_empty": True}
     )
@@ -74,8 +76,8 @@ def test_a_config_sets_what_the_command_line_does_not(config):
 
 
 def test_values_of_a_config_are_converted_as_on_the_command_line(config):
-    path = config("model: m\nsteps: '5'\ncard: 'yes'\nrate: null\n")
-    assert read("--config", path) == Arguments(model="m", steps=5, card=True)
+    path = config("model: m\nsteps: '5'\ncard: 'yes'\nquick: 'no'\nkept: 'no'\nrate: null\n")
+    assert read("--config", path) == Arguments(model="m", steps=5, card=True, quick=False, kept=False)
     assert read("--config", config(""), "--model", "m") == Arguments(model="m")
     assert read("--config", config("\ufeffmodel: m\n")) == Arguments(model="m")  # a byte order mark
     path = config("model: m\nsizes: [1, '20']\nwords: one\n")
@@ -110,6 +112,9 @@ def test_values_of_the_trainer_that_are_no_texts(config):
         ("steps: 1.5", "config.yaml: steps is 1.5, expected an integer."),
         ("rate: [1]", "config.yaml: rate is [1], expected a number."),
         ("card: perhaps", "config.yaml: card is 'perhaps', expected true or false."),
+        ("card: [false]", "config.yaml: card is [False], expected true or false."),
+        ("card: 2", "config.yaml: card is 2, expected true or false."),
+        ("quick: 'perhaps'", "config.yaml: quick is 'perhaps', expected true or false."),
         ("kind: third", "config.yaml: kind is 'third', expected one of full, half."),
         ("filters: [long, wide]", "config.yaml: filters is 'wide', expected one of long, short."),
         ("sizes: [1, two]", "config.yaml: sizes is 'two', expected an integer."),
@@ -125,6 +130,17 @@ def test_an_error_in_a_config_names_file_and_key(config, text, message):
     with pytest.raises(SystemExit) as ending:
         read("--model", "m", "--config", config(text + "\n"))
     assert message in ending.value.code
+
+
+def test_an_option_that_is_a_json_object(config):
+    in_config = read("--config", config("model: m\noptions: {seed: 3}\n"))
+    for arguments in (in_config, read("--model", "m", "--options", '{"seed": 3}')):
+        assert json_object(arguments.options, "options") == {"seed": 3}
+    assert json_object(read("--model", "m").options, "options") == {}
+    wrong = {"{bad": "'{bad': malformed JSON", "[1]": r"\[1\], expected a JSON object", None: "None, expected"}
+    for value, message in wrong.items():
+        with pytest.raises(ValueError, match=f"--options is {message}"):
+            json_object(value, "options")
 
 
 def test_a_file_of_questions_may_begin_with_a_byte_order_mark(tmp_path):
@@ -259,7 +275,7 @@ def test_a_printed_command_can_be_pasted(capsys, monkeypatch):
     print_examples([{"cited_text": "x"}], run)
     command = capsys.readouterr().out.partition("Ask it:")[2]
     options = ["--model", "my model", "--index", "my index", "--index_uri", "http://h:1/?a&b"]
-    asked = [*options, "--passages_per_nsp", "3", "Who's $HOME?"]
+    asked = [*options, "--top_k", "3", "Who's $HOME?"]
     assert shlex.split(command) == ["python", "recipes/generate.py", *asked]
     monkeypatch.setattr(sys, "argv", ["/recipes/run_evaluation.py", *asked])
     assert shlex.split(command_line()) == ["run_evaluation.py", *asked]

@@ -44,7 +44,7 @@ def test_build_index_uploads_an_approximate_collection_or_says_what_is_wrong(
         (["--index", "x"], "error: --index x without --index_uri: name the Milvus server to upload to"),
         (
             ["--index", "x", "--index_uri", uri, "--milvus_index_params", "M=8"],
-            "error: milvus_index_params is 'M=8': malformed JSON",
+            "error: --milvus_index_params is 'M=8': malformed JSON",
         ),
     ]
     for options, message in wrong:

@@ -17,10 +17,20 @@ def test_a_checkpoint_keeps_what_it_was_built_with(tmp_path):
     checkpoint = str(tmp_path / "built")
     same = ScriptArguments(gen="not/read", model_name_or_path=checkpoint, similarity="cosine", max_passage_length=64)
     assert load_model(same, args).config.max_passage_length == 64
-    for name, value, built_with in (("max_passage_length", 32, "64"), ("nsp_token", "[R]", "its own")):
+    for name, value, built_with in (("max_passage_length", 32, "64"), ("nsp_token", "[R]", r"\[NSP\]")):
         changed = ScriptArguments(model_name_or_path=checkpoint, similarity="cosine", **{name: value})
         with pytest.raises(ValueError, match=f"--{name} .* cannot be changed: .*built was built with {built_with}"):
             load_model(changed, args)
+
+
+def test_a_checkpoint_keeps_its_control_tokens(tmp_path):
+    make_model(nsp_token="[R]").save_pretrained(tmp_path / "built")
+    args = CoSupTrainingArguments(str(tmp_path / "out"))
+    options = {"model_name_or_path": str(tmp_path / "built"), "nsp_token": "[R]"}
+    model = load_model(ScriptArguments(**options), args)
+    assert model.tokenizer.convert_ids_to_tokens(model.config.nsp_token_id) == "[R]"
+    with pytest.raises(ValueError, match=r"--ce_token \[End\] cannot be changed: .*built was built with \[CE\]"):
+        load_model(ScriptArguments(**options, ce_token="[End]"), args)
 
 
 def test_parts_next_to_a_checkpoint_are_not_read_and_named(tmp_path, monkeypatch):
@@ -29,5 +39,6 @@ def test_parts_next_to_a_checkpoint_are_not_read_and_named(tmp_path, monkeypatch
     make_model(tie_emb_seq=True).save_pretrained(tmp_path / "built")
     args = CoSupTrainingArguments(str(tmp_path / "out"))
     script = ScriptArguments(model_name_or_path=str(tmp_path / "built"), gen="not/read", emb_seq="not/read")
+    script.nsp_init = "eos"
     load_model(script, args)
-    assert messages == [f"Not read, as {tmp_path / 'built'} has parts of its own: --gen, --emb_seq."]
+    assert messages == [f"Not read, as {tmp_path / 'built'} has parts of its own: --gen, --emb_seq, --nsp_init."]

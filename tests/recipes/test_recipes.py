@@ -165,6 +165,27 @@ def test_a_training_without_data_is_refused(tmp_path, monkeypatch):
     assert train_here(monkeypatch, *flags(output_dir=tmp_path / "out")).startswith("error: Nothing to train")
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_train_samples": -1}, "--max_train_samples is -1, expected an integer of 1 or more"),
+        ({"max_eval_samples": 0}, "--max_eval_samples is 0, expected an integer of 1 or more"),
+        ({"num_threads": 0}, "--num_threads is 0, expected an integer of 1 or more"),
+        ({"prepare": "quickstart", "prepare_options": "[1]"}, "--prepare_options is [1], expected a JSON object"),
+        ({"prepare_options": '{"seed": 3}'}, "--prepare_options is not read without --prepare"),
+        ({"lora_r": 4}, "--lora_r is not read without --use_peft"),
+        ({"corpus_license": "mit"}, "--corpus_license is not read without --push_index"),
+        (
+            {"push_index": "true", "push_to_hub": "true", "hub_model_id": "me/a"},
+            "--push_index pushes the index of a corpus: give --corpus_file",
+        ),
+    ],
+)
+def test_an_option_that_nothing_would_read_is_refused(inputs, tmp_path, monkeypatch, given, message):
+    data = {"gen": inputs / "gen", "train_file": inputs / "train.jsonl", "output_dir": tmp_path / "out"}
+    assert message in train_here(monkeypatch, *flags(**data, **given))
+
+
 def test_every_config_parses_and_the_command_line_wins():
     from shared.cli import parse
 
@@ -317,7 +338,7 @@ def test_the_steps_of_a_distillation_follow_each_other(inputs, tmp_path, monkeyp
     assert same(second.gen, first.gen) and not same(second.emb_seq, first.emb_seq)
     assert [task.top_k for task in judged] == [3]
     printed = capsys.readouterr().out
-    assert "--passages_per_nsp 3" in printed
+    assert "--top_k 3" in printed
     assert "query embedding: HR@5" in printed and "gold passages given" not in printed
     assert asked[0]["input"] in (tmp_path / "two" / "README.md").read_text()
     monkeypatch.setattr(PassageIndex, "build", None)  # the given index is searched

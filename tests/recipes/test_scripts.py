@@ -173,7 +173,7 @@ def test_questions_are_read_as_utf_8_with_and_without_bom(source, tmp_path, monk
         ),
         ({"stream": True, "batch_size": 2}, "--stream answers one question after the other: leave out --batch_size"),
         ({"file": "questions.txt"}, "Questions on the command line and --file: give one"),
-        ({"passages_per_nsp": 5}, "--passages_per_nsp without --index: nothing is retrieved"),
+        ({"top_k": 5}, "--top_k without --index: nothing is retrieved"),
         ({"force_nsp_first": True}, "--force_nsp_first without --index: nothing is retrieved"),
     ],
 )

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+import modeling_cosup
+import trainer
 from support.forks import run_forked
 
 ROOT = Path(__file__).parents[2]
@@ -136,3 +138,9 @@ def test_the_list_of_the_api_names_what_exists():
     for name, path in entries:
         code = (ROOT / path).read_text(encoding="utf-8")
         assert re.search(rf"^(class|def) {name}\b", code, re.MULTILINE), name
+    assert {*modeling_cosup.__all__, *trainer.__all__} <= {name for name, _ in entries}
+
+
+def test_the_packages_list_their_public_names():
+    for package in (modeling_cosup, trainer):
+        assert set(package.__all__) <= set(dir(package))

@@ -183,7 +183,7 @@ def test_recall_tells_first_queries_from_later_ones(tmp_path):
         ({"isolate_queries": True, "train_on_passages": True}, "predicts the first token of a passage"),
         ({"symmetric_nsp": True, "supervision": "ntp"}, "symmetric_nsp compares or changes the two losses"),
         ({"symmetric_nsp": True, "gather": "detached"}, "symmetric_nsp compares passages with the queries"),
-        ({"gradient_cosine_steps": 0}, "gradient_cosine_steps is 0, expected 1 or more"),
+        ({"gradient_cosine_steps": 0}, "gradient_cosine_steps is 0, expected an integer of 1 or more"),
         ({"gradient_cosine_steps": 1, "gradient_accumulation_steps": 2}, "give nsp_batch_size instead"),
         ({"gradient_cosine_steps": 1, "freeze_gen": True}, "freeze_gen leaves it without any"),
     ],

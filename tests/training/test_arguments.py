@@ -114,7 +114,10 @@ def test_a_collator_of_the_caller_does_what_the_arguments_ask_for(tmp_path):
         *REFUSED_FIELDS.values(),
         ({"include_for_metrics": ["input"]}, "include_for_metrics holds 'input': did you mean 'inputs'?"),
         ({"include_num_input_tokens_seen": "padded"}, "expected one of False, True, 'no', 'all', 'non_padding'"),
-        ({"label_smoothing_factor": 1.0}, "label_smoothing_factor is 1.0, expected 0 or more, and less than 1"),
+        (
+            {"label_smoothing_factor": 1.0},
+            "expected a number of 0 or more, and less than 1",
+        ),
         ({"label_smoothing_factor": 0.1, "supervision": "nsp"}, "which supervision='nsp' does not train"),
         ({"batch_sampler": "no_duplicates", "train_sampling_strategy": "group_by_length"}, "give one of them"),
         ({"train_sampling_strategy": "batch_rebalance"}, "does not keep its order after a resume"),
@@ -127,6 +130,20 @@ def test_a_collator_of_the_caller_does_what_the_arguments_ask_for(tmp_path):
         ({"control_token_lr": 0.1, "optim": "apollo_adamw_layerwise"}, "changes weights during backward"),
         ({"control_token_lr": 0.1, "optim": "schedule_free_adamw"}, "or keeps averages of them"),
         ({"fp16": True}, "fp16 needs a GPU"),
+        ({"lr_decay_per_epoch": -0.5}, "lr_decay_per_epoch is -0.5, expected a number above 0, and at most 1"),
+        ({"lr_decay_per_epoch": 0.0}, "lr_decay_per_epoch is 0.0, expected"),
+        ({"lr_decay_per_epoch": 85}, "lr_decay_per_epoch is 85, expected"),
+        ({"lr_decay_per_epoch": "0.85"}, "lr_decay_per_epoch is '0.85', expected"),
+        (
+            {"nsp_batch_size": 8, "max_tokens_per_micro_batch": 0},
+            "max_tokens_per_micro_batch is 0, expected",
+        ),
+        ({"dataset_num_proc": 0}, "dataset_num_proc is 0, expected an integer of 1 or more"),
+        ({"max_length": None}, "max_length is None, expected an integer of 1 or more"),
+        ({"max_length": 0.5}, "max_length is 0.5, expected an integer of 1 or more"),
+        ({"matryoshka_dims": 16}, "matryoshka_dims is 16, expected a list of widths"),
+        ({"matryoshka_dims": [0]}, "A width of matryoshka_dims is 0, expected an integer of 1 or more"),
+        ({"train_on_passages": True, "supervision": "nsp"}, "which supervision='nsp' does not train"),
     ],
 )
 def test_refused_training_arguments(tmp_path, options, message):

@@ -139,7 +139,11 @@ def index_of(model, **options):
         ({"rerank_candidates": 40}, CORPUS, "rerank_candidates is 40, and the corpus holds only 28 passages"),
         ({"index_factory": "Nonsense"}, CORPUS, "index_factory 'Nonsense' of 32 dimensions"),
         ({"index_factory": "IVF99,Flat"}, CORPUS, "99 lists need at least as many training embeddings"),
-        ({"supervision": "separate"}, CORPUS, "corpus is what candidates are retrieved from: give candidates_from"),
+        (
+            {"supervision": "separate", "num_candidates": 5},
+            CORPUS,
+            "corpus is what candidates are retrieved from: give candidates_from",
+        ),
         ({}, lambda: index_of(make_model(emb_seq_kwargs={"seed": 9})), "This index was built by another model"),
         (
             {},

@@ -36,8 +36,8 @@ def make_trainer(model, folder, instances=ASKED, **options):
 
 FITS_NOT = [
     ({"num_candidates": 1}, "num_candidates=1 with a distillation: there is nothing to compare"),
-    ({"num_candidates": 0}, "num_candidates is 0, expected 1 or more"),
-    ({"refresh_index_steps": 0}, "refresh_index_steps is 0, expected 1 or more"),
+    ({"num_candidates": 0}, "num_candidates is 0, expected an integer of 1 or more"),
+    ({"refresh_index_steps": 0}, "refresh_index_steps is 0, expected an integer of 1 or more"),
     ({"target_temperature": 0.0}, "target_temperature is 0.0, expected a number above 0"),
     ({"target_temperature": float("nan")}, "target_temperature is nan, expected a number above 0"),
     ({"distillation_target": "emdr"}, "distillation_target is 'emdr', but .* has 'attention', 'attention_shares'"),
@@ -45,6 +45,12 @@ FITS_NOT = [
     ({"supervision": "nsp", "candidates_from": "instance"}, "which supervision='nsp' cannot train"),
     ({"supervision": "co", "target_temperature": 1.0}, "target_temperature is of a distillation, and .*'co' is none"),
     ({"supervision": "co", "shuffle_candidates": True}, "shuffle_candidates has no meaning without candidates"),
+    ({"supervision": "co", "num_candidates": 50}, "num_candidates has no meaning without candidates"),
+    ({"supervision": "co", "refresh_index_steps": 3}, "refresh_index_steps has no meaning without candidates"),
+    (
+        {"freeze_gen": True, "train_on_passages": True},
+        "train_on_passages .* with freeze_gen does not train",
+    ),
     ({"rerank_candidates": 5}, "rerank_candidates is 5, expected more than num_candidates, 5"),
     ({"candidates_from": "instance", "index_factory": "HNSW32"}, "own candidates exactly: leave it out"),
     ({"per_device_train_batch_size": 1}, "compares the instances of a step, and a step has one: raise per_device_"),

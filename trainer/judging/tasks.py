@@ -34,8 +34,8 @@ class Task:
     Args:
         name (`str`): name of the task's folder, and of its row in tables.
         eval_file (`str`): the questions, see [`load_evaluation_set`].
-        corpus_file (`str`, *optional*): passages to embed. One of `corpus_file` and `index` is needed unless nothing
-            is retrieved.
+        corpus_file (`str`, *optional*): passages to embed. One of `corpus_file` and `index`, never both, is needed
+            unless nothing is retrieved.
         index (`str`, *optional*): name or path of an existing index.
         index_uri (`str`, *optional*): the Milvus server or local file that holds `index` as a collection.
         allow_faiss_files (`bool`): let FAISS read the file of `index`, if its search is approximate.
@@ -77,6 +77,11 @@ class Task:
         if self.index_uri is not None and self.index is None:
             raise ValueError(
                 f"Task {self.name}: index_uri is {self.index_uri!r}, but no index says which collection there."
+            )
+        if self.corpus_file is not None and self.index is not None:
+            raise ValueError(
+                f"Task {self.name} names a corpus_file, {self.corpus_file}, and an index, {self.index}, which already"
+                " holds its passages: give one of them."
             )
         if self.split not in (None, *SPLITS):
             raise ValueError(f"Task {self.name}: split is {self.split!r}, expected {' or '.join(map(repr, SPLITS))}.")
@@ -166,7 +171,8 @@ def read_tasks(entries: list[dict], **defaults: Any) -> list[Task]:
 
     Args:
         entries (`list[dict]`): fields of [`Task`].
-        **defaults: values for the fields that an entry leaves out; `None` leaves a field to [`Task`].
+        **defaults: values for the fields that an entry leaves out; `None` leaves a field to [`Task`]. An entry that
+            names a `corpus_file` gets no `index`, and one that names an `index` no `corpus_file`.
 
     Raises:
         `ValueError`: for an unknown or missing field, or for a name that occurs twice.
@@ -177,7 +183,7 @@ def read_tasks(entries: list[dict], **defaults: Any) -> list[Task]:
     known = [field.name for field in fields(Task)]
     tasks = []
     for number, entry in enumerate(entries, 1):
-        values = {**defaults, **entry}
+        values = {**_defaults_of(entry, defaults), **entry}
         unknown = sorted(set(values) - set(known))
         if unknown:
             raise ValueError(f"Task {number}: unknown field {unknown[0]!r}; a task has {', '.join(known)}.")
@@ -189,6 +195,16 @@ def read_tasks(entries: list[dict], **defaults: Any) -> list[Task]:
     if repeated:
         raise ValueError(f"{len(repeated)} names of tasks occur twice: {', '.join(repeated)}.")
     return tasks
+
+
+def _defaults_of(entry: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the defaults that an entry takes: no index if it names a corpus, no corpus if it names an index."""
+    replaced: tuple[str, ...] = ()
+    if entry.get("corpus_file") is not None:
+        replaced = ("index", "index_uri")
+    elif entry.get("index") is not None:
+        replaced = ("corpus_file",)
+    return {name: value for name, value in defaults.items() if name not in replaced}
 
 
 # ---------------------------------------------------------------------- indexes

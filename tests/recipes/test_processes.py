@@ -1,0 +1,48 @@
+"""The threads of a process of the recipes."""
+
+import pytest
+import torch
+
+from shared import processes
+from shared.processes import num_cores, set_cpu_threads
+
+LAUNCHED = {"ACCELERATE_USE_CPU": "False"}  # what `accelerate launch` sets
+
+
+@pytest.mark.parametrize(
+    ("environment", "has_gpu", "arguments", "expected"),
+    [
+        (LAUNCHED, False, (None,), [7]),
+        (LAUNCHED, False, (3,), [3]),
+        ({}, False, (None,), []),  # OMP_NUM_THREADS of the user
+        ({**LAUNCHED, "WORLD_SIZE": "2"}, False, (None,), []),
+        ({**LAUNCHED, "WORLD_SIZE": "2"}, False, (3,), [3]),
+        (LAUNCHED, True, (None,), []),
+        (LAUNCHED, True, (None, True), [7]),
+    ],
+)
+def test_a_single_process_on_a_cpu_takes_all_cores(monkeypatch, environment, has_gpu, arguments, expected):
+    for name in ("ACCELERATE_USE_CPU", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    threads = []
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(processes, "num_cores", lambda: 7)
+    set_cpu_threads(*arguments)
+    assert threads == expected
+
+
+def test_a_number_of_threads_of_the_user_stays(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    monkeypatch.setattr(torch, "set_num_threads", None)
+    set_cpu_threads(None)
+
+
+def test_the_number_of_threads_is_checked():
+    assert num_cores() >= 1
+    with pytest.raises(ValueError, match="--num_threads is 0, expected an integer of 1 or more"):
+        set_cpu_threads(0)
