@@ -79,6 +79,7 @@ class BuildingMixin(Base):
             emb_head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, if the config needs one;
                 defaults to the dense layer of a sentence-transformers model that has the right width.
             model_kwargs (`dict`, *optional*): for `from_pretrained` of names and paths, e.g. `{"dtype": "bfloat16"}`.
+                Parts of different dtypes are brought to one in which none loses precision.
                 The usual ones may also be given by themselves: `dtype`, `device_map`, `attn_implementation`,
                 `quantization_config`, `token` and others of `LOADING_OPTIONS`.
             nsp_init (`str`, *optional*, defaults to `"mean"`): where a new row of `[NSP]` starts. `"mean"`: at the
