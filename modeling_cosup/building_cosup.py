@@ -181,6 +181,7 @@ class BuildingMixin(Base):
             query_encoder_config=None if query_encoder is None else copy.deepcopy(query_encoder.config),
             gen_name_or_path=_repository_of(gen),
             emb_seq_name_or_path=None if tie_emb_seq else _repository_of(emb_seq),
+            query_encoder_name_or_path=None if query_encoder is None else _repository_of(query_encoder),
             nsp_token_id=nsp_token_id,
             cs_token_id=cs_token_id,
             ce_token_id=ce_token_id,

@@ -58,8 +58,8 @@ class CoSupConfig(PreTrainedConfig):
             `passage_prompt` count, but BOS and EOS do not.
         load_emb_seq (`bool`): `False` leaves out Emb_seq, which generation from an index does not need. The choice is
             never saved.
-        gen_name_or_path, emb_seq_name_or_path (`str`, *optional*): repositories on the Hub that the two parts were
-            made from, for the model card.
+        gen_name_or_path, emb_seq_name_or_path, query_encoder_name_or_path (`str`, *optional*): repositories on the Hub
+            that the parts were made from, for the model card.
         fingerprint (`dict`, *optional*): written by `save_pretrained`; see `CoSupForCausalLM.fingerprint`.
 
     Raises:
@@ -94,6 +94,7 @@ class CoSupConfig(PreTrainedConfig):
     load_emb_seq: bool = True
     gen_name_or_path: str | None = None
     emb_seq_name_or_path: str | None = None
+    query_encoder_name_or_path: str | None = None
     fingerprint: dict | None = None
     tie_word_embeddings: bool = False
 
