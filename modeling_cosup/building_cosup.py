@@ -188,7 +188,7 @@ class BuildingMixin(Base):
             dtype=gen.dtype,
             **config,
         )
-        _check_passage_length(cosup_config, emb_seq_tokenizer)
+        check_passage_length(cosup_config, emb_seq_tokenizer)
         model = cls(cosup_config, gen, None if tie_emb_seq else emb_seq, query_encoder).train(gen.training)
         if model.emb_head is not None:
             model.emb_head.to(device=emb_seq.device, dtype=emb_seq.dtype)
@@ -316,13 +316,14 @@ def _grow_embeddings(
         embedding.weight[nsp_token_id] = embedding.weight[eos_token_id]
 
 
-def _check_passage_length(config: CoSupConfig, emb_seq_tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the longest passage, with BOS and EOS, fits into Emb_seq's positions."""
-    limit = num_positions(config.emb_seq_config)
-    if limit is None:
+def check_passage_length(config: CoSupConfig, emb_seq_tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Check that the longest passage fits into Emb_seq's positions, with BOS and EOS if a tokenizer names them."""
+    longest = limit = num_positions(config.emb_seq_config)
+    if longest is None:
         return
-    bos, eos = added_tokens(emb_seq_tokenizer, config)
-    longest = limit - len(bos) - len(eos)
+    if emb_seq_tokenizer is not None:
+        bos, eos = added_tokens(emb_seq_tokenizer, config)
+        longest -= len(bos) + len(eos)
     if config.max_passage_length > longest:
         raise ValueError(
             f"max_passage_length={config.max_passage_length}, BOS and EOS do not fit into Emb_seq's {limit} positions:"

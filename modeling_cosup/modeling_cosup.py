@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTraine
 from transformers.modeling_outputs import ModelOutput
 
 from .architectures_cosup import encoder_from_config, lm_logits
-from .building_cosup import BuildingMixin
+from .building_cosup import BuildingMixin, check_passage_length
 from .configuration_cosup import CoSupConfig
 from .datastore_cosup import KNNMemory
 from .encoding_cosup import EncodingMixin
@@ -102,10 +102,10 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
                 " CoSup model of plain ones."
             )
         # hidden from transformers, which would take the temperature of the NSP loss for a sampling temperature
+        config.check()  # `from_pretrained` may have changed settings
+        check_passage_length(config)
         temperature = config.temperature
         config.temperature = None
-        config.check_tied()  # `from_pretrained` may have changed settings
-        config.check_widths()
         super().__init__(config)
         config.temperature = temperature
         self.gen = gen if gen is not None else AutoModelForCausalLM.from_config(config.gen_config)
