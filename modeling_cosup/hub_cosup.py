@@ -5,6 +5,7 @@ Because of the single commit, no revision ever holds half of a checkpoint or ind
 `trainer/hub.py` decide what to push and when; `card_cosup` or `plain_card_cosup` writes the card.
 """
 
+import inspect
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import cast
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, DatasetInfo, HfApi, ModelInfo
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    DatasetInfo,
+    HfApi,
+    ModelInfo,
+    snapshot_download,
+)
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -89,6 +98,33 @@ def checkpoint_files(folder: str | os.PathLike[str], patterns: Iterable[str] = C
             if path.is_file():
                 files[path.relative_to(folder).as_posix()] = path
     return dict(sorted(files.items()))
+
+
+def check_download_options(options: Iterable[str]) -> None:
+    """Raise a `TypeError` for an option that a download does not have, also if a local folder needs no download."""
+    unknown = sorted(set(options) - set(inspect.signature(snapshot_download).parameters))
+    if unknown:
+        raise TypeError(f"Loading has no option {unknown[0]!r}, and neither has huggingface_hub.snapshot_download.")
+
+
+def check_adapter_base(base: str | None, repo_id: str | None = None) -> None:
+    """
+    Check that others can load the model that adapters change, and that the push leaves it as it is.
+
+    Args:
+        base (`str`, *optional*): name or path of that model.
+        repo_id (`str`, *optional*): where the adapters are pushed to.
+
+    Raises:
+        `ValueError`: when the base is no repository, or the one that the adapters are pushed to.
+    """
+    if not is_repo_id(base):
+        raise ValueError(
+            f"A push would upload adapters of {base or 'a model in memory'}, which nobody else has: push the base"
+            " model first (model.push_to_hub, or recipes/import_checkpoints.py) and train adapters of the repository."
+        )
+    if base == repo_id:
+        raise ValueError(f"{repo_id} holds the model that these adapters change: push them to another repository.")
 
 
 def make_repo(
