@@ -1,8 +1,8 @@
 """
 Save, push and recognise a model: its fingerprint, its tokenizers, its folder and its repository.
 
-`facts_cosup` reads and carries the facts recorded about a checkpoint, `card_cosup` writes cards, and `hub_cosup`
-uploads files. `trainer/hub.py` decides what is pushed during training.
+`facts_cosup` reads and carries the facts recorded about a checkpoint, `card_cosup` writes cards, `pushing_cosup` and
+`hub_cosup` upload. `trainer/hub.py` decides what is pushed during training.
 """
 
 import inspect
@@ -10,21 +10,22 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .building_cosup import check_passage_length
 from .configuration_cosup import CoSupConfig
-from .facts_cosup import carry_facts, load_facts
-from .fingerprints_cosup import can_be_hashed, hash_parameters, is_elsewhere
-from .hub_cosup import CARD_FILE, EMB_SEQ_TOKENIZER_FOLDER, REPLACED_FILES, checkpoint_files, make_repo, push_files
+from .facts_cosup import carry_facts
+from .fingerprints_cosup import adapter_weight, can_be_hashed, hash_parameters, is_elsewhere
+from .hub_cosup import EMB_SEQ_TOKENIZER_FOLDER
 from .parts_cosup import check_adapters_are_merged
-from .plain_card_cosup import package_cards, plain_card
+from .pushing_cosup import push_folder, saves_adapters
 from .token_keys_cosup import ffn_name
-from .tokenization_cosup import same_tokenizer, tokenizer_fingerprint
+from .tokenization_cosup import same_tokenizer, tokenizer_fingerprint, tokenizer_state
 from .tokenizer_files_cosup import class_to_save
 
 if TYPE_CHECKING:
@@ -38,10 +39,6 @@ else:
 
 logger = logging.get_logger(__name__)
 
-SUMMARY = (
-    "A CoSup model: it retrieves passages while it writes. "
-    "Load it with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
-)
 _PLAIN_TOKENIZER = (
     "Set model.tokenizer (or model.emb_seq_tokenizer) to"
     " PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token, ...)."
@@ -253,8 +250,9 @@ class SharingMixin(ModelBase):
             raise ValueError(
                 "This model was loaded with load_emb_seq=False; saved, it would be a checkpoint without Emb_seq."
             )
-        if not getattr(self, "_hf_peft_config_loaded", False):  # transformers saves adapters that it has loaded
+        if not saves_adapters(self):
             check_adapters_are_merged(self)
+        self.config.check()
         push_names = inspect.signature(self.push_to_hub).parameters
         push_arguments = {name: kwargs.pop(name) for name in push_names if name in kwargs}
         has_tokenizer = self._has_tokenizer()
@@ -283,7 +281,7 @@ class SharingMixin(ModelBase):
         )
         if push_to_hub and is_main_process:
             push_arguments.setdefault("repo_id", Path(save_directory).absolute().name)
-            self._push_folder(save_directory, **push_arguments)
+            push_folder(self, save_directory, variant=kwargs.get("variant"), **push_arguments)
 
     def _restore_class_name(self) -> None:
         """
@@ -321,27 +319,32 @@ class SharingMixin(ModelBase):
         Share this model in one commit: weights, config, generation config, code, tokenizers and a card.
 
         A push that is cut off leaves the repository unchanged. The same call completes it without sending again the
-        files that had arrived. Weights and code of an earlier push that this one does not have are deleted.
+        files that had arrived. Weights and code of an earlier push that this one does not have are deleted, but not
+        the weights of another `variant`. If this model holds adapters (`add_adapter`), they alone are pushed, to a
+        repository of their own.
 
         Args:
             repo_id (`str`): `namespace/name`, or a name in your own namespace; created if it does not exist.
             commit_message, commit_description, private, token, revision, create_pr, max_shard_size: as in
                 `PreTrainedModel.push_to_hub`.
-            tags (`str` or `list[str]`, *optional*): more tags for the card.
+            tags (`str` or `list[str]`, *optional*): more tags for the card, next to the recorded ones.
             index (`str`, *optional*): dataset repository of an index of this model, for the usage block of the card;
                 see [`PassageIndex.push_to_hub`].
-            license (`str`, *optional*): identifier of the licence; defaults to the recorded one, otherwise `unknown`.
+            license (`str`, *optional*): identifier of the licence; defaults to the recorded one, here or by an earlier
+                push, otherwise `unknown`.
 
         Returns:
             `huggingface_hub.CommitInfo`.
 
         Raises:
-            `ValueError`: when Emb_seq was not loaded, or the Hub finds the card's metadata invalid.
+            `ValueError`: when Emb_seq was not loaded, `index` is not a repository, the adapters have no base that
+                others can load or would be pushed next to a whole model, or the Hub finds the card's metadata invalid.
             `HfHubHTTPError`: when the Hub refuses.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            return self._push_folder(
+            return push_folder(
+                self,
                 folder,
                 repo_id,
                 tags=tags,
@@ -354,35 +357,3 @@ class SharingMixin(ModelBase):
                 revision=revision,
                 create_pr=create_pr,
             )
-
-    def _push_folder(
-        self,
-        folder: str | os.PathLike[str],
-        repo_id: str,
-        tags: str | list[str] | None = None,
-        index: str | None = None,
-        license: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        **commit_options: Any,
-    ) -> CommitInfo:
-        """Push a folder in which this model was saved, with a card of its recorded facts and those given here."""
-        folder = Path(folder)
-        repo_id = make_repo(repo_id, private, token)
-        facts = load_facts(folder)
-        if index is not None:
-            facts["index"] = index
-        if license is not None:
-            facts["license"] = license
-        if tags is not None:
-            facts["tags"] = [tags] if isinstance(tags, str) else tags
-
-        cards = package_cards()
-        if cards is not None:
-            card = cards.model_card(self, repo_id, facts)
-        else:
-            metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-            card_tags = ["custom_code", *facts.get("tags", [])]
-            card = plain_card(repo_id, SUMMARY, facts.get("license"), card_tags, **metadata)
-        files = {**checkpoint_files(folder), CARD_FILE: card.encode()}
-        return push_files(files, repo_id, REPLACED_FILES, token=token, **commit_options)
