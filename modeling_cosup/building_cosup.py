@@ -36,6 +36,9 @@ class BuildingMixin(Base):
     config: CoSupConfig
     gen: PreTrainedModel
     emb_head: nn.Linear | None
+    tokenizer: PreTrainedTokenizerBase
+    emb_seq_tokenizer: PreTrainedTokenizerBase
+    _has_tokenizer: Callable[[], bool]
     _lm_head: Callable[[torch.Tensor], torch.Tensor]
     _tokenizer: PreTrainedTokenizerBase | None
     _emb_seq_tokenizer: PreTrainedTokenizerBase | None
@@ -204,6 +207,26 @@ class BuildingMixin(Base):
         model._check_lm_head()
         checks.check_built(model)
         return model
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """
+        Resize Gen's embeddings. Emb_seq and a query encoder get rows for new tokens only if they read Gen's tokenizer.
+
+        The arguments are those of `PreTrainedModel.resize_token_embeddings`.
+        """
+        embeddings = self.gen.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.get_text_config().vocab_size = embeddings.weight.shape[0]
+        if self.config.tie_emb_seq or not self._has_tokenizer() or self.emb_seq_tokenizer is not self.tokenizer:
+            return embeddings
+        size = len(self.tokenizer)
+        for role in ("emb_seq", "query_encoder"):
+            encoder = cast(PreTrainedModel | None, getattr(self, role))
+            if encoder is not None and cast(nn.Embedding, encoder.get_input_embeddings()).weight.shape[0] < size:
+                encoder.resize_token_embeddings(size, mean_resizing=mean_resizing)
+                getattr(self.config, f"{role}_config").get_text_config().vocab_size = size
+        return embeddings
 
     def _set_generation_defaults(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the generation config greedy, let it end at every end-of-turn id, and never sample `[Cs]`."""

@@ -55,6 +55,7 @@ class SharingMixin(ModelBase):
     _tokenizer: PreTrainedTokenizerBase | None
     _emb_seq_tokenizer: PreTrainedTokenizerBase | None
     hub_options: dict[str, Any]  # with which the checkpoint was loaded, such as `token` and `subfolder`
+    _seen_states: dict[Any, Any]  # of weights and tokenizers, when their hashes were taken or loaded
 
     # ------------------------------------------------------------------ hashes
 
@@ -66,7 +67,8 @@ class SharingMixin(ModelBase):
 
         The weights are hashed only if they are complete and in float32 or bfloat16 (a cast between the two keeps the
         hash). If they are quantised, sharded, offloaded, in float16 or not loaded, the hash of the last save is
-        returned, so that none of these makes an index unusable. Training Gen changes the fingerprint of a tied model
+        returned, so that none of these makes an index unusable. Adapters, and weights in float16 that have changed
+        since they were loaded, are hashed nevertheless. Training Gen changes the fingerprint of a tied model
         (`tie_emb_seq`), whose Gen is Emb_seq, but not that of two towers.
 
         Args:
@@ -79,18 +81,36 @@ class SharingMixin(ModelBase):
         Raises:
             `ValueError`: when Emb_seq is not loaded and the checkpoint stores no hash of it.
         """
-        stored = self.config.fingerprint or {}
         hashes = self._tokenizer_hashes()
-        if self._can_hash_emb_seq(state_dict) or not stored.get("emb_seq"):
-            hashes["emb_seq"] = self._hash_emb_seq(state_dict)
+        if self._stored_hash_holds("emb_seq", state_dict):
+            hashes["emb_seq"] = cast(dict, self.config.fingerprint)["emb_seq"]
         else:
-            hashes["emb_seq"] = stored["emb_seq"]
-        self.config.fingerprint = {**stored, **hashes}
+            hashes["emb_seq"] = self._hash_emb_seq(state_dict)
+        self.config.fingerprint = {**(self.config.fingerprint or {}), **hashes}
         return {**hashes, **self.config.embedding_settings}
 
-    def _can_hash_emb_seq(self, state_dict: dict[str, torch.Tensor] | None) -> bool:
-        """Return whether Emb_seq's weights are complete and in a dtype that keeps their hash."""
-        return self.emb_seq is not None and can_be_hashed(self.emb_seq, state_dict)
+    def _stored_hash_holds(self, name: str, state_dict: dict[str, torch.Tensor] | None = None) -> bool:
+        """Return whether the stored hash of Emb_seq or Gen stands for weights that cannot be hashed as they are."""
+        part = self.emb_seq if name == "emb_seq" else cast(PreTrainedModel, self.gen.base_model)
+        if not (self.config.fingerprint or {}).get(name):
+            return False
+        if part is None:
+            return True
+        if can_be_hashed(part, state_dict):
+            return False
+        if any(is_elsewhere(weight) for weight in part.parameters()):
+            return True
+        if adapter_weight(part) is not None:
+            return False
+        if getattr(self, "hf_quantizer", None) is not None:
+            return True
+        state = self._hash_emb_seq() if name == "emb_seq" else self._hash_gen()
+        return self._seen_states.setdefault((name, part.dtype), state) == state  # as when first seen in this dtype
+
+    def _remember_states(self) -> None:
+        """Remember the weights of a checkpoint that was just loaded, if the stored hashes must stand for them."""
+        self._stored_hash_holds("emb_seq")
+        self._stored_hash_holds("gen")
 
     def _forget_fingerprint(self, *names: str) -> None:
         """Drop the stored hashes that no longer describe this model."""
@@ -144,8 +164,9 @@ class SharingMixin(ModelBase):
         """
         key = ffn_name(self)
         hashes = self._tokenizer_hashes()
-        gen = (self.config.fingerprint or {}).get("gen")
-        if can_be_hashed(self.gen.base_model) or not gen:
+        if self._stored_hash_holds("gen"):
+            gen = cast(dict, self.config.fingerprint)["gen"]
+        else:
             gen = self._hash_gen()
         self.config.fingerprint = {**(self.config.fingerprint or {}), **hashes, "gen": gen}
         return {"gen": gen, "tokenizer": hashes["tokenizer"], "key": key}
@@ -159,11 +180,18 @@ class SharingMixin(ModelBase):
         return hash_parameters((name, state_dict[prefix + name]) for name, _ in parameters)
 
     def _tokenizer_hashes(self) -> dict[str, str]:
-        """Return the hashes of both tokenizers, the stored ones if there are."""
+        """Return the hashes of both tokenizers: the stored ones, unless tokens were added since."""
         stored = self.config.fingerprint or {}
-        hashes = {}
+        hashes: dict[str, str] = {}
         for name in ("tokenizer", "emb_seq_tokenizer"):
-            hashes[name] = stored.get(name) or tokenizer_fingerprint(getattr(self, name))
+            in_memory = getattr(self, f"_{name}")
+            state = None if in_memory is None else tokenizer_state(in_memory)
+            if stored.get(name) and (state is None or self._seen_states.setdefault(name, state) == state):
+                hashes[name] = stored[name]
+                continue
+            tokenizer = getattr(self, name)
+            hashes[name] = tokenizer_fingerprint(tokenizer)
+            self._seen_states[name] = tokenizer_state(tokenizer)
         return hashes
 
     # ------------------------------------------------------------------ tokenizers
@@ -173,6 +201,10 @@ class SharingMixin(ModelBase):
         """Gen's tokenizer: the one that this model was built with or was given, otherwise the one saved next to it."""
         if self._tokenizer is None:
             self._tokenizer = self._load_saved_tokenizer()
+            self._seen_states["tokenizer"] = tokenizer_state(self._tokenizer)
+            if self._stores_one_tokenizer() and self._emb_seq_tokenizer is None:
+                self._emb_seq_tokenizer = self._tokenizer
+                self._seen_states["emb_seq_tokenizer"] = self._seen_states["tokenizer"]
         return self._tokenizer
 
     @tokenizer.setter
@@ -187,18 +219,22 @@ class SharingMixin(ModelBase):
     def emb_seq_tokenizer(self) -> PreTrainedTokenizerBase:
         """Emb_seq's tokenizer; the same object as `tokenizer` unless the checkpoint holds a separate one."""
         if self._emb_seq_tokenizer is None:
-            stored = self.config.fingerprint or {}
-            # without a fingerprint both are None: such a checkpoint has one tokenizer
-            if stored.get("emb_seq_tokenizer") == stored.get("tokenizer"):
+            if self._stores_one_tokenizer():
                 self._emb_seq_tokenizer = self.tokenizer
             else:
                 self._emb_seq_tokenizer = self._load_saved_tokenizer(EMB_SEQ_TOKENIZER_FOLDER)
+            self._seen_states["emb_seq_tokenizer"] = tokenizer_state(self._emb_seq_tokenizer)
         return self._emb_seq_tokenizer
 
     @emb_seq_tokenizer.setter
     def emb_seq_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._emb_seq_tokenizer = self.tokenizer if same_tokenizer(tokenizer, self.tokenizer) else tokenizer
         self._forget_fingerprint("emb_seq_tokenizer")
+
+    def _stores_one_tokenizer(self) -> bool:
+        """Return whether both hashes are of one tokenizer; without a fingerprint, a checkpoint has only one."""
+        stored = self.config.fingerprint or {}
+        return stored.get("emb_seq_tokenizer") == stored.get("tokenizer")
 
     def _has_tokenizer(self) -> bool:
         """Return whether this model has a tokenizer, in memory or next to its checkpoint."""
@@ -243,8 +279,9 @@ class SharingMixin(ModelBase):
         [`~SharingMixin.push_to_hub`]; `repo_id` defaults to the name of the folder.
 
         Raises:
-            `ValueError`: when Emb_seq was not loaded, because the checkpoint would lack its weights, for adapters that
-                are not merged, and for a tokenizer that would be loaded as one that reads text differently.
+            `ValueError`: when Emb_seq was not loaded, because the checkpoint would lack its weights, for settings
+                with which it would not load, for adapters that are not merged, and for a tokenizer that would be
+                loaded as one that reads text differently.
         """
         if self.emb_seq is None:
             raise ValueError(
@@ -264,9 +301,12 @@ class SharingMixin(ModelBase):
                 tokenizers[EMB_SEQ_TOKENIZER_FOLDER] = self.emb_seq_tokenizer
             for tokenizer in tokenizers.values():
                 class_to_save(tokenizer, self.config, (None,), _PLAIN_TOKENIZER)
+            check_passage_length(self.config, self.emb_seq_tokenizer)
             self.fingerprint(state_dict)
             if can_be_hashed(self.gen.base_model, state_dict):
                 self.config.fingerprint = {**(self.config.fingerprint or {}), "gen": self._hash_gen(state_dict)}
+            elif not self._stored_hash_holds("gen", state_dict):
+                self._forget_fingerprint("gen")
             for subfolder, tokenizer in tokenizers.items():
                 tokenizer.save_pretrained(Path(save_directory) / subfolder)
         if is_main_process:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.card_cosup import model_card
@@ -177,6 +178,23 @@ def test_code_runs_only_with_trust_remote_code(tmp_path):
     assert result.returncode != 0
     assert "trust_remote_code" in result.stderr
     assert not exploded.exists()
+
+
+def test_pytorch_bin_is_read_only_if_that_is_asked_for(tmp_path):
+    """Its weights are good, and torch would read them."""
+    model = make_model()
+    model.save_pretrained(tmp_path / "model")
+    model.save_gen(tmp_path / "gen")
+    for folder in (tmp_path / "model", tmp_path / "gen"):
+        torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+        (folder / "model.safetensors").unlink()
+    asked = {"use_safetensors": None}
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        CoSupForCausalLM.from_pretrained(tmp_path / "model")
+    CoSupForCausalLM.from_pretrained(tmp_path / "model", **asked)
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        CoSupForCausalLM.from_gen_and_emb_seq(tmp_path / "gen")
+    CoSupForCausalLM.from_gen_and_emb_seq(tmp_path / "gen", model_kwargs=asked)
 
 
 @pytest.mark.parametrize("id", ["..", "../x", "a/../b", "..\\x", "x\\..", "/..", "nul\x00"])
