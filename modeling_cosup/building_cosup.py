@@ -36,6 +36,9 @@ class BuildingMixin(Base):
     config: CoSupConfig
     gen: PreTrainedModel
     emb_head: nn.Linear | None
+    tokenizer: PreTrainedTokenizerBase
+    emb_seq_tokenizer: PreTrainedTokenizerBase
+    _has_tokenizer: Callable[[], bool]
     _lm_head: Callable[[torch.Tensor], torch.Tensor]
     _tokenizer: PreTrainedTokenizerBase | None
     _emb_seq_tokenizer: PreTrainedTokenizerBase | None
@@ -79,6 +82,7 @@ class BuildingMixin(Base):
             emb_head (`torch.Tensor` of shape `(h, h_emb)`, *optional*): weight of `emb_head`, if the config needs one;
                 defaults to the dense layer of a sentence-transformers model that has the right width.
             model_kwargs (`dict`, *optional*): for `from_pretrained` of names and paths, e.g. `{"dtype": "bfloat16"}`.
+                Parts of different dtypes are brought to one in which none loses precision.
                 The usual ones may also be given by themselves: `dtype`, `device_map`, `attn_implementation`,
                 `quantization_config`, `token` and others of `LOADING_OPTIONS`.
             nsp_init (`str`, *optional*, defaults to `"mean"`): where a new row of `[NSP]` starts. `"mean"`: at the
@@ -180,13 +184,14 @@ class BuildingMixin(Base):
             query_encoder_config=None if query_encoder is None else copy.deepcopy(query_encoder.config),
             gen_name_or_path=_repository_of(gen),
             emb_seq_name_or_path=None if tie_emb_seq else _repository_of(emb_seq),
+            query_encoder_name_or_path=None if query_encoder is None else _repository_of(query_encoder),
             nsp_token_id=nsp_token_id,
             cs_token_id=cs_token_id,
             ce_token_id=ce_token_id,
             dtype=gen.dtype,
             **config,
         )
-        _check_passage_length(cosup_config, emb_seq_tokenizer)
+        check_passage_length(cosup_config, emb_seq_tokenizer)
         model = cls(cosup_config, gen, None if tie_emb_seq else emb_seq, query_encoder).train(gen.training)
         if model.emb_head is not None:
             model.emb_head.to(device=emb_seq.device, dtype=emb_seq.dtype)
@@ -202,6 +207,26 @@ class BuildingMixin(Base):
         model._check_lm_head()
         checks.check_built(model)
         return model
+
+    def resize_token_embeddings(
+        self, new_num_tokens: int | None = None, pad_to_multiple_of: int | None = None, mean_resizing: bool = True
+    ) -> nn.Embedding:
+        """
+        Resize Gen's embeddings. Emb_seq and a query encoder get rows for new tokens only if they read Gen's tokenizer.
+
+        The arguments are those of `PreTrainedModel.resize_token_embeddings`.
+        """
+        embeddings = self.gen.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
+        self.config.get_text_config().vocab_size = embeddings.weight.shape[0]
+        if self.config.tie_emb_seq or not self._has_tokenizer() or self.emb_seq_tokenizer is not self.tokenizer:
+            return embeddings
+        size = len(self.tokenizer)
+        for role in ("emb_seq", "query_encoder"):
+            encoder = cast(PreTrainedModel | None, getattr(self, role))
+            if encoder is not None and cast(nn.Embedding, encoder.get_input_embeddings()).weight.shape[0] < size:
+                encoder.resize_token_embeddings(size, mean_resizing=mean_resizing)
+                getattr(self.config, f"{role}_config").get_text_config().vocab_size = size
+        return embeddings
 
     def _set_generation_defaults(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Make the generation config greedy, let it end at every end-of-turn id, and never sample `[Cs]`."""
@@ -314,13 +339,14 @@ def _grow_embeddings(
         embedding.weight[nsp_token_id] = embedding.weight[eos_token_id]
 
 
-def _check_passage_length(config: CoSupConfig, emb_seq_tokenizer: PreTrainedTokenizerBase) -> None:
-    """Check that the longest passage, with BOS and EOS, fits into Emb_seq's positions."""
-    limit = num_positions(config.emb_seq_config)
-    if limit is None:
+def check_passage_length(config: CoSupConfig, emb_seq_tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    """Check that the longest passage fits into Emb_seq's positions, with BOS and EOS if a tokenizer names them."""
+    longest = limit = num_positions(config.emb_seq_config)
+    if longest is None:
         return
-    bos, eos = added_tokens(emb_seq_tokenizer, config)
-    longest = limit - len(bos) - len(eos)
+    if emb_seq_tokenizer is not None:
+        bos, eos = added_tokens(emb_seq_tokenizer, config)
+        longest -= len(bos) + len(eos)
     if config.max_passage_length > longest:
         raise ValueError(
             f"max_passage_length={config.max_passage_length}, BOS and EOS do not fit into Emb_seq's {limit} positions:"

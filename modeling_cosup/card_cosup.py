@@ -70,8 +70,8 @@ def _metadata(model: "CoSupForCausalLM", repo_id: str, facts: Facts, base: str |
     if base_model:
         base_models = [base_model]
     else:
-        part_names = [name for name in (config.gen_name_or_path, config.emb_seq_name_or_path) if name]
-        base_models = list(dict.fromkeys(part_names))
+        sources = (config.gen_name_or_path, config.emb_seq_name_or_path, config.query_encoder_name_or_path)
+        base_models = list(dict.fromkeys(name for name in sources if name))
     relation = None
     if base_models:  # without a relation, the Hub takes a model with two bases for a merge
         relation = "adapter" if base else "finetune"
@@ -137,8 +137,11 @@ def _context(model: "CoSupForCausalLM", repo_id: str, facts: Facts, base: str | 
         "cs_token": control_tokens[1],
         "ce_token": control_tokens[2],
         "tied": config.tie_emb_seq,
+        "query_from": config.query_from,
+        "co_supervised": facts.get("training", {}).get("arguments", {}).get("supervision") == "co",
         "gen": _part(model.gen, config.gen_config, config.gen_name_or_path),
         "emb_seq": _emb_seq(model),
+        "query_encoder": _query_encoder(model),
         "top_k": facts.get("training", {}).get("top_k"),
         "training": _training(facts.get("training")),
         "results": [_result(group) for group in facts.get("results", [])],
@@ -171,6 +174,13 @@ def _emb_seq(model: "CoSupForCausalLM") -> dict[str, str]:
     if model.emb_head is not None:
         column["parameters"] += f", and {model.emb_head.weight.numel():,} of emb_head"
     return column
+
+
+def _query_encoder(model: "CoSupForCausalLM") -> dict[str, str] | None:
+    """Return the column of the query encoder, `None` without one."""
+    if model.query_encoder is None:
+        return None
+    return _part(model.query_encoder, model.query_encoder.config, model.config.query_encoder_name_or_path)
 
 
 def _settings(config: CoSupConfig) -> list[tuple[str, str]]:

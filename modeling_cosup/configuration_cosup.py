@@ -6,8 +6,11 @@ from shlex import quote
 from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils import logging
 
 from .numbers_cosup import COUNT, NOT_NEGATIVE, POSITIVE, check_numbers
+
+logger = logging.get_logger(__name__)
 
 # Similarity, temperature and λ belong together: the dot product of two final-norm states starts near |h|² ≈ 1,200
 SIMILARITY_DEFAULTS = {
@@ -68,8 +71,8 @@ class CoSupConfig(PreTrainedConfig):
             `passage_prompt` count, but BOS and EOS do not.
         load_emb_seq (`bool`): `False` leaves out Emb_seq, which generation from an index does not need. The choice is
             never saved.
-        gen_name_or_path, emb_seq_name_or_path (`str`, *optional*): repositories on the Hub that the two parts were
-            made from, for the model card.
+        gen_name_or_path, emb_seq_name_or_path, query_encoder_name_or_path (`str`, *optional*): repositories on the Hub
+            that the parts were made from, for the model card.
         fingerprint (`dict`, *optional*): written by `save_pretrained`; see `CoSupForCausalLM.fingerprint`.
 
     Raises:
@@ -104,6 +107,7 @@ class CoSupConfig(PreTrainedConfig):
     load_emb_seq: bool = True
     gen_name_or_path: str | None = None
     emb_seq_name_or_path: str | None = None
+    query_encoder_name_or_path: str | None = None
     fingerprint: dict | None = None
     tie_word_embeddings: bool = False
 
@@ -141,6 +145,12 @@ class CoSupConfig(PreTrainedConfig):
                 f"tie_emb_seq={not is_tied}: the checkpoint {name} holds {kind}. Build a new model with"
                 f" from_gen_and_emb_seq(gen, tie_emb_seq={not is_tied})."
             )
+        similarity = unused_kwargs.get("similarity", config.get("similarity"))
+        if similarity != config.get("similarity") and unused_kwargs.get("temperature") is None:
+            logger.warning(
+                f"similarity={similarity!r} keeps the temperature and λ of the checkpoint {name}, which suit"
+                f" {config.get('similarity')!r}: give temperature and nsp_loss_weight too."
+            )
         return config, unused_kwargs
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -150,10 +160,9 @@ class CoSupConfig(PreTrainedConfig):
             self.temperature = defaults["temperature"]
         if self.nsp_loss_weight is None:
             self.nsp_loss_weight = defaults["nsp_loss_weight"]
-        self._check_settings()
-        self.check_tied()
+        self._check_tied()
         self._make_sub_configs()
-        self.check_widths()
+        self.check()
         # peft and transformers look for weight tying on the outermost config
         self.tie_word_embeddings = bool(self.gen_config.get_text_config().tie_word_embeddings)
         # AutoModel loads the same class as AutoModelForCausalLM: its forward returns embeddings too
@@ -164,6 +173,18 @@ class CoSupConfig(PreTrainedConfig):
         }
         kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
+
+    def check(self) -> None:
+        """
+        Check all settings. A model calls this too, because settings can be changed after its config is made.
+
+        Raises:
+            `ValueError`: names the setting.
+        """
+        self._check_choices()
+        self._check_settings()
+        self._check_tied()
+        self._check_widths()
 
     def _check_choices(self) -> None:
         choices = {"similarity": tuple(SIMILARITY_DEFAULTS), "query_from": QUERY_SOURCES, "emb_seq_pooling": POOLINGS}
@@ -192,13 +213,8 @@ class CoSupConfig(PreTrainedConfig):
                 " would read it."
             )
 
-    def check_tied(self) -> None:
-        """
-        Check that in a tied model nothing but Gen's body makes the embeddings.
-
-        Raises:
-            `ValueError`: names the setting.
-        """
+    def _check_tied(self) -> None:
+        """Check that in a tied model nothing but Gen's body makes the embeddings."""
         if not self.tie_emb_seq:
             return
         check_tied_settings(self.query_from, self.emb_seq_pooling)
@@ -218,13 +234,8 @@ class CoSupConfig(PreTrainedConfig):
                 options = dict(sub_config)
                 setattr(self, name, AutoConfig.for_model(options.pop("model_type"), **options))
 
-    def check_widths(self) -> None:
-        """
-        Check the widths of the query encoder and of `emb_head`, and `truncate_dim`.
-
-        Raises:
-            `ValueError`: names the width that was expected.
-        """
+    def _check_widths(self) -> None:
+        """Check the widths of the query encoder and of `emb_head`, and `truncate_dim`."""
         if self.query_from == "query_encoder":
             width = None
             if self.query_encoder_config is not None:

@@ -12,7 +12,7 @@ from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
 
 from .files_cosup import read_json, write_json
-from .hub_cosup import CARD_FILE, CARD_MARKER, CURVES_FILE, FACTS_FILE
+from .hub_cosup import CARD_FILE, CARD_MARKER, CURVES_FILE, FACTS_FILE, RESULTS_FILE
 
 logger = logging.get_logger(__name__)
 
@@ -118,7 +118,46 @@ def facts_of(model: HashedModel, weights: str | None = None) -> Facts:
     logger.warning_once(
         "The weights changed since they were trained and evaluated; the recorded training and results are left out."
     )
+    return lasting_facts(facts)
+
+
+def lasting_facts(facts: Facts) -> Facts:
+    """Return the facts that stay true when the weights change."""
     return cast(Facts, {name: facts.get(name) for name in FACTS_OF_ALL_WEIGHTS if name in facts})
+
+
+def facts_to_push(
+    folder: Path,
+    repo_id: str,
+    weights: str | None,
+    index: str | None = None,
+    license: str | None = None,
+    tags: str | list[str] | None = None,
+    **hub_options: Any,
+) -> Facts:
+    """
+    Return what a push records: the facts in a folder, those given here, and those of an earlier push that still hold.
+
+    Args:
+        folder (`Path`), repo_id (`str`): of the checkpoint, and where it is pushed to.
+        weights (`str`, *optional*): hash of its weights.
+        index, license, tags (*optional*): given with the push; tags are appended to the recorded ones.
+        **hub_options: of the repository, such as `revision` and `token`.
+    """
+    earlier = load_facts(repo_id, **hub_options)
+    facts = cast(Facts, {**lasting_facts(earlier), **load_facts(folder)})
+    if index is None and weights is not None and earlier.get("weights") == weights:
+        index = earlier.get("index")
+    if index is not None:
+        facts["index"] = index
+    if license is not None:
+        facts["license"] = license
+    if tags is not None:
+        new_tags = [tags] if isinstance(tags, str) else tags
+        facts["tags"] = list(dict.fromkeys([*facts.get("tags", []), *new_tags]))
+    if facts and weights is not None:
+        facts["weights"] = weights
+    return facts
 
 
 def carry_facts(model: HashedModel, folder: Path, weights: str | None = None) -> None:
@@ -126,14 +165,17 @@ def carry_facts(model: HashedModel, folder: Path, weights: str | None = None) ->
     Write the facts of a model, and the plot of its losses, to a folder in which it is saved.
 
     Facts that the folder holds about the same weights are left in place. Facts about other weights are removed, and so
-    is a generated card that shows their results.
+    are their `results.json` and a generated card that shows their results.
 
     Args:
         model ([`CoSupForCausalLM`]), weights (`str`, *optional*): as in [`facts_of`].
         folder (`Path`): created if it does not exist.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    if weights is None or load_facts(folder).get("weights") != weights:
+    held = load_facts(folder).get("weights")
+    if held is not None and weights is not None and held != weights:
+        (folder / RESULTS_FILE).unlink(missing_ok=True)
+    if weights is None or held != weights:
         _copy_facts(model, folder, weights)
     if not load_facts(folder).get("results"):
         _remove_generated_card(folder)

@@ -10,6 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from .token_keys_cosup import ffn_name, gen_of
 from .tokenization_cosup import tokenizer_fingerprint
 
+# in the names of weights that PEFT has wrapped
+_ADAPTER_MARKS = (".base_layer.", "lora_", ".original_module.", ".modules_to_save.", ".token_adapter.")
+
 try:
     from torch.distributed.tensor import DTensor
 except ImportError:  # a torch without distributed
@@ -107,6 +110,14 @@ def can_be_hashed(module: torch.nn.Module, state_dict: dict[str, torch.Tensor] |
     if state_dict is None and any(is_elsewhere(weight) for weight in weights):
         return False
     return all(weight.dtype in (torch.float32, torch.bfloat16) for weight in weights)
+
+
+def adapter_weight(module: torch.nn.Module) -> str | None:
+    """Return the name of a weight that belongs to an adapter which is not merged; `None` if there is none."""
+    for name, _ in module.named_parameters():
+        if any(mark in name for mark in _ADAPTER_MARKS):
+            return name
+    return None
 
 
 def is_elsewhere(weight: torch.Tensor) -> bool:

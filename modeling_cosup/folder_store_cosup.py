@@ -23,7 +23,7 @@ from .folders_cosup import (
     sweep,
     write_config,
 )
-from .hub_cosup import CARD_FILE, push_files
+from .hub_cosup import CARD_FILE, check_download_options, push_files
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -192,11 +192,14 @@ def find_folder(
 
     Raises:
         `FileNotFoundError`: if it is neither.
+        `TypeError`: for an option that `snapshot_download` does not have.
     """
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path).absolute()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
+
+    check_download_options(kwargs)
+    if Path(name_or_path).is_dir():
+        return Path(name_or_path).absolute()
 
     def download(revision: str | None, names: list[str]) -> Path:
         options: dict[str, Any] = {"repo_type": form.repo_type, "revision": revision, "allow_patterns": names}

@@ -1,10 +1,11 @@
 """
 Uploads to the Hub: which files a checkpoint consists of, and one commit for all of them.
 
-Because of the single commit, no revision ever holds half of a checkpoint or index. `sharing_cosup` and
+Because of the single commit, no revision ever holds half of a checkpoint or index. `pushing_cosup` and
 `trainer/hub.py` decide what to push and when; `card_cosup` or `plain_card_cosup` writes the card.
 """
 
+import inspect
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,15 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import cast
 
-from huggingface_hub import CommitInfo, CommitOperationAdd, CommitOperationDelete, DatasetInfo, HfApi, ModelInfo
+from huggingface_hub import (
+    CommitInfo,
+    CommitOperationAdd,
+    CommitOperationDelete,
+    DatasetInfo,
+    HfApi,
+    ModelInfo,
+    snapshot_download,
+)
 from transformers.utils import logging
 
 logger = logging.get_logger(__name__)
@@ -20,8 +29,11 @@ logger = logging.get_logger(__name__)
 HUB_OPTIONS = ("revision", "token", "cache_dir", "local_files_only", "force_download")  # of a download
 KEPT_HUB_OPTIONS = ("token", "cache_dir", "local_files_only", "subfolder")  # the config has the commit
 CARD_FILE = "README.md"
+CONFIG_FILE = "config.json"
+ADAPTER_CONFIG_FILE = "adapter_config.json"
 FACTS_FILE = "training_facts.json"
 CURVES_FILE = "loss_curves.png"
+RESULTS_FILE = "results.json"
 EMB_SEQ_TOKENIZER_FOLDER = "emb_seq_tokenizer"  # only if the two tokenizers differ
 CARD_MARKER = (
     "<!-- CoSup wrote this card from what training recorded. Proofread it, complete it, then remove this comment:"
@@ -41,31 +53,18 @@ TOKENIZER_FILES = (
 )
 # Files of a checkpoint. Nothing else in its folder is uploaded: no resume states, no arguments, no data.
 # `*` does not match a slash.
-CHECKPOINT_FILES = (
-    "*.safetensors",
-    "model.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "adapter_config.json",
-    "*_cosup.py",
-    FACTS_FILE,
-    "results.json",
-    CURVES_FILE,
+WEIGHT_FILES = ("model*.safetensors", "model.safetensors.index*.json")
+MODEL_FILES = (*WEIGHT_FILES, CONFIG_FILE, "generation_config.json", "*_cosup.py")
+ADAPTER_FILES = ("adapter_model*.safetensors", ADAPTER_CONFIG_FILE)
+MEASURED_FILES = (FACTS_FILE, RESULTS_FILE, CURVES_FILE)  # they are about one state of the weights
+COMMON_FILES = (
+    *MEASURED_FILES,
     CARD_FILE,
     *TOKENIZER_FILES,
     *(f"{EMB_SEQ_TOKENIZER_FOLDER}/{name}" for name in TOKENIZER_FILES),
 )
-# Files that a push deletes unless it uploads new ones: the new checkpoint may have fewer shards, or other code files.
-REPLACED_FILES = (
-    "*.safetensors",
-    "model.safetensors.index.json",
-    "*_cosup.py",
-    f"{EMB_SEQ_TOKENIZER_FOLDER}/*",
-    f"{EMB_SEQ_TOKENIZER_FOLDER}/additional_chat_templates/*",
-    "additional_chat_templates/*.jinja",
-    CURVES_FILE,
-    FACTS_FILE,
-)
+CHECKPOINT_FILES = (*MODEL_FILES, *COMMON_FILES)
+ADAPTER_CHECKPOINT_FILES = (*ADAPTER_FILES, *COMMON_FILES)
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _YAML_HEADER = re.compile(r"\A---\n.*?\n---\s*", re.DOTALL)
 
@@ -80,8 +79,42 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(name.count("/") == pattern.count("/") and fnmatch(name, pattern) for pattern in patterns)
 
 
-def checkpoint_files(folder: str | os.PathLike[str], patterns: Iterable[str] = CHECKPOINT_FILES) -> dict[str, Path]:
-    """Return the files of a folder that make up a checkpoint, by their path in the repository."""
+def weight_files(variant: str | None = None) -> tuple[str, ...]:
+    """Return patterns of the files that hold the weights of one variant, such as `"fp16"`, and no other."""
+    stem, index = "model", "model.safetensors.index"
+    if variant is not None:
+        stem, index = f"{stem}.{variant}", f"{index}.{variant}"
+    return f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors", f"{index}.json"
+
+
+def replaced_files(adapters: bool = False, variant: str | None = None) -> tuple[str, ...]:
+    """
+    Return patterns of the files that a push deletes unless it uploads new ones: the new checkpoint may have fewer.
+
+    Args:
+        adapters (`bool`): whether adapters are pushed, not a whole model.
+        variant (`str`, *optional*): of the weights; the weights of other variants stay.
+    """
+    if adapters:
+        return (*ADAPTER_FILES, *MEASURED_FILES)
+    return (
+        *weight_files(variant),
+        *ADAPTER_FILES,  # next to them, the model would be loaded as their base
+        *MEASURED_FILES,
+        "*_cosup.py",
+        f"{EMB_SEQ_TOKENIZER_FOLDER}/*",
+        f"{EMB_SEQ_TOKENIZER_FOLDER}/additional_chat_templates/*",
+        "additional_chat_templates/*.jinja",
+    )
+
+
+def checkpoint_files(folder: str | os.PathLike[str], adapters: bool = False) -> dict[str, Path]:
+    """Return the files of a whole model, or of adapters, in a folder, by their path in the repository."""
+    return matching_files(folder, ADAPTER_CHECKPOINT_FILES if adapters else CHECKPOINT_FILES)
+
+
+def matching_files(folder: str | os.PathLike[str], patterns: Iterable[str]) -> dict[str, Path]:
+    """Return the files of a folder that match one of the patterns, by their path in the repository."""
     folder = Path(folder)
     files: dict[str, Path] = {}
     for pattern in patterns:
@@ -89,6 +122,33 @@ def checkpoint_files(folder: str | os.PathLike[str], patterns: Iterable[str] = C
             if path.is_file():
                 files[path.relative_to(folder).as_posix()] = path
     return dict(sorted(files.items()))
+
+
+def check_download_options(options: Iterable[str]) -> None:
+    """Raise a `TypeError` for an option that a download does not have, also if a local folder needs no download."""
+    unknown = sorted(set(options) - set(inspect.signature(snapshot_download).parameters))
+    if unknown:
+        raise TypeError(f"Loading has no option {unknown[0]!r}, and neither has huggingface_hub.snapshot_download.")
+
+
+def check_adapter_base(base: str | None, repo_id: str | None = None) -> None:
+    """
+    Check that others can load the model that adapters change, and that the push leaves it as it is.
+
+    Args:
+        base (`str`, *optional*): name or path of that model.
+        repo_id (`str`, *optional*): where the adapters are pushed to.
+
+    Raises:
+        `ValueError`: when the base is no repository, or the one that the adapters are pushed to.
+    """
+    if not is_repo_id(base):
+        raise ValueError(
+            f"A push would upload adapters of {base or 'a model in memory'}, which nobody else has: push the base"
+            " model first (model.push_to_hub, or recipes/import_checkpoints.py) and train adapters of the repository."
+        )
+    if base == repo_id:
+        raise ValueError(f"{repo_id} holds the model that these adapters change: push them to another repository.")
 
 
 def make_repo(
@@ -114,6 +174,7 @@ def push_files(
 
     If the process or the server dies, the repository stays unchanged. A second call completes the push without sending
     again the large files that had arrived. A card that its owner edited (without [`CARD_MARKER`]) is not replaced.
+    Adapters are not added to a whole model: it would then be loaded as their base.
 
     Args:
         files (`dict[str, Path | str | bytes]`): path in the repository to a local file, or its content.
@@ -128,7 +189,8 @@ def push_files(
         `huggingface_hub.CommitInfo`.
 
     Raises:
-        `ValueError`: when the Hub finds the card's metadata invalid; nothing is uploaded then.
+        `ValueError`: when the Hub finds the card's metadata invalid, or adapters are pushed to the repository of a
+            whole model; nothing is uploaded then.
         `HfHubHTTPError`: when the Hub refuses, or another commit came in between.
     """
     api = HfApi()
@@ -137,6 +199,8 @@ def push_files(
     info = api.repo_info(repo_id, revision=revision, repo_type=repo_type, token=token)
     head = cast(ModelInfo | DatasetInfo, info)  # no other type of repository is pushed
     old_names = {file.rfilename for file in head.siblings or []}
+    if ADAPTER_CONFIG_FILE in files and CONFIG_FILE in old_names:
+        raise ValueError(f"{repo_id} holds a whole model: push adapters to a repository of their own.")
 
     replaces_card = CARD_FILE in files and CARD_FILE in old_names
     if replaces_card and not _is_generated_card(api, repo_id, repo_type, head.sha, token):

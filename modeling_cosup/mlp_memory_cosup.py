@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .files_cosup import digest, read_json, replacing_file, write_json
 from .fingerprints_cosup import check_memory_fingerprint, hash_parameters, memory_fingerprint
-from .hub_cosup import CARD_FILE, make_repo, push_files
+from .hub_cosup import CARD_FILE, check_download_options, make_repo, push_files
 from .memory_cosup import MemoryConfig
 from .plain_card_cosup import package_memory_cards, plain_card
 from .token_keys_cosup import gen_of
@@ -362,6 +362,7 @@ def _has_other_weights(folder: Path) -> bool:
 
 def _folder_of(name_or_path: str | os.PathLike[str], revision: str | None, **kwargs: Any) -> Path:
     """Return a local folder, or the download of a repository."""
+    check_download_options(kwargs)
     if Path(name_or_path).is_dir():
         return Path(name_or_path)
     names = [CONFIG_FILE, WEIGHTS_FILE]

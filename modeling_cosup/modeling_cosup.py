@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, Cache, GenerationMixin, PreTraine
 from transformers.modeling_outputs import ModelOutput
 
 from .architectures_cosup import encoder_from_config, lm_logits
-from .building_cosup import BuildingMixin
+from .building_cosup import BuildingMixin, check_passage_length
 from .configuration_cosup import CoSupConfig
 from .datastore_cosup import KNNMemory
 from .encoding_cosup import EncodingMixin
@@ -102,10 +102,10 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
                 " CoSup model of plain ones."
             )
         # hidden from transformers, which would take the temperature of the NSP loss for a sampling temperature
+        config.check()  # `from_pretrained` may have changed settings
+        check_passage_length(config)
         temperature = config.temperature
         config.temperature = None
-        config.check_tied()  # `from_pretrained` may have changed settings
-        config.check_widths()
         super().__init__(config)
         config.temperature = temperature
         self.gen = gen if gen is not None else AutoModelForCausalLM.from_config(config.gen_config)
@@ -138,6 +138,7 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         self._tied_weights_keys = {f"gen.{target}": f"gen.{source}" for target, source in tied.items()}
         self._tokenizer = self._emb_seq_tokenizer = None
         self.hub_options: dict[str, Any] = {}
+        self._seen_states = {}
         self._causal_encoders = []
         self._warned_of_long_queries = False
         self.post_init()
@@ -172,6 +173,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         """
         Load a checkpoint; the arguments are the same as for `PreTrainedModel.from_pretrained`.
 
+        Only safetensors are read, unless you pass `use_safetensors=None`.
+
         Raises:
             `ValueError`: for a plain language model or encoder, before anything is allocated; and for a checkpoint
                 that lacks weights, which would then be random.
@@ -181,12 +184,14 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
             options = {name: kwargs[name] for name in (*HUB_OPTIONS, "subfolder") if name in kwargs}
             options["tie_emb_seq"] = getattr(config, "tie_emb_seq", False)
             CoSupConfig.get_config_dict(name_or_path, **options)  # raises if the weights are of another model
+        kwargs.setdefault("use_safetensors", True)
         loaded: Any = super().from_pretrained(name_or_path, *args, output_loading_info=True, **kwargs)
         model, info = loaded
         missing = sorted(info["missing_keys"])
         if missing and not model._hf_peft_config_loaded:  # transformers reports tied weights of adapters as missing
             raise ValueError(f"{name_or_path} lacks {len(missing)} weights of its model, e.g. {missing[0]}.")
         model.hub_options = {name: kwargs[name] for name in KEPT_HUB_OPTIONS if name in kwargs}
+        model._remember_states()
         return loaded if output_loading_info else model
 
     # ------------------------------------------------------------------ forward
@@ -427,12 +432,6 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
 
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.gen.set_output_embeddings(value)
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
-        """Resize Gen's embeddings; Emb_seq's stay."""
-        embeddings = self.gen.resize_token_embeddings(*args, **kwargs)
-        self.config.get_text_config().vocab_size = embeddings.weight.shape[0]
-        return embeddings
 
 
 def _chosen_states(

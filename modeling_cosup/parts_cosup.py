@@ -6,6 +6,7 @@ folder holds the JSON and safetensors files that sentence-transformers reads; wr
 """
 
 import copy
+import inspect
 import os
 import re
 from collections.abc import Callable
@@ -20,7 +21,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTok
 
 from .configuration_cosup import CoSupConfig
 from .files_cosup import write_json
-from .hub_cosup import CARD_FILE, CARD_MARKER, TOKENIZER_FILES, checkpoint_files, make_repo, push_files
+from .fingerprints_cosup import adapter_weight
+from .hub_cosup import (
+    ADAPTER_FILES,
+    CARD_FILE,
+    CARD_MARKER,
+    TOKENIZER_FILES,
+    WEIGHT_FILES,
+    make_repo,
+    matching_files,
+    push_files,
+    weight_files,
+)
 from .plain_card_cosup import package_cards, plain_card
 from .tokenization_cosup import added_tokens, special_ids
 from .tokenizer_files_cosup import GENERIC_CLASS, class_to_save, write_tokenizer
@@ -35,9 +47,6 @@ POOLING_MODES = {"eos": "lasttoken", "lasttoken": "lasttoken", "mean": "mean_tok
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 _OTHER_WAYS = "Save the whole model with save_pretrained, or build it from an architecture of another type."
-# in the names of weights that PEFT has wrapped
-_ADAPTER_MARKS = (".base_layer.", "lora_", ".original_module.", ".modules_to_save.", ".token_adapter.")
-_WEIGHT_FILES = ("*.safetensors", "model.safetensors.index.json")
 _MODULE_FILES = (
     "modules.json",
     "sentence_bert_config.json",
@@ -45,7 +54,8 @@ _MODULE_FILES = (
     "[0-9]_*/config.json",
     "[0-9]_*/model.safetensors",
 )
-PART_FILES = (*_WEIGHT_FILES, "config.json", "generation_config.json", CARD_FILE, *TOKENIZER_FILES, *_MODULE_FILES)
+PART_FILES = (*WEIGHT_FILES, "config.json", "generation_config.json", CARD_FILE, *TOKENIZER_FILES, *_MODULE_FILES)
+_COMMIT_OPTIONS = ("commit_message", "commit_description", "revision", "create_pr")
 
 
 class PartsMixin(Base):
@@ -83,12 +93,15 @@ class PartsMixin(Base):
             state_dict (`dict`, *optional*): of the whole model, if the parameters in memory are shards.
             push_to_hub (`bool`): upload the folder, in one commit.
             repo_id (`str`, *optional*): the repository, created if it does not exist; defaults to the folder's name.
-            token (`str`, *optional*), private (`bool`, *optional*): as in `huggingface_hub`.
+            token (`str`, *optional*), private (`bool`, *optional*): as in `huggingface_hub`. So are the options of the
+                commit among `**kwargs`: `commit_message`, `commit_description`, `revision` and `create_pr`.
 
         Raises:
+            `TypeError`: for an option that neither has.
             `ValueError`: for weights that are quantised or hold adapters that are not merged, and for a tokenizer that
                 `AutoTokenizer` would replace by one that reads text differently.
         """
+        commit_options = _take_commit_options(kwargs)
         gen = _copy_of_part(self, self.gen)
         gen.generation_config = copy.deepcopy(self.generation_config)
         has_tokenizer = is_main_process and self._has_tokenizer()
@@ -114,7 +127,7 @@ class PartsMixin(Base):
             card = cards.gen_card(type(gen).__name__, nsp_token, name)
         _write_card(save_directory, card)
         if push_to_hub:
-            _push(save_directory, name, token)
+            _push(save_directory, name, kwargs.get("variant"), token=token, **commit_options)
 
     def save_emb_seq(
         self,
@@ -139,6 +152,7 @@ class PartsMixin(Base):
         Args: the same as for [`~CoSupForCausalLM.save_gen`].
 
         Raises:
+            `TypeError`: for an unknown option.
             `ValueError`: when Emb_seq is not loaded, when its tokenizer does not come from the tokenizers library or
                 `AutoTokenizer` would replace it by one that reads text differently, or when weights are quantised or
                 hold adapters that are not merged.
@@ -147,6 +161,7 @@ class PartsMixin(Base):
             raise ValueError(
                 "Emb_seq is not in memory (load_emb_seq=False), so there is nothing to save: load the model with it."
             )
+        commit_options = _take_commit_options(kwargs)
         emb_seq = _copy_of_part(self, self.emb_seq)
         tokenizer = passage_tokenizer(self.emb_seq_tokenizer, self.config)
         if is_main_process:
@@ -176,7 +191,7 @@ class PartsMixin(Base):
             card = cards.emb_seq_card(self.config, name)
         _write_card(save_directory, card)
         if push_to_hub:
-            _push(save_directory, name, token)
+            _push(save_directory, name, kwargs.get("variant"), token=token, **commit_options)
 
 
 def passage_tokenizer(tokenizer: PreTrainedTokenizerBase, config: CoSupConfig) -> PreTrainedTokenizerFast:
@@ -295,12 +310,12 @@ def _copy_of_part(model: PreTrainedModel, part: PreTrainedModel) -> PreTrainedMo
 
 def check_adapters_are_merged(model: nn.Module) -> None:
     """Raise a `ValueError` if a model holds adapters: loaded again, the layers that they adapt would be random."""
-    for name, _ in model.named_parameters():
-        if any(mark in name for mark in _ADAPTER_MARKS):
-            raise ValueError(
-                f"{name} belongs to an adapter that is not merged: call merge_and_unload(), then save the model that"
-                " it returns."
-            )
+    name = adapter_weight(model)
+    if name is not None:
+        raise ValueError(
+            f"{name} belongs to an adapter that is not merged: call merge_and_unload(), then save the model that it"
+            " returns."
+        )
 
 
 def _weights_of_part(state_dict: dict[str, torch.Tensor] | None, prefix: str) -> dict[str, torch.Tensor] | None:
@@ -320,6 +335,20 @@ def _folder_name(folder: str | os.PathLike[str]) -> str:
     return Path(folder).absolute().name
 
 
-def _push(folder: str | os.PathLike[str], repo_id: str, token: str | None) -> None:
-    files = checkpoint_files(folder, PART_FILES)
-    push_files(files, repo_id, _WEIGHT_FILES, commit_message="Upload a part of a CoSup model", token=token)
+def _take_commit_options(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Take the options of a commit out of those of a save; raise a `TypeError` for what is neither."""
+    commit_options = {name: kwargs.pop(name) for name in _COMMIT_OPTIONS if name in kwargs}
+    unknown = sorted(set(kwargs) - set(inspect.signature(PreTrainedModel.save_pretrained).parameters))
+    if unknown:
+        raise TypeError(f"Saving or pushing a part has no option {unknown[0]!r}.")
+    return commit_options
+
+
+def _push(folder: str | os.PathLike[str], repo_id: str, variant: str | None, **commit_options: Any) -> None:
+    replaced = (*weight_files(variant), *ADAPTER_FILES)
+    push_files(
+        matching_files(folder, PART_FILES),
+        repo_id,
+        replaced,
+        **{"commit_message": "Upload a part of a CoSup model", **commit_options},
+    )

@@ -1,8 +1,8 @@
 """
 Save, push and recognise a model: its fingerprint, its tokenizers, its folder and its repository.
 
-`facts_cosup` reads and carries the facts recorded about a checkpoint, `card_cosup` writes cards, and `hub_cosup`
-uploads files. `trainer/hub.py` decides what is pushed during training.
+`facts_cosup` reads and carries the facts recorded about a checkpoint, `card_cosup` writes cards, `pushing_cosup` and
+`hub_cosup` upload. `trainer/hub.py` decides what is pushed during training.
 """
 
 import inspect
@@ -10,21 +10,22 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from huggingface_hub import CommitInfo
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from .building_cosup import check_passage_length
 from .configuration_cosup import CoSupConfig
-from .facts_cosup import carry_facts, load_facts
-from .fingerprints_cosup import can_be_hashed, hash_parameters, is_elsewhere
-from .hub_cosup import CARD_FILE, EMB_SEQ_TOKENIZER_FOLDER, REPLACED_FILES, checkpoint_files, make_repo, push_files
+from .facts_cosup import carry_facts
+from .fingerprints_cosup import adapter_weight, can_be_hashed, hash_parameters, is_elsewhere
+from .hub_cosup import EMB_SEQ_TOKENIZER_FOLDER
 from .parts_cosup import check_adapters_are_merged
-from .plain_card_cosup import package_cards, plain_card
+from .pushing_cosup import push_folder, saves_adapters
 from .token_keys_cosup import ffn_name
-from .tokenization_cosup import same_tokenizer, tokenizer_fingerprint
+from .tokenization_cosup import same_tokenizer, tokenizer_fingerprint, tokenizer_state
 from .tokenizer_files_cosup import class_to_save
 
 if TYPE_CHECKING:
@@ -38,10 +39,6 @@ else:
 
 logger = logging.get_logger(__name__)
 
-SUMMARY = (
-    "A CoSup model: it retrieves passages while it writes. "
-    "Load it with `AutoModelForCausalLM.from_pretrained(..., trust_remote_code=True)`."
-)
 _PLAIN_TOKENIZER = (
     "Set model.tokenizer (or model.emb_seq_tokenizer) to"
     " PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer, eos_token=tokenizer.eos_token, ...)."
@@ -58,6 +55,7 @@ class SharingMixin(ModelBase):
     _tokenizer: PreTrainedTokenizerBase | None
     _emb_seq_tokenizer: PreTrainedTokenizerBase | None
     hub_options: dict[str, Any]  # with which the checkpoint was loaded, such as `token` and `subfolder`
+    _seen_states: dict[Any, Any]  # of weights and tokenizers, when their hashes were taken or loaded
 
     # ------------------------------------------------------------------ hashes
 
@@ -69,7 +67,8 @@ class SharingMixin(ModelBase):
 
         The weights are hashed only if they are complete and in float32 or bfloat16 (a cast between the two keeps the
         hash). If they are quantised, sharded, offloaded, in float16 or not loaded, the hash of the last save is
-        returned, so that none of these makes an index unusable. Training Gen changes the fingerprint of a tied model
+        returned, so that none of these makes an index unusable. Adapters, and weights in float16 that have changed
+        since they were loaded, are hashed nevertheless. Training Gen changes the fingerprint of a tied model
         (`tie_emb_seq`), whose Gen is Emb_seq, but not that of two towers.
 
         Args:
@@ -82,18 +81,36 @@ class SharingMixin(ModelBase):
         Raises:
             `ValueError`: when Emb_seq is not loaded and the checkpoint stores no hash of it.
         """
-        stored = self.config.fingerprint or {}
         hashes = self._tokenizer_hashes()
-        if self._can_hash_emb_seq(state_dict) or not stored.get("emb_seq"):
-            hashes["emb_seq"] = self._hash_emb_seq(state_dict)
+        if self._stored_hash_holds("emb_seq", state_dict):
+            hashes["emb_seq"] = cast(dict, self.config.fingerprint)["emb_seq"]
         else:
-            hashes["emb_seq"] = stored["emb_seq"]
-        self.config.fingerprint = {**stored, **hashes}
+            hashes["emb_seq"] = self._hash_emb_seq(state_dict)
+        self.config.fingerprint = {**(self.config.fingerprint or {}), **hashes}
         return {**hashes, **self.config.embedding_settings}
 
-    def _can_hash_emb_seq(self, state_dict: dict[str, torch.Tensor] | None) -> bool:
-        """Return whether Emb_seq's weights are complete and in a dtype that keeps their hash."""
-        return self.emb_seq is not None and can_be_hashed(self.emb_seq, state_dict)
+    def _stored_hash_holds(self, name: str, state_dict: dict[str, torch.Tensor] | None = None) -> bool:
+        """Return whether the stored hash of Emb_seq or Gen stands for weights that cannot be hashed as they are."""
+        part = self.emb_seq if name == "emb_seq" else cast(PreTrainedModel, self.gen.base_model)
+        if not (self.config.fingerprint or {}).get(name):
+            return False
+        if part is None:
+            return True
+        if can_be_hashed(part, state_dict):
+            return False
+        if any(is_elsewhere(weight) for weight in part.parameters()):
+            return True
+        if adapter_weight(part) is not None:
+            return False
+        if getattr(self, "hf_quantizer", None) is not None:
+            return True
+        state = self._hash_emb_seq() if name == "emb_seq" else self._hash_gen()
+        return self._seen_states.setdefault((name, part.dtype), state) == state  # as when first seen in this dtype
+
+    def _remember_states(self) -> None:
+        """Remember the weights of a checkpoint that was just loaded, if the stored hashes must stand for them."""
+        self._stored_hash_holds("emb_seq")
+        self._stored_hash_holds("gen")
 
     def _forget_fingerprint(self, *names: str) -> None:
         """Drop the stored hashes that no longer describe this model."""
@@ -147,8 +164,9 @@ class SharingMixin(ModelBase):
         """
         key = ffn_name(self)
         hashes = self._tokenizer_hashes()
-        gen = (self.config.fingerprint or {}).get("gen")
-        if can_be_hashed(self.gen.base_model) or not gen:
+        if self._stored_hash_holds("gen"):
+            gen = cast(dict, self.config.fingerprint)["gen"]
+        else:
             gen = self._hash_gen()
         self.config.fingerprint = {**(self.config.fingerprint or {}), **hashes, "gen": gen}
         return {"gen": gen, "tokenizer": hashes["tokenizer"], "key": key}
@@ -162,11 +180,18 @@ class SharingMixin(ModelBase):
         return hash_parameters((name, state_dict[prefix + name]) for name, _ in parameters)
 
     def _tokenizer_hashes(self) -> dict[str, str]:
-        """Return the hashes of both tokenizers, the stored ones if there are."""
+        """Return the hashes of both tokenizers: the stored ones, unless tokens were added since."""
         stored = self.config.fingerprint or {}
-        hashes = {}
+        hashes: dict[str, str] = {}
         for name in ("tokenizer", "emb_seq_tokenizer"):
-            hashes[name] = stored.get(name) or tokenizer_fingerprint(getattr(self, name))
+            in_memory = getattr(self, f"_{name}")
+            state = None if in_memory is None else tokenizer_state(in_memory)
+            if stored.get(name) and (state is None or self._seen_states.setdefault(name, state) == state):
+                hashes[name] = stored[name]
+                continue
+            tokenizer = getattr(self, name)
+            hashes[name] = tokenizer_fingerprint(tokenizer)
+            self._seen_states[name] = tokenizer_state(tokenizer)
         return hashes
 
     # ------------------------------------------------------------------ tokenizers
@@ -176,6 +201,10 @@ class SharingMixin(ModelBase):
         """Gen's tokenizer: the one that this model was built with or was given, otherwise the one saved next to it."""
         if self._tokenizer is None:
             self._tokenizer = self._load_saved_tokenizer()
+            self._seen_states["tokenizer"] = tokenizer_state(self._tokenizer)
+            if self._stores_one_tokenizer() and self._emb_seq_tokenizer is None:
+                self._emb_seq_tokenizer = self._tokenizer
+                self._seen_states["emb_seq_tokenizer"] = self._seen_states["tokenizer"]
         return self._tokenizer
 
     @tokenizer.setter
@@ -190,18 +219,22 @@ class SharingMixin(ModelBase):
     def emb_seq_tokenizer(self) -> PreTrainedTokenizerBase:
         """Emb_seq's tokenizer; the same object as `tokenizer` unless the checkpoint holds a separate one."""
         if self._emb_seq_tokenizer is None:
-            stored = self.config.fingerprint or {}
-            # without a fingerprint both are None: such a checkpoint has one tokenizer
-            if stored.get("emb_seq_tokenizer") == stored.get("tokenizer"):
+            if self._stores_one_tokenizer():
                 self._emb_seq_tokenizer = self.tokenizer
             else:
                 self._emb_seq_tokenizer = self._load_saved_tokenizer(EMB_SEQ_TOKENIZER_FOLDER)
+            self._seen_states["emb_seq_tokenizer"] = tokenizer_state(self._emb_seq_tokenizer)
         return self._emb_seq_tokenizer
 
     @emb_seq_tokenizer.setter
     def emb_seq_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._emb_seq_tokenizer = self.tokenizer if same_tokenizer(tokenizer, self.tokenizer) else tokenizer
         self._forget_fingerprint("emb_seq_tokenizer")
+
+    def _stores_one_tokenizer(self) -> bool:
+        """Return whether both hashes are of one tokenizer; without a fingerprint, a checkpoint has only one."""
+        stored = self.config.fingerprint or {}
+        return stored.get("emb_seq_tokenizer") == stored.get("tokenizer")
 
     def _has_tokenizer(self) -> bool:
         """Return whether this model has a tokenizer, in memory or next to its checkpoint."""
@@ -246,15 +279,17 @@ class SharingMixin(ModelBase):
         [`~SharingMixin.push_to_hub`]; `repo_id` defaults to the name of the folder.
 
         Raises:
-            `ValueError`: when Emb_seq was not loaded, because the checkpoint would lack its weights, for adapters that
-                are not merged, and for a tokenizer that would be loaded as one that reads text differently.
+            `ValueError`: when Emb_seq was not loaded, because the checkpoint would lack its weights, for settings
+                with which it would not load, for adapters that are not merged, and for a tokenizer that would be
+                loaded as one that reads text differently.
         """
         if self.emb_seq is None:
             raise ValueError(
                 "This model was loaded with load_emb_seq=False; saved, it would be a checkpoint without Emb_seq."
             )
-        if not getattr(self, "_hf_peft_config_loaded", False):  # transformers saves adapters that it has loaded
+        if not saves_adapters(self):
             check_adapters_are_merged(self)
+        self.config.check()
         push_names = inspect.signature(self.push_to_hub).parameters
         push_arguments = {name: kwargs.pop(name) for name in push_names if name in kwargs}
         has_tokenizer = self._has_tokenizer()
@@ -266,9 +301,12 @@ class SharingMixin(ModelBase):
                 tokenizers[EMB_SEQ_TOKENIZER_FOLDER] = self.emb_seq_tokenizer
             for tokenizer in tokenizers.values():
                 class_to_save(tokenizer, self.config, (None,), _PLAIN_TOKENIZER)
+            check_passage_length(self.config, self.emb_seq_tokenizer)
             self.fingerprint(state_dict)
             if can_be_hashed(self.gen.base_model, state_dict):
                 self.config.fingerprint = {**(self.config.fingerprint or {}), "gen": self._hash_gen(state_dict)}
+            elif not self._stored_hash_holds("gen", state_dict):
+                self._forget_fingerprint("gen")
             for subfolder, tokenizer in tokenizers.items():
                 tokenizer.save_pretrained(Path(save_directory) / subfolder)
         if is_main_process:
@@ -283,7 +321,7 @@ class SharingMixin(ModelBase):
         )
         if push_to_hub and is_main_process:
             push_arguments.setdefault("repo_id", Path(save_directory).absolute().name)
-            self._push_folder(save_directory, **push_arguments)
+            push_folder(self, save_directory, variant=kwargs.get("variant"), **push_arguments)
 
     def _restore_class_name(self) -> None:
         """
@@ -321,27 +359,32 @@ class SharingMixin(ModelBase):
         Share this model in one commit: weights, config, generation config, code, tokenizers and a card.
 
         A push that is cut off leaves the repository unchanged. The same call completes it without sending again the
-        files that had arrived. Weights and code of an earlier push that this one does not have are deleted.
+        files that had arrived. Weights and code of an earlier push that this one does not have are deleted, but not
+        the weights of another `variant`. If this model holds adapters (`add_adapter`), they alone are pushed, to a
+        repository of their own.
 
         Args:
             repo_id (`str`): `namespace/name`, or a name in your own namespace; created if it does not exist.
             commit_message, commit_description, private, token, revision, create_pr, max_shard_size: as in
                 `PreTrainedModel.push_to_hub`.
-            tags (`str` or `list[str]`, *optional*): more tags for the card.
+            tags (`str` or `list[str]`, *optional*): more tags for the card, next to the recorded ones.
             index (`str`, *optional*): dataset repository of an index of this model, for the usage block of the card;
                 see [`PassageIndex.push_to_hub`].
-            license (`str`, *optional*): identifier of the licence; defaults to the recorded one, otherwise `unknown`.
+            license (`str`, *optional*): identifier of the licence; defaults to the recorded one, here or by an earlier
+                push, otherwise `unknown`.
 
         Returns:
             `huggingface_hub.CommitInfo`.
 
         Raises:
-            `ValueError`: when Emb_seq was not loaded, or the Hub finds the card's metadata invalid.
+            `ValueError`: when Emb_seq was not loaded, `index` is not a repository, the adapters have no base that
+                others can load or would be pushed next to a whole model, or the Hub finds the card's metadata invalid.
             `HfHubHTTPError`: when the Hub refuses.
         """
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            return self._push_folder(
+            return push_folder(
+                self,
                 folder,
                 repo_id,
                 tags=tags,
@@ -354,35 +397,3 @@ class SharingMixin(ModelBase):
                 revision=revision,
                 create_pr=create_pr,
             )
-
-    def _push_folder(
-        self,
-        folder: str | os.PathLike[str],
-        repo_id: str,
-        tags: str | list[str] | None = None,
-        index: str | None = None,
-        license: str | None = None,
-        private: bool | None = None,
-        token: str | None = None,
-        **commit_options: Any,
-    ) -> CommitInfo:
-        """Push a folder in which this model was saved, with a card of its recorded facts and those given here."""
-        folder = Path(folder)
-        repo_id = make_repo(repo_id, private, token)
-        facts = load_facts(folder)
-        if index is not None:
-            facts["index"] = index
-        if license is not None:
-            facts["license"] = license
-        if tags is not None:
-            facts["tags"] = [tags] if isinstance(tags, str) else tags
-
-        cards = package_cards()
-        if cards is not None:
-            card = cards.model_card(self, repo_id, facts)
-        else:
-            metadata = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-            card_tags = ["custom_code", *facts.get("tags", [])]
-            card = plain_card(repo_id, SUMMARY, facts.get("license"), card_tags, **metadata)
-        files = {**checkpoint_files(folder), CARD_FILE: card.encode()}
-        return push_files(files, repo_id, REPLACED_FILES, token=token, **commit_options)

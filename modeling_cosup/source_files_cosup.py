@@ -9,6 +9,7 @@ from huggingface_hub import try_to_load_from_cache
 from transformers.utils import cached_file
 
 from .files_cosup import read_json
+from .hub_cosup import HUB_OPTIONS
 
 
 @dataclass
@@ -31,7 +32,8 @@ class SourceFiles:
         Raises:
             `OSError`: for a repository that does not exist or cannot be reached.
         """
-        path = cached_file(self.name, file, _raise_exceptions_for_missing_entries=False, **self.options)
+        options = {name: value for name, value in self.options.items() if name in HUB_OPTIONS}  # of code, none
+        path = cached_file(self.name, file, _raise_exceptions_for_missing_entries=False, **options)
         return None if path is None else Path(path)
 
     def read(self, file: str) -> Any:

@@ -4,6 +4,7 @@ What a CoSup model is built from: names, folders and models become two models, t
 Only authors need this; a checkpoint holds the parts.
 """
 
+import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -140,7 +141,37 @@ def read_parts(
             )
         else:
             settings["emb_head_size"] = len(emb_head)
+    to_one_dtype({"Gen": gen, "Emb_seq": emb_seq, "the query encoder": query_encoder})
     return Parts(gen, emb_seq, query_encoder, tokenizer, emb_seq_tokenizer, settings, emb_head)
+
+
+def to_one_dtype(parts: Mapping[str, PreTrainedModel | None]) -> None:
+    """
+    Bring the parts of a model to one dtype, in which none loses precision; a checkpoint is loaded in one dtype.
+
+    Quantised and offloaded parts stay as they are.
+
+    Args:
+        parts (`dict[str, PreTrainedModel]`): by their names in the warning; changed in place.
+    """
+    plain: dict[str, PreTrainedModel] = {}
+    for name, part in parts.items():
+        if part is None or getattr(part, "hf_quantizer", None) is not None:
+            continue
+        if not any(weight.is_meta for weight in part.parameters()):
+            plain[name] = part
+    dtypes = {name: part.dtype for name, part in plain.items()}
+    if len(set(dtypes.values())) < 2:
+        return
+    widest = functools.reduce(torch.promote_types, dtypes.values())
+    for part in plain.values():
+        cast(torch.nn.Module, part).to(widest)
+        part.config.dtype = widest
+    given = ", ".join(f"{name} is in {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
+    logger.warning(
+        f"{given}: all are now in {str(widest).removeprefix('torch.')}, in which none loses precision. To have"
+        " another, load them in it (dtype=)."
+    )
 
 
 def fitting_head(head: torch.Tensor, gen_config: PreTrainedConfig, query_from: str | None) -> torch.Tensor | None:
@@ -203,7 +234,7 @@ def read_query_encoder(
 
 def _hub_options(model_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of a model that its config, tokenizer and single files need too."""
-    names = (*HUB_OPTIONS, "trust_remote_code")
+    names = (*HUB_OPTIONS, "trust_remote_code", "code_revision")
     return {name: model_kwargs[name] for name in names if name in model_kwargs}
 
 
@@ -239,14 +270,16 @@ def load_model(auto_class: Any, name: str, model_kwargs: Mapping[str, Any], subf
     Args:
         auto_class: `AutoModelForCausalLM`, or `AutoModel` and its kind.
         name (`str`): repository or folder.
-        model_kwargs (`dict`): for its `from_pretrained`.
+        model_kwargs (`dict`): for its `from_pretrained`. Only safetensors are read, unless it has
+            `use_safetensors=None`.
         subfolder (`str`): folder of the model.
 
     Raises:
-        `OSError`: for a model that is missing or damaged.
+        `OSError`: for a model that is missing or damaged, or not in safetensors.
         `ValueError`: for missing weights, which transformers would initialise at random, for weights that belong to
             another config, and for an adapter that cannot be merged.
     """
+    model_kwargs = {"use_safetensors": True, **model_kwargs}
     if auto_class is AutoModelForTextEncoding:
         model_kwargs = {**model_kwargs, "is_encoder_decoder": False}  # T5Gemma asks for it
     adapter = find_adapter(name, subfolder, _hub_options(model_kwargs))

@@ -413,6 +413,11 @@ def same_tokenizer(first: PreTrainedTokenizerBase, second: PreTrainedTokenizerBa
     return first is second or tokenizer_fingerprint(first) == tokenizer_fingerprint(second)
 
 
+def tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> tuple[int, str]:
+    """Return what shows, at no cost, that tokens were added to a tokenizer, or that others begin and end a text."""
+    return len(tokenizer), repr(tokenizer.special_tokens_map)
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a hash (hex) of what saving does not change: vocabulary, ids of a probe text, BOS and EOS."""
     digest = hashlib.sha256(repr(sorted(tokenizer.get_vocab().items())).encode())

@@ -318,7 +318,8 @@ def share(model: CoSupForCausalLM, index: PassageIndex | None, groups: list, run
         merged = output_dir / "merged"
         write_card(model, merged, str(merged), load_facts(output_dir), index_place, example)
     if args.push_to_hub:
-        push_checkpoint(output_dir, repo_id, "End of training", token=args.hub_token, revision=args.hub_revision)
+        hub = {"token": args.hub_token, "revision": args.hub_revision}
+        push_checkpoint(output_dir, repo_id, "End of training", adapters=script.use_peft, **hub)
 
 
 # ---------------------------------------------------------------------- before training

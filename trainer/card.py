@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from datasets import Dataset, IterableDataset
     from peft import PeftModel
 
+EMPTY_PEFT_CARD = "# Model Card for Model ID"  # the heading of a card that PEFT saves with adapters
 MAX_LOG_ENTRIES = 500  # of a record
 LOGGED = ("step", "epoch", "nsp_accuracy", "num_negatives", "target_entropy", "learning_rate")  # and every loss
 GATHER_LABELS = {
@@ -312,12 +313,13 @@ def write_card(
     index: str | None = None,
     question: str | None = None,
     weights: str | None = None,
-) -> None:
+) -> bool:
     """
     Record facts and write the card of a checkpoint that was saved in a folder. A push of the folder includes both.
 
     An index and a question are recorded only if the index is a repository: a local folder is of no use to others, and
-    a question may come from data that is not public.
+    a question may come from data that is not public. For the same reason a card for the Hub shows neither. A card that
+    its owner edited (without the marker) is not replaced.
 
     Args:
         model ([`CoSupForCausalLM`] or `PeftModel`): the model that was saved. For adapters the base model will do,
@@ -328,9 +330,14 @@ def write_card(
         index (`str`, *optional*): repository or folder of an index, for the usage block.
         question (`str`, *optional*): question of the usage block.
         weights (`str`, *optional*): hash of the weights, needed if those in memory are shards.
+
+    Returns:
+        `bool`: whether the card was written.
     """
     folder = Path(folder)
     usage: Facts = {}
+    if is_repo_id(repo_id) and not is_repo_id(index):
+        index = question = None
     if index:
         usage["index"] = index
     if question:
@@ -344,8 +351,12 @@ def write_card(
     else:
         facts = {"weights": weights or base.hash_all_weights(), **facts}
     write_json(folder / FACTS_FILE, facts)
-    card = model_card(base, repo_id, {**facts, **usage}, base_name)
-    (folder / CARD_FILE).write_text(card, encoding="utf-8")
+    path = folder / CARD_FILE
+    earlier = path.read_text(encoding="utf-8") if path.exists() else CARD_MARKER
+    if CARD_MARKER not in earlier and EMPTY_PEFT_CARD not in earlier:
+        return False
+    path.write_text(model_card(base, repo_id, {**facts, **usage}, base_name), encoding="utf-8")
+    return True
 
 
 def add_results(folder: str | Path, groups: list[ResultGroup]) -> bool:
@@ -368,12 +379,7 @@ def add_results(folder: str | Path, groups: list[ResultGroup]) -> bool:
     new_names = {group["dataset"]["name"] for group in groups}
     others = [group for group in facts.get("results", []) if group["dataset"]["name"] not in new_names]
     facts["results"] = others + groups
-    card = folder / CARD_FILE
-    if card.exists() and CARD_MARKER not in card.read_text(encoding="utf-8"):
-        write_json(folder / FACTS_FILE, {"weights": model.hash_all_weights(), **facts})
-        return False
-    write_card(model, folder, str(folder), facts, facts.get("index"), facts.get("question"))
-    return True
+    return write_card(model, folder, str(folder), facts, facts.get("index"), facts.get("question"))
 
 
 def complete_card(

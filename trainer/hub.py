@@ -23,8 +23,16 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from modeling_cosup.card_cosup import model_card
-from modeling_cosup.facts_cosup import Facts, ResultGroup
-from modeling_cosup.hub_cosup import CARD_FILE, CURVES_FILE, REPLACED_FILES, checkpoint_files, is_repo_id, push_files
+from modeling_cosup.facts_cosup import Facts, ResultGroup, lasting_facts, load_facts
+from modeling_cosup.hub_cosup import (
+    CARD_FILE,
+    CURVES_FILE,
+    check_adapter_base,
+    checkpoint_files,
+    is_repo_id,
+    push_files,
+    replaced_files,
+)
 
 from .card import draw_losses, held_out_group, training_record, write_card
 from .model_setup import adapter_config, without_peft
@@ -83,7 +91,7 @@ class HubMixin(TrainerBase):
                 f"hub_strategy={strategy!r} would upload resume states, which are pickled files: they stay local."
                 " Use 'every_save' or 'end'."
             )
-        _check_base(model)
+        _check_base(model, args.hub_model_id)
         for folder in Path(_output_dir(args)).glob(f"{WAITING_PREFIX}*"):
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -108,10 +116,11 @@ class HubMixin(TrainerBase):
         Args:
             language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
                 (*optional*): as in `Trainer`. Tasks become tags. Datasets that are not repositories on the Hub are not
-                linked, and `dataset_args` are not shown.
+                linked, and `dataset_args` are not shown. What is not given keeps the value that was recorded before
+                in `output_dir`.
             results (`list[dict]`, *optional*): results of evaluations, see [`result_group`]; defaults to the last
                 `evaluate()` of each set with these weights.
-            index (`str`, *optional*): dataset repository, or folder, of the index.
+            index (`str`, *optional*): dataset repository, or folder, of the index; see [`write_card`].
             question (`str`, *optional*): the question in the card's usage block.
 
         Raises:
@@ -129,9 +138,10 @@ class HubMixin(TrainerBase):
             "name": model_name,
             "datasets": datasets,
         }
-        facts = cast(Facts, {name: value for name, value in fields.items() if value})
-        training = training_record(self.args, self.model, self.train_dataset, self.state)
+        given = {name: value for name, value in fields.items() if value}
         output_dir = _output_dir(self.args)
+        facts = cast(Facts, {**lasting_facts(load_facts(output_dir)), **given})
+        training = training_record(self.args, self.model, self.train_dataset, self.state)
         training["curves"] = draw_losses(training["log"], Path(output_dir) / CURVES_FILE)
         facts["training"] = training
         facts["results"] = self._held_out_results() if results is None else results
@@ -196,9 +206,9 @@ class HubMixin(TrainerBase):
             `huggingface_hub.CommitInfo`, or a `Future` of it with `blocking=False`; `None` on other ranks.
 
         Raises:
-            `ValueError`: for adapters of a base model that is not on the Hub.
+            `ValueError`: for adapters of a base model that is not on the Hub, or that `hub_model_id` holds.
         """
-        _check_base(self.model)
+        _check_base(self.model, self.hub_model_id or self.args.hub_model_id)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token
         if self.hub_model_id is None:
@@ -216,6 +226,7 @@ class HubMixin(TrainerBase):
             commit_message,
             token=token,
             revision=revision or self.args.hub_revision,
+            adapters=adapter_config(self.model) is not None,
         )
         return push() if blocking else self._hub_api.run_as_future(push)
 
@@ -226,12 +237,12 @@ class HubMixin(TrainerBase):
         if self.push_in_progress is not None and not self.push_in_progress.is_done() and not self.args.hub_always_push:
             return
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
+        adapters = adapter_config(self.model)
         try:
-            folder = _copy_checkpoint(checkpoint_folder, _output_dir(self.args))
+            folder = _copy_checkpoint(checkpoint_folder, _output_dir(self.args), adapters is not None)
         except OSError as error:
             logger.warning(f"{checkpoint_folder} was not pushed, and training continues: {error}")
             return
-        adapters = adapter_config(self.model)
         base_name = None if adapters is None else adapters.base_model_name_or_path
         assert self.hub_model_id is not None  # set when the repository was created
         # no facts: nothing has been measured with these weights
@@ -244,6 +255,7 @@ class HubMixin(TrainerBase):
             f"Training in progress, {self._progress()}",
             token=self.args.hub_token,
             revision=self.args.hub_revision,
+            adapters=adapters is not None,
         )
         job.add_done_callback(_warn_of_failure)
         if self.push_in_progress is None or self.push_in_progress.is_done():
@@ -285,7 +297,8 @@ def _output_dir(args: CoSupTrainingArguments) -> str:
 
 def _changed(folder: Path) -> dict[Path, int]:
     """Return when each file of the checkpoint in a folder was last changed, in nanoseconds."""
-    return {path: path.stat().st_mtime_ns for path in checkpoint_files(folder).values()}
+    paths = {*checkpoint_files(folder).values(), *checkpoint_files(folder, adapters=True).values()}
+    return {path: path.stat().st_mtime_ns for path in paths}
 
 
 def _remove_changed(folder: Path, before: Mapping[Path, int]) -> None:
@@ -299,34 +312,36 @@ def _as_list(value: str | Iterable[str] | None) -> list[str]:
     return [value] if isinstance(value, str) else list(value or [])
 
 
-def _check_base(model: "CoSupForCausalLM | PeftModel") -> None:
-    """Raise for adapters of a base model that is not a repository, which others could not load."""
+def _check_base(model: "CoSupForCausalLM | PeftModel", repo_id: str | None) -> None:
+    """Raise for adapters that others could not load, or that would be pushed next to the model that they change."""
     adapters = adapter_config(model)
-    if adapters is not None and not is_repo_id(adapters.base_model_name_or_path):
-        base_name = adapters.base_model_name_or_path or "a model in memory"
-        raise ValueError(
-            f"A push would upload adapters of {base_name}, which nobody else has: push the base model first"
-            " (model.push_to_hub, or recipes/import_checkpoints.py) and train adapters of the repository."
-        )
+    if adapters is not None:
+        check_adapter_base(adapters.base_model_name_or_path, repo_id)
 
 
-def _copy_checkpoint(checkpoint_folder: str, output_dir: str) -> Path:
+def _copy_checkpoint(checkpoint_folder: str, output_dir: str, adapters: bool) -> Path:
     """
     Copy the files of a checkpoint, which may be rotated away before they are uploaded, to a new folder.
 
-    Hard links are used if the file system has them.
+    Hard links are used if the file system has them. The folder is removed if a copy fails.
     """
     folder = Path(tempfile.mkdtemp(prefix=WAITING_PREFIX, dir=output_dir))
-    for name, path in checkpoint_files(checkpoint_folder).items():
-        target = folder / name
-        target.parent.mkdir(exist_ok=True)
-        if name == CARD_FILE:  # PEFT's card of adapters
-            continue
-        try:
-            os.link(path, target)
-        except OSError:
-            shutil.copyfile(path, target)
+    try:
+        for name, path in checkpoint_files(checkpoint_folder, adapters).items():
+            if name != CARD_FILE:  # PEFT's card of adapters
+                _link_or_copy(path, folder / name)
+    except OSError:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
     return folder
+
+
+def _link_or_copy(path: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
 
 
 def _push_and_remove(folder: Path, repo_id: str, commit_message: str, **options: Any) -> CommitInfo:
@@ -348,6 +363,7 @@ def push_checkpoint(
     commit_message: str | None,
     token: str | None = None,
     revision: str | None = None,
+    adapters: bool = False,
 ) -> CommitInfo:
     """
     Push the files of a checkpoint in an output folder, in one commit.
@@ -356,6 +372,7 @@ def push_checkpoint(
         folder (`str` or `Path`): folder of the checkpoint, or of adapters.
         repo_id (`str`): a repository that exists.
         commit_message (`str`), token (`str`, *optional*), revision (`str`, *optional*): as in `Trainer.push_to_hub`.
+        adapters (`bool`): whether the folder is of adapters.
 
     Returns:
         `huggingface_hub.CommitInfo`.
@@ -363,10 +380,11 @@ def push_checkpoint(
     Raises:
         `ValueError`: when the folder holds no safetensors, as after FSDP saved with SHARDED_STATE_DICT.
     """
-    files = checkpoint_files(folder)
+    files = checkpoint_files(folder, adapters)
     if not any(name.endswith(".safetensors") for name in files):
         raise ValueError(
             f"{folder} holds no safetensors, so nothing was pushed:"
             " with FSDP, save with the state dict type FULL_STATE_DICT."
         )
-    return push_files(files, repo_id, REPLACED_FILES, commit_message=commit_message, token=token, revision=revision)
+    replaced = replaced_files(adapters)
+    return push_files(files, repo_id, replaced, commit_message=commit_message, token=token, revision=revision)

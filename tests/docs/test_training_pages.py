@@ -6,7 +6,7 @@ from fnmatch import fnmatch
 import yaml
 
 from modeling_cosup.configuration_cosup import SIMILARITY_DEFAULTS
-from modeling_cosup.hub_cosup import CHECKPOINT_FILES, EMB_SEQ_TOKENIZER_FOLDER
+from modeling_cosup.hub_cosup import ADAPTER_FILES, CHECKPOINT_FILES, EMB_SEQ_TOKENIZER_FOLDER
 from modeling_cosup.index_files_cosup import INDEX_FORMAT
 from support.markdown_pages import ROOT
 from trainer.judging.figures import figure
@@ -57,6 +57,6 @@ def test_the_files_of_a_push():
         named.setdefault(kind.split(":")[0], set()).update(CODE.findall(cell))
     of_emb_seq = {name for name in CHECKPOINT_FILES if name.startswith(f"{EMB_SEQ_TOKENIZER_FOLDER}/")}
     listed = named["model"] - {f"{EMB_SEQ_TOKENIZER_FOLDER}/"}
-    assert listed | {"adapter_config.json"} == set(CHECKPOINT_FILES) - of_emb_seq
-    assert all(any(fnmatch(name, pattern) for pattern in CHECKPOINT_FILES) for name in named["adapters"])
+    assert listed == set(CHECKPOINT_FILES) - of_emb_seq
+    assert all(any(fnmatch(name, pattern) for pattern in ADAPTER_FILES) for name in named["adapters"])
     assert named["index"] == {INDEX_FORMAT.config_file, *INDEX_FORMAT.patterns, "README.md"}

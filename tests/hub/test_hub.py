@@ -425,16 +425,15 @@ same = json.loads(Path(hf_hub_download("tester/copy", "training_facts.json")).re
 with torch.no_grad():
     next(model.parameters()).add_(1)
 model.push_to_hub("tester/changed")
-try:
-    hf_hub_download("tester/changed", "training_facts.json")
-    stale = True
-except Exception:
-    stale = False
-print(json.dumps([same, stale, Path(hf_hub_download("tester/changed", "README.md")).read_text()]))
+changed = json.loads(Path(hf_hub_download("tester/changed", "training_facts.json")).read_text())
+print(json.dumps([same, changed, Path(hf_hub_download("tester/changed", "README.md")).read_text()]))
 """
-    same, stale, card = hub.run(code, package=False)
+    same, changed, card = hub.run(code, package=False)
     assert same["question"] == "who painted it?"
-    assert not stale
+    assert same["license"] == changed["license"] == "mit"
+    assert same["tags"] == changed["tags"] == ["tiny"]
+    assert not {"question", "index"} & changed.keys()  # they are about the earlier weights
+    assert "license: mit" in card
     assert "library_name: transformers" in card
     assert "A CoSup model" in card
 

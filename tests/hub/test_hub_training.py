@@ -10,7 +10,7 @@ import torch
 
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.facts_cosup import facts_of
-from modeling_cosup.hub_cosup import REPLACED_FILES, checkpoint_files, matches
+from modeling_cosup.hub_cosup import checkpoint_files, matches, replaced_files
 from support.hub_server import TOKEN, hub_server
 from support.models import PASSAGES, make_model
 from support.recipes import ROOT, options
@@ -418,4 +418,4 @@ def test_every_chat_template_of_a_tokenizer_is_pushed(tmp_path):
     model.tokenizer.chat_template = {"default": model.tokenizer.chat_template, "tool_use": "{{ messages }}"}
     model.save_pretrained(tmp_path)
     assert "additional_chat_templates/tool_use.jinja" in checkpoint_files(tmp_path)
-    assert matches("additional_chat_templates/old.jinja", REPLACED_FILES)
+    assert matches("additional_chat_templates/old.jinja", replaced_files())

@@ -201,6 +201,15 @@ def test_only_what_the_config_names_is_downloaded(model, tmp_path, monkeypatch, 
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("name", ["index", "me/index"])
+def test_an_option_that_is_mistyped_is_named(model, tmp_path, monkeypatch, name):
+    build(model, tmp_path / "index")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(TypeError, match="Loading has no option 'verfy'"):
+        PassageIndex.from_pretrained(name, verfy=True)
+    assert len(PassageIndex.from_pretrained("index", local_files_only=True)) == len(PASSAGES)
+
+
 def test_a_stale_index_is_not_saved_over_its_own_folder(model, tmp_path):
     first = model.build_index(PASSAGES, save_directory=tmp_path / "index", show_progress_bar=False)
     PassageIndex.from_pretrained(tmp_path / "index").delete(["p1"])

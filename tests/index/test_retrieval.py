@@ -462,6 +462,28 @@ def test_adapters_on_emb_seq_change_the_fingerprint(model):
     assert merged.fingerprint() == fresh.fingerprint()
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's
+@pytest.mark.parametrize("part", ["emb_seq", "gen"])
+def test_adapters_on_weights_in_float16_change_the_hash_that_was_stored(model, tmp_path, part):
+    peft = pytest.importorskip("peft")
+    model.memory_fingerprint()  # stores Gen's hash too
+    folder = saved(model, tmp_path / "model")
+    model = CoSupForCausalLM.from_pretrained(folder, dtype=torch.float16)
+
+    def hash_of(model):
+        return model.fingerprint()["emb_seq"] if part == "emb_seq" else model.memory_fingerprint()["gen"]
+
+    before = model.config.fingerprint[part]
+    assert hash_of(model) == before
+    config = peft.LoraConfig(target_modules=rf"{part}\..*q_proj", r=2, task_type="CAUSAL_LM", init_lora_weights=False)
+    adapted = peft.get_peft_model(model, config)
+    assert hash_of(adapted.base_model.model) != before
+    merged = adapted.merge_and_unload()
+    assert hash_of(merged) != before
+    again = CoSupForCausalLM.from_pretrained(saved(merged, tmp_path / "merged"), dtype=torch.float16)
+    assert hash_of(again) == hash_of(merged)
+
+
 # ------------------------------------------------------------------ a tied model: Gen is Emb_seq
 
 

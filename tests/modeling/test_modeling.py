@@ -1,13 +1,14 @@
 """Building a CoSup model from two models, its configuration, and the two losses in one forward."""
 
 import copy
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from modeling_cosup import CoSupConfig, CoSupForCausalLM
+from modeling_cosup import CoSupConfig, CoSupForCausalLM, configuration_cosup
 from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_texts
 from support.models import PASSAGES, TEXTS, make_emb_seq, make_gen, make_model, make_tokenizer
@@ -99,7 +100,7 @@ def test_weight_and_temperature_follow_the_similarity_unless_given():
     assert settings(nsp_loss_weight=0.0) == ("cosine", 0.05, 0.0)
 
 
-@pytest.mark.parametrize(
+BAD_SETTINGS = pytest.mark.parametrize(
     ("bad", "message"),
     [
         ({"similarity": "l2"}, "similarity is 'l2', expected one of 'cosine', 'dot'"),
@@ -118,13 +119,60 @@ def test_weight_and_temperature_follow_the_similarity_unless_given():
         ({"emb_seq_add_eos_token": False}, "use 'lasttoken' for a passage's last token"),
         ({"query_prompt": "query: "}, "query_prompt is 'query: ', but Gen makes the queries"),
         ({"emb_head_size": 0}, "emb_head_size is 0, expected an integer of 1 or more"),
-        ({"emb_head_size": 8}, "emb_head_size is 8, but Gen makes the queries: expected its width, 4096"),
+        ({"emb_head_size": 8}, "emb_head_size is 8, but Gen makes the queries: expected its width, "),
     ],
 )
+
+
+@BAD_SETTINGS
 def test_a_bad_setting_is_named(bad, message):
     with pytest.raises(ValueError) as error:
         CoSupConfig(**bad)
     assert message in str(error.value)
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("checkpoint")
+    make_model().save_pretrained(folder)
+    return folder
+
+
+@BAD_SETTINGS
+def test_a_bad_setting_of_a_checkpoint_is_named_when_it_is_loaded_and_before_it_is_saved(
+    checkpoint, tmp_path, bad, message
+):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        CoSupForCausalLM.from_pretrained(checkpoint, **bad)
+    model = CoSupForCausalLM.from_pretrained(checkpoint)
+    for name, value in bad.items():
+        setattr(model.config, name, value)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_passages_that_fill_all_positions_are_refused_when_bos_and_eos_do_not_fit(checkpoint, tmp_path):
+    model = CoSupForCausalLM.from_pretrained(checkpoint, max_passage_length=511)
+    with pytest.raises(ValueError, match="it may be 510 at most"):
+        model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="it may be 512 at most"):
+        CoSupForCausalLM.from_pretrained(checkpoint, max_passage_length=513)
+
+
+@pytest.mark.parametrize(
+    ("changed", "warns"),
+    [
+        ({"similarity": "dot"}, True),
+        ({"similarity": "dot", "temperature": 1.0}, False),
+        ({"similarity": "cosine"}, False),
+    ],
+)
+def test_another_similarity_with_the_temperature_of_the_checkpoint_is_told(checkpoint, monkeypatch, changed, warns):
+    messages = []
+    monkeypatch.setattr(configuration_cosup.logger, "warning", messages.append)
+    CoSupForCausalLM.from_pretrained(checkpoint, **changed)
+    assert [("keeps the temperature" in message) for message in messages] == [True] * warns
 
 
 def test_config_survives_saving(tmp_path):
@@ -577,6 +625,31 @@ def test_resize_token_embeddings_keeps_the_configs_in_step():
     assert model.gen.config.vocab_size == 410
     assert model(torch.tensor([[409]])).logits.shape[-1] == 410
     assert model.emb_seq.get_input_embeddings().weight.shape[0] == 400
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_new_tokens_of_a_tokenizer_get_rows_where_it_is_read_and_a_new_hash(tmp_path, shared):
+    other = None if shared else make_tokenizer(texts=["another corpus"])
+    make_model(emb_seq_tokenizer=other).save_pretrained(tmp_path)
+    model = CoSupForCausalLM.from_pretrained(tmp_path)
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    model = CoSupForCausalLM.from_pretrained(tmp_path)
+    model.tokenizer.add_tokens([f"new{i}" for i in range(40)])
+    model.resize_token_embeddings(len(model.tokenizer), mean_resizing=False)
+    size = len(model.tokenizer) if shared else 400
+    assert len(model.tokenizer) > 400
+    assert model.emb_seq.get_input_embeddings().weight.shape[0] == size
+    assert model.config.emb_seq_config.vocab_size == size
+    model.build_index([{"id": "1", "text": "new0 new39"}], show_progress_bar=False)
+    with pytest.raises(ValueError, match="  tokenizer: the index has") as error:
+        index.check_model(model)
+    assert ("  emb_seq_tokenizer: the index has" in str(error.value)) == shared
+    model.save_pretrained(tmp_path / "saved")
+    loaded = CoSupForCausalLM.from_pretrained(tmp_path / "saved")
+    assert loaded.tokenizer is loaded.emb_seq_tokenizer or not shared
+    assert loaded.fingerprint() == model.fingerprint()
+    loaded.config.fingerprint = None  # hash it all anew
+    assert loaded.fingerprint() == model.fingerprint()
 
 
 def test_saved_and_loaded_it_is_the_same_model(tmp_path):

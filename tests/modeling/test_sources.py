@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
 
-from modeling_cosup import CoSupConfig, CoSupForCausalLM, sharing_cosup, source_files_cosup
+from modeling_cosup import CoSupConfig, CoSupForCausalLM, sharing_cosup, source_files_cosup, sources_cosup
 from modeling_cosup.adapters_cosup import merge_adapters
 from modeling_cosup.facts_cosup import facts_of
 from modeling_cosup.hub_cosup import FACTS_FILE
@@ -325,6 +325,45 @@ def test_options_of_loading_may_be_given_by_themselves(tmp_path):
         build(str(tmp_path), **options, revision="main")
     with pytest.raises(ValueError, match="got dtype, for parts that it loads by their names"):
         build(make_gen(), tokenizer=make_tokenizer(), dtype="bfloat16")
+
+
+@pytest.mark.parametrize("gen_dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("emb_seq_dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_parts_of_two_dtypes_get_one_without_a_loss(tmp_path, monkeypatch, gen_dtype, emb_seq_dtype):
+    messages = []
+    monkeypatch.setattr(sources_cosup.logger, "warning", messages.append)
+    emb_seq = make_emb_seq().to(emb_seq_dtype)
+    weights = {name: weight.float() for name, weight in emb_seq.named_parameters()}
+    model = build(make_gen().to(gen_dtype), emb_seq, tokenizer=make_tokenizer())
+    expected = gen_dtype if gen_dtype == emb_seq_dtype else torch.float32
+    assert {weight.dtype for weight in model.parameters()} == {expected}
+    assert ["Gen is in" in message for message in messages] == [True] * (gen_dtype != emb_seq_dtype)
+    model.save_pretrained(tmp_path)
+    loaded = CoSupForCausalLM.from_pretrained(tmp_path, dtype="auto")
+    assert loaded.dtype == expected
+    size = len(model.tokenizer) - 3  # the rows of control tokens are new
+    for name, weight in loaded.emb_seq.named_parameters():
+        assert torch.equal(weight[:size].float(), weights[name][:size])
+
+
+def test_the_revision_of_code_goes_where_code_is_loaded(tmp_path, monkeypatch, base):
+    calls = []
+
+    def record(function, name):
+        def call(*args, **options):
+            calls.append((name, options.pop("code_revision", None)))
+            return function(*args, **options)
+
+        return call
+
+    for auto_class in (AutoConfig, AutoTokenizer, AutoModelForCausalLM):
+        call = record(auto_class.from_pretrained, auto_class.__name__)
+        monkeypatch.setattr(getattr(sources_cosup, auto_class.__name__), "from_pretrained", call)
+    monkeypatch.setattr(source_files_cosup, "cached_file", record(source_files_cosup.cached_file, "file"))
+    build(str(base), model_kwargs={"code_revision": COMMIT})
+    expected = {"AutoConfig", "AutoTokenizer", "AutoModelForCausalLM"}
+    assert {name for name, revision in calls if revision == COMMIT} == expected
+    assert ("file", None) in calls
 
 
 def test_a_checkpoint_in_a_subfolder_has_its_tokenizers_and_facts(tmp_path):
