@@ -84,7 +84,7 @@ class DecodingProcess:
         self._call("submit", number, request)
 
     def cancel(self, number: int) -> None:
-        """Take out a request before the next pass; its slot is free then."""
+        """Take out a request, or texts to embed, before the next pass; its slot is free then."""
         self._call("cancel", number)
 
     def embed_passages(self, number: int, passages: list[dict[str, Any]]) -> None:

@@ -54,7 +54,7 @@ class Metrics:
         self.retrievals = Counter("cosup_retrievals", "Retrievals.", registry=registry)
         running = Gauge("cosup_requests_running", "Answers that are being generated.", registry=registry)
         running.set_function(lambda: engine.load().running)
-        waiting = Gauge("cosup_requests_waiting", "Answers that wait for a slot.", registry=registry)
+        waiting = Gauge("cosup_requests_waiting", "Answers that wait for a slot, and embeddings.", registry=registry)
         waiting.set_function(lambda: engine.load().waiting)
 
     def text(self) -> bytes:

@@ -506,6 +506,40 @@ def test_embeddings_between_passes_are_those_of_index_and_generate(model, index)
     run(test, model, index)
 
 
+def test_embeddings_wait_in_the_same_queue_and_leave_it_with_their_client(model, index, monkeypatch):
+    goes_on = threading.Event()
+    embed = model.embed_prompts
+    num_prompts = []  # of each batch
+
+    def slow(prompts):
+        num_prompts.append(len(prompts))
+        goes_on.wait(60)
+        return embed(prompts)
+
+    monkeypatch.setattr(model, "embed_prompts", slow)
+
+    async def test(engine):
+        tasks = [asyncio.create_task(engine.embed_queries(["who?"] * count)) for count in (1, 2, 3)]
+        await until_load(engine, 0, 3)
+        refused = (engine.embed_queries(["who?"]), engine.embed_passages(PASSAGES), events_of(engine, request(model)))
+        for work in refused:
+            with pytest.raises(QueueFull, match="try again later") as refusal:
+                await work
+            assert 1 <= refusal.value.retry_after <= 60
+        tasks[1].cancel()
+        await until_load(engine, 0, 2)
+        answer = asyncio.create_task(events_of(engine, request(model)))
+        await until_load(engine, 0, 3)
+        goes_on.set()
+        assert [len(await tasks[number]) for number in (0, 2)] == [1, 3]
+        assert isinstance((await answer)[-1], EndEvent)
+        assert num_prompts == [1, 3]
+        assert (engine.load().running, engine.load().waiting) == (0, 0)
+        assert not engine._batches and not engine.decoding._jobs
+
+    run(test, model, index, max_running=1, max_waiting=2)
+
+
 def test_embeddings_that_cannot_be_made_are_refused(model, index, monkeypatch):
     async def test(engine):
         with pytest.raises(UnsupportedSetting, match=r"^passages: .*passages\[1\]"):

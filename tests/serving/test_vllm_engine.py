@@ -455,6 +455,15 @@ def test_the_queue_is_bounded_and_a_closed_request_frees_its_slot(slow_world):
     slow_world.run(test, max_running=1, max_waiting=1)
 
 
+def test_embeddings_are_bounded_too(world):
+    async def test(engine):
+        return await asyncio.gather(*[engine.embed_queries(["who?"]) for _ in range(3)], return_exceptions=True)
+
+    first, second, refused = world.run(test, max_running=1, max_waiting=1)
+    assert first.shape == second.shape == (1, 32)
+    assert isinstance(refused, QueueFull)
+
+
 @pytest.mark.parametrize("incremental", [True, False])
 def test_deadlines(slow_world, incremental):
     async def test(engine):
