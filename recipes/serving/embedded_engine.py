@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 _EMBEDDING_BATCH = 32  # texts that are embedded between two passes
 _MOST_CRASHES = 3  # passes that break off in a row: then the engine counts as ill
+_RECOVERY = 30  # seconds after the last of them: then it counts as healthy until another pass breaks off
 _LONGEST_RETRY = 60  # seconds
 _LAST_SECONDS = 10  # in which the decoding must end once nothing is left to decode
 
@@ -78,6 +79,7 @@ class EmbeddedEngine(BaseEngine):
         self._streams: dict[int, _Stream] = {}  # requests that have not ended
         self._batches: dict[int, asyncio.Future[NDArray[np.float32]]] = {}  # texts that are embedded
         self._report = Report()  # the last one, without its deliveries
+        self._last_crash = -math.inf  # `time.monotonic()` of it
         self._mean_seconds = 1.0  # that a request takes; the last ones count most
         self._started = False
         self._ended = asyncio.Event()  # the decoding has ended
@@ -131,10 +133,16 @@ class EmbeddedEngine(BaseEngine):
             self.decoding.join()
 
     async def is_healthy(self) -> bool:
-        """Return whether requests can be answered now: the decoding goes on, and its passes do not break off."""
+        """
+        Return whether requests can be answered now: the decoding goes on, and its passes do not break off.
+
+        Only a request shows whether they still do, and a balancer sends none to a server that is ill. So the engine
+        counts as healthy again some time after the last one broke off.
+        """
         if not self._started or self._stopping or self.failure:
             return False
-        return self._report.num_crashes < _MOST_CRASHES
+        has_rested = time.monotonic() - self._last_crash >= _RECOVERY
+        return has_rested or self._report.num_crashes < _MOST_CRASHES
 
     def load(self) -> EngineLoad:
         """Return how busy the engine is; embeddings wait for a place between two passes."""
@@ -215,6 +223,8 @@ class EmbeddedEngine(BaseEngine):
                 if delivery.ended:
                     self._end(stream, delivery.error)
                 stream.news.set()
+        if report.num_crashes > self._report.num_crashes:
+            self._last_crash = time.monotonic()
         self._report = Report([], report.num_running, report.num_crashes)
         if report.end:
             self._ended.set()

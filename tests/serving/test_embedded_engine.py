@@ -399,16 +399,30 @@ def test_a_pass_that_breaks_off_fails_its_requests_and_the_engine_goes_on(model,
     run(test, model, index, max_running=2)
 
 
-def test_an_engine_whose_passes_all_break_off_is_ill(model, index, monkeypatch):
+def test_an_engine_whose_passes_all_break_off_is_ill_for_a_while(model, index, monkeypatch):
     async def test(engine):
         def broken(*args, **kwargs):
             raise RuntimeError("device-side assert")
 
-        monkeypatch.setattr(model.gen.base_model, "forward", broken)
-        for healthy in (True, True, False):
+        async def fails():
             with pytest.raises(BackendFailed, match="RuntimeError"):
                 await events_of(engine, request(model))
+
+        forward = model.gen.base_model.forward
+        monkeypatch.setattr(model.gen.base_model, "forward", broken)
+        for healthy in (True, True, False):
+            await fails()
             assert await engine.is_healthy() == healthy
+        monkeypatch.setattr(embedded_engine, "_RECOVERY", 0.2)
+        while not await engine.is_healthy():  # without a request
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(embedded_engine, "_RECOVERY", 30)
+        assert time.monotonic() - engine._last_crash >= 0.2
+        await fails()
+        assert not await engine.is_healthy()  # one more is enough
+        monkeypatch.setattr(model.gen.base_model, "forward", forward)
+        await events_of(engine, request(model))
+        assert await engine.is_healthy()
 
     run(test, model, index)
 
