@@ -59,7 +59,7 @@ class ApiSettings:
         max_body_bytes (`int`): the most bytes of a body.
         request_timeout (`float`, *optional*): seconds after which an answer fails.
         cors_origins (`Sequence[str]`): origins of web pages that may call the API; `*` for all.
-        log_prompts (`bool`): write prompts and answers to the log.
+        log_prompts (`bool`): write prompts and answers to the log, under the id of their response.
     """
 
     model_name: str
@@ -244,7 +244,7 @@ class _Api:
                 self.engine.check(request)
                 context = prompt[-8:] if continues_text else []
                 writer = AnswerWriter(self._texts, self._closing_ids, len(prompt), body.stop or (), context)
-                jobs.append(Job(request, writer))
+                jobs.append(Job(request, writer, is_first=answer == 0))
         return jobs
 
     def _max_new_tokens(self, prompt: list[int], limit: int | None) -> int:
@@ -279,11 +279,8 @@ class _Api:
         """Return the response to a body; its engine's work ends if the client leaves."""
         num_prompt_tokens = sum(len(job.request.prompt_ids) for job in jobs) // (body.n or 1)
         if self.settings.log_prompts:
-            logger.info("%s", body.model_dump_json(exclude_unset=True))
-        answers = Answers(self.engine, jobs, shape, num_prompt_tokens, self._metrics)
+            logger.info("%s: %s", shape.head["id"], body.model_dump_json(exclude_unset=True))
+        answers = Answers(self.engine, jobs, shape, num_prompt_tokens, self._metrics, self.settings.log_prompts)
         if body.stream:
             return await unless_disconnected(request.receive, answers.stream(body.includes_usage))
-        response = await unless_disconnected(request.receive, answers.whole())
-        if self.settings.log_prompts:
-            logger.info("%s", [choice.get("text", choice.get("message")) for choice in response["choices"]])
-        return JSONResponse(response)
+        return JSONResponse(await unless_disconnected(request.receive, answers.whole()))

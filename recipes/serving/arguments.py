@@ -1,5 +1,6 @@
 """Options of `recipes/serve.py`."""
 
+import math
 import os
 from dataclasses import dataclass, field
 from typing import Literal
@@ -8,6 +9,7 @@ from shared.indexes import FAISS_HELP, INDEX_HELP, INDEX_URI_HELP
 
 ENGINES = ("embedded", "vllm")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+KEY_VARIABLE = "COSUP_API_KEY"
 
 
 @dataclass(kw_only=True)
@@ -48,8 +50,8 @@ class ServeArguments:
     api_key: list[str] = field(
         default_factory=list,
         metadata={
-            "help": "keys, of which requests must bring one; also read from the variable COSUP_API_KEY, separated by "
-            "commas, where other users of this machine do not see them"
+            "help": f"keys, of which requests must bring one; also read from the variable {KEY_VARIABLE}, separated "
+            "by commas, where other users of this machine do not see them"
         },
     )
     served_model_name: str | None = field(
@@ -88,13 +90,16 @@ class ServeArguments:
             limit = getattr(self, name)
             if limit is not None and limit < 1:
                 raise ValueError(f"--{name} {limit}: expected at least 1.")
-        for name in ("max_waiting", "shutdown_timeout"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected at least 0.")
-        for name in ("request_timeout", "index_timeout"):
-            seconds = getattr(self, name)
-            if seconds is not None and seconds <= 0:
-                raise ValueError(f"--{name} {seconds}: expected more than 0.")
+        if self.max_waiting < 0:
+            raise ValueError(f"--max_waiting {self.max_waiting}: expected at least 0.")
+        if not 0 <= self.shutdown_timeout < math.inf:
+            raise ValueError(f"--shutdown_timeout {self.shutdown_timeout}: expected a finite number, at least 0.")
+        if not 0 < self.index_timeout < math.inf:
+            raise ValueError(f"--index_timeout {self.index_timeout}: expected a finite number above 0.")
+        if self.request_timeout is not None and not 0 < self.request_timeout < math.inf:
+            expected = "a finite number above 0; leave it out for never"
+            raise ValueError(f"--request_timeout {self.request_timeout}: expected {expected}.")
+        self._check_keys()
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port {self.port}: expected 0 to 65535.")
         if self.engine not in ENGINES and not self.has_own_engine:
@@ -111,6 +116,13 @@ class ServeArguments:
             if is_vllm and not is_given and name != "encoder_url":
                 raise ValueError(f"--engine vllm needs --{name}.")
 
+    def _check_keys(self) -> None:
+        """Raise `ValueError` where keys were meant and none is there: the server would be open to everyone."""
+        if not all(key.strip() for key in self.api_key):
+            raise ValueError("--api_key: a key is empty; leave the option out for a server without keys.")
+        if KEY_VARIABLE in os.environ and not self.keys:
+            raise ValueError(f"{KEY_VARIABLE} is set but holds no key; unset it for a server without keys.")
+
     @property
     def has_own_engine(self) -> bool:
         """Whether `--engine` names a function of the user's, `module:function`."""
@@ -119,8 +131,8 @@ class ServeArguments:
 
     @property
     def keys(self) -> list[str]:
-        """The keys of `--api_key` and of the variable COSUP_API_KEY."""
-        keys = [*self.api_key, *os.environ.get("COSUP_API_KEY", "").split(",")]
+        """The keys of `--api_key` and of the variable `KEY_VARIABLE`."""
+        keys = [*self.api_key, *os.environ.get(KEY_VARIABLE, "").split(",")]
         return [key.strip() for key in keys if key.strip()]
 
     @property

@@ -13,7 +13,7 @@ from modeling_cosup import CoSupConfig
 from modeling_cosup.tokenization_cosup import encode_prompt
 
 from serving.checks import check_passages
-from serving.engine import SearchFailed, ShuttingDown, UnsupportedSetting
+from serving.engine import QueueFull, SearchFailed, ShuttingDown, UnsupportedSetting
 
 logger = logging.getLogger("cosup.serving")
 T = TypeVar("T")
@@ -63,11 +63,13 @@ class BaseEngine:
         self._check_open()
         self._check_encoder()
         check_passages(passages)
+        self._check_room()
         return await self._run(self._embed_passages(passages))
 
     async def embed_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return the query embeddings `(N, h)` of texts, as Gen makes them at the first `[NSP]` of an answer."""
         self._check_open()
+        self._check_room()
         return await self._run(self._embed_texts(texts))
 
     async def _embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -89,6 +91,11 @@ class BaseEngine:
         """Raise [`ShuttingDown`] once new requests are refused."""
         if self._stopping:
             raise ShuttingDown("The server is shutting down.")
+
+    def _check_room(self) -> None:
+        """Raise [`QueueFull`] if so many embeddings run and wait as there may be requests."""
+        if len(self._embeddings) >= self.max_running + self.max_waiting:
+            raise QueueFull(f"{len(self._embeddings)} embeddings are being made: try again later.")
 
     def _check_encoder(self) -> None:
         """Raise [`UnsupportedSetting`] if no passages can be embedded."""

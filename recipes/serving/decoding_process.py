@@ -8,6 +8,7 @@ import atexit
 import logging
 import multiprocessing
 import os
+import queue
 import signal
 import threading
 from collections.abc import Callable
@@ -41,6 +42,8 @@ class DecodingProcess:
         atexit.register(self._process.kill)  # if the server never starts; Python would wait for it
         others_end.close()  # so that the pipe closes with the process
         self.facts: ModelFacts = self._receive_first()
+        self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._sending = threading.Thread(target=self._send, name="calls", daemon=True)
         self._reading = threading.Thread(target=self._read, name="reports", daemon=True)
 
     @property
@@ -69,6 +72,7 @@ class DecodingProcess:
     def start(self, report: Callable[[Report], None]) -> None:
         """Let the process serve; `report` is called in a thread."""
         self._deliver = report
+        self._sending.start()
         self._reading.start()
 
     def check(self, request: GenerationRequest) -> None:
@@ -80,7 +84,7 @@ class DecodingProcess:
         self._call("submit", number, request)
 
     def cancel(self, number: int) -> None:
-        """Take out a request before the next pass; its slot is free then."""
+        """Take out a request, or texts to embed, before the next pass; its slot is free then."""
         self._call("cancel", number)
 
     def embed_passages(self, number: int, passages: list[dict[str, Any]]) -> None:
@@ -105,10 +109,16 @@ class DecodingProcess:
         self.join()
 
     def _call(self, method: str, *args: Any) -> None:
-        try:
-            self._pipe.send((method, args))
-        except OSError:  # the process has ended, which is reported
-            pass
+        """Let the process call a method. A pipe to a process that is busy fills up: the event loop must not wait."""
+        self._calls.put((method, args))
+
+    def _send(self) -> None:
+        """Hand on the calls until the process ends."""
+        while (call := self._calls.get()) is not None:
+            try:
+                self._pipe.send(call)
+            except OSError:  # the process has ended, which is reported
+                return
 
     def _read(self) -> None:
         """Hand on the reports of the process until it ends."""
@@ -119,6 +129,7 @@ class DecodingProcess:
                     self._deliver(report)
         except (EOFError, OSError):
             self._deliver(Report(end=self._end()))
+            self._calls.put(None)
 
 
 def _decode(pipe: Connection, load: Callable[..., ServedModel], *args: Any) -> None:

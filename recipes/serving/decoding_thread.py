@@ -111,7 +111,7 @@ class DecodingThread:
         # the rest belongs to the thread
         self._tickets: dict[Row, _Ticket] = {}
         self._numbers: dict[int, _Ticket] = {}
-        self._jobs: list[Callable[[], None]] = []
+        self._jobs: dict[int, Callable[[], None]] = {}  # texts to embed, by their numbers
         self._num_crashes = 0
         self._last_report = Report()
         self._serving = True
@@ -146,16 +146,16 @@ class DecodingThread:
         self._messages.put(partial(self._submit, ticket))
 
     def cancel(self, number: int) -> None:
-        """Take out a request before the next pass; nothing more is delivered for it."""
+        """Take out a request, or texts to embed, before the next pass; nothing more is delivered for it."""
         self._messages.put(partial(self._cancel, number))
 
     def embed_passages(self, number: int, passages: list[dict[str, Any]]) -> None:
         """Embed passages between two passes."""
-        self._messages.put(partial(self._jobs.append, partial(self._embed, number, "embed_passages", passages)))
+        self._messages.put(partial(self._add_job, number, "embed_passages", passages))
 
     def embed_queries(self, number: int, prompts: list[list[int]]) -> None:
         """Embed prompts that end in `[NSP]` between two passes."""
-        self._messages.put(partial(self._jobs.append, partial(self._embed, number, "embed_queries", prompts)))
+        self._messages.put(partial(self._add_job, number, "embed_queries", prompts))
 
     def refuse(self, number: int, error: EngineError) -> None:
         """Deliver the error of a request that could not be submitted."""
@@ -180,7 +180,7 @@ class DecodingThread:
                 while self._serving or self._has_work:
                     self._take_messages()
                     if self._jobs:
-                        self._jobs.pop(0)()  # one at a time: rows wait for it
+                        self._jobs.pop(next(iter(self._jobs)))()  # one at a time: rows wait for it
                     if self._decoder.has_rows:
                         self._step()
         finally:
@@ -202,7 +202,11 @@ class DecodingThread:
         self._numbers[ticket.number] = ticket
         self._decoder.submit(ticket.row)
 
+    def _add_job(self, number: int, method: str, items: list[Any]) -> None:
+        self._jobs[number] = partial(self._embed, number, method, items)
+
     def _cancel(self, number: int) -> None:
+        self._jobs.pop(number, None)
         ticket = self._numbers.get(number)
         if ticket is not None:
             self._forget(ticket.row)

@@ -33,6 +33,7 @@ T = TypeVar("T")
 
 _EMBEDDING_BATCH = 32  # texts that are embedded between two passes
 _MOST_CRASHES = 3  # passes that break off in a row: then the engine counts as ill
+_RECOVERY = 30  # seconds after the last of them: then it counts as healthy until another pass breaks off
 _LONGEST_RETRY = 60  # seconds
 _LAST_SECONDS = 10  # in which the decoding must end once nothing is left to decode
 
@@ -66,7 +67,7 @@ class EmbeddedEngine(BaseEngine):
     Args:
         decoding ([`DecodingThread`] or [`DecodingProcess`]): of the model. In a process of its own it does not share
             Python's lock with HTTP.
-        max_waiting (`int`): the most requests that wait; more are refused with [`QueueFull`].
+        max_waiting (`int`): the most requests that wait, embeddings included; more are refused with [`QueueFull`].
     """
 
     def __init__(self, decoding: DecodingThread | DecodingProcess, max_waiting: int = 256) -> None:
@@ -78,6 +79,7 @@ class EmbeddedEngine(BaseEngine):
         self._streams: dict[int, _Stream] = {}  # requests that have not ended
         self._batches: dict[int, asyncio.Future[NDArray[np.float32]]] = {}  # texts that are embedded
         self._report = Report()  # the last one, without its deliveries
+        self._last_crash = -math.inf  # `time.monotonic()` of it
         self._mean_seconds = 1.0  # that a request takes; the last ones count most
         self._started = False
         self._ended = asyncio.Event()  # the decoding has ended
@@ -131,15 +133,21 @@ class EmbeddedEngine(BaseEngine):
             self.decoding.join()
 
     async def is_healthy(self) -> bool:
-        """Return whether requests can be answered now: the decoding goes on, and its passes do not break off."""
+        """
+        Return whether requests can be answered now: the decoding goes on, and its passes do not break off.
+
+        Only a request shows whether they still do, and a balancer sends none to a server that is ill. So the engine
+        counts as healthy again some time after the last one broke off.
+        """
         if not self._started or self._stopping or self.failure:
             return False
-        return self._report.num_crashes < _MOST_CRASHES
+        has_rested = time.monotonic() - self._last_crash >= _RECOVERY
+        return has_rested or self._report.num_crashes < _MOST_CRASHES
 
     def load(self) -> EngineLoad:
-        """Return how busy the engine is."""
+        """Return how busy the engine is; embeddings wait for a place between two passes."""
         running = self._report.num_running
-        waiting = max(0, len(self._streams) - running)
+        waiting = max(0, len(self._streams) - running) + len(self._embeddings)
         return EngineLoad(running, waiting, self.max_running, self.max_waiting)
 
     # ------------------------------------------------------------------ requests
@@ -155,13 +163,9 @@ class EmbeddedEngine(BaseEngine):
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Sequence[Event]]:
         """Yield the events of a request in groups, as they happen; see [`~serving.engine.Engine`]."""
         self._check_open()
-        if len(self._streams) >= self.max_running + self.max_waiting:
-            self.check(request)
-            seconds = math.ceil(self._mean_seconds * max(1, self.max_waiting) / self.max_running)
-            raise QueueFull(
-                f"{self.max_running} requests are being answered and {self.max_waiting} wait: try again later.",
-                retry_after=min(max(1, seconds), _LONGEST_RETRY),
-            )
+        if self._is_full:
+            self.check(request)  # what can never be answered is refused as such
+            self._check_room()
         stream = _Stream(next(self._numbers))
         self.decoding.submit(stream.number, request)
         self._streams[stream.number] = stream
@@ -177,6 +181,20 @@ class EmbeddedEngine(BaseEngine):
                     return
         finally:
             self._cancel(stream, None)
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._streams) + len(self._embeddings) >= self.max_running + self.max_waiting
+
+    def _check_room(self) -> None:
+        """Raise [`QueueFull`] if no further request may wait."""
+        if not self._is_full:
+            return
+        seconds = math.ceil(self._mean_seconds * max(1, self.max_waiting) / self.max_running)
+        raise QueueFull(
+            f"{self.max_running} requests are being answered and {self.max_waiting} wait: try again later.",
+            retry_after=min(max(1, seconds), _LONGEST_RETRY),
+        )
 
     async def _wait_for_news(self, stream: _Stream, deadline: float | None) -> None:
         if stream.events or stream.ended:
@@ -205,6 +223,8 @@ class EmbeddedEngine(BaseEngine):
                 if delivery.ended:
                     self._end(stream, delivery.error)
                 stream.news.set()
+        if report.num_crashes > self._report.num_crashes:
+            self._last_crash = time.monotonic()
         self._report = Report([], report.num_running, report.num_crashes)
         if report.end:
             self._ended.set()
@@ -259,14 +279,18 @@ class EmbeddedEngine(BaseEngine):
         return await self._embed(prompts, self.decoding.embed_queries)
 
     async def _embed(self, items: list[T], embed: Callable[[int, list[T]], None]) -> NDArray[np.float32]:
-        """Embed items, some of them after each pass."""
+        """Embed items, some of them after each pass; if the client leaves, no more of them."""
         batches = [np.zeros((0, self.config.embedding_size), np.float32)]
         for start in range(0, len(items), _EMBEDDING_BATCH):
             self._check_decoding()
             number = next(self._numbers)
             self._batches[number] = asyncio.get_running_loop().create_future()
             embed(number, items[start : start + _EMBEDDING_BATCH])
-            batches.append(await self._batches[number])
+            try:
+                batches.append(await self._batches[number])
+            finally:
+                if self._batches.pop(number, None) is not None:
+                    self.decoding.cancel(number)
         return np.concatenate(batches)
 
     def _resolve(self, delivery: Delivery) -> None:

@@ -32,10 +32,12 @@ class Job:
     Args:
         request ([`GenerationRequest`]): for the engine.
         writer ([`AnswerWriter`]): for its events.
+        is_first (`bool`): the first answer to its prompt.
     """
 
     request: GenerationRequest
     writer: AnswerWriter
+    is_first: bool = True
 
 
 class Answers:
@@ -48,6 +50,7 @@ class Answers:
         shape ([`ChatShape`] or [`CompletionShape`]): what the response looks like.
         prompt_tokens (`int`): of all prompts, for the usage.
         metrics ([`Metrics`]): of the app.
+        are_logged (`bool`): write the answers to the log, those that were not finished too.
     """
 
     def __init__(
@@ -57,13 +60,14 @@ class Answers:
         shape: ChatShape | CompletionShape,
         prompt_tokens: int,
         metrics: Metrics,
+        are_logged: bool,
     ) -> None:
         self.engine = engine
         self.jobs = jobs
         self.shape = shape
         self.prompt_tokens = prompt_tokens
         self.metrics = metrics
-        metrics.prompt_tokens.inc(prompt_tokens)
+        self.are_logged = are_logged
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Yield the pieces of all answers as they come, each with the number of its answer."""
@@ -79,7 +83,8 @@ class Answers:
 
     async def _pieces_of(self, job: Job) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of an answer; once it has ended, or is not wanted any more, its slot is freed."""
-        times = AnswerTimes(self.metrics, job.request.incremental)
+        num_prompt_tokens = len(job.request.prompt_ids) if job.is_first else 0
+        times = AnswerTimes(self.metrics, job.request.incremental, num_prompt_tokens)
         try:
             async with aclosing(self.engine.generate(job.request)) as groups:
                 async for events in groups:
@@ -89,6 +94,8 @@ class Answers:
                         break
         finally:
             times.end(job.writer)
+            if self.are_logged:
+                logger.info("%s: %r", self.shape.head["id"], job.writer.text)
 
     def _usage(self) -> dict[str, Any]:
         return usage(self.prompt_tokens, [job.writer for job in self.jobs])

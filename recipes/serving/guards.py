@@ -40,7 +40,7 @@ class KeyGuard:
             message = "You didn't provide an API key: send it in the header Authorization: Bearer KEY."
             return ApiError(401, message, code="missing_api_key", headers=headers)
         scheme, _, key = credentials.partition(" ")
-        given = key.strip().encode("latin-1")  # the bytes of the header
+        given = key.encode("latin-1").strip(b" \t")  # bytes: a byte of UTF-8 may look like white space of Latin-1
         is_right = False
         for expected in self.keys:
             is_right |= hmac.compare_digest(given, expected)

@@ -46,7 +46,7 @@ class Metrics:
             buckets=SECONDS_PER_TOKEN,
             registry=registry,
         )
-        self.prompt_tokens = Counter("cosup_prompt_tokens", "Tokens of prompts.", registry=registry)
+        self.prompt_tokens = Counter("cosup_prompt_tokens", "Tokens of prompts that were answered.", registry=registry)
         self.generated_tokens = Counter("cosup_generated_tokens", "Decided tokens.", registry=registry)
         self.passage_tokens = Counter(
             "cosup_passage_tokens", "Tokens of passages that Gen has read.", registry=registry
@@ -54,7 +54,7 @@ class Metrics:
         self.retrievals = Counter("cosup_retrievals", "Retrievals.", registry=registry)
         running = Gauge("cosup_requests_running", "Answers that are being generated.", registry=registry)
         running.set_function(lambda: engine.load().running)
-        waiting = Gauge("cosup_requests_waiting", "Answers that wait for a slot.", registry=registry)
+        waiting = Gauge("cosup_requests_waiting", "Answers that wait for a slot, and embeddings.", registry=registry)
         waiting.set_function(lambda: engine.load().waiting)
 
     def text(self) -> bytes:
@@ -64,23 +64,28 @@ class Metrics:
 
 class AnswerTimes:
     """
-    Times of one answer.
+    What the metrics show of one answer.
 
     Args:
         metrics ([`Metrics`]): of the app.
         is_incremental (`bool`): events come as they happen; otherwise they say nothing about times of tokens.
+        num_prompt_tokens (`int`): tokens of the prompt; they count once an event has come, not if it is refused.
     """
 
-    def __init__(self, metrics: Metrics, is_incremental: bool) -> None:
+    def __init__(self, metrics: Metrics, is_incremental: bool, num_prompt_tokens: int) -> None:
         self.metrics = metrics
         self.is_incremental = is_incremental
+        self.num_prompt_tokens = num_prompt_tokens
         self.start = time.perf_counter()
         self.first: float | None = None
 
     def event(self) -> None:
         """Note that an event has come."""
-        if self.is_incremental and self.first is None:
-            self.first = time.perf_counter()
+        if self.first is not None:
+            return
+        self.first = time.perf_counter()
+        self.metrics.prompt_tokens.inc(self.num_prompt_tokens)
+        if self.is_incremental:
             self.metrics.first_token.observe(self.first - self.start)
 
     def end(self, writer: AnswerWriter) -> None:
@@ -88,7 +93,7 @@ class AnswerTimes:
         self.metrics.generated_tokens.inc(writer.num_generated_tokens)
         self.metrics.passage_tokens.inc(writer.num_passage_tokens)
         self.metrics.retrievals.inc(writer.num_retrievals)
-        if self.first is not None and writer.num_generated_tokens > 1:
+        if self.is_incremental and self.first is not None and writer.num_generated_tokens > 1:
             seconds = time.perf_counter() - self.first
             self.metrics.per_token.observe(seconds / (writer.num_generated_tokens - 1))
 

@@ -151,7 +151,8 @@ class ServedModel:
             return self._decisions[key]
         sampling: dict[str, Any] = {"do_sample": False}
         if request.temperature > 0:
-            sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
+            # top_k and what else no request can set are those of the checkpoint, as in generate()
+            sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p}
         length = len(request.prompt_ids)
         _, settings = self.model.prepare_decoding(length, max_new_tokens=request.max_new_tokens, **sampling)
         decision = settings.decision

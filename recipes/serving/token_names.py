@@ -6,6 +6,8 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from modeling_cosup.tokenization_cosup import special_ids
+
 from serving.answers import AnswerToken
 
 # how byte-level vocabularies write bytes: printable ones as they are, the others from U+0100 on
@@ -26,11 +28,25 @@ class TokenNames:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self.tokenizer = tokenizer
+        self._special_ids = special_ids(tokenizer)
+        # SentencePiece takes the space from the first token of a text: a token is decoded after another one
+        self._first: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+        self._first_text = self._decode(self._first)
         self.name = lru_cache(maxsize=65536)(self._name)
+
+    def _decode(self, ids: list[int]) -> str:
+        return cast(str, self.tokenizer.decode(ids))
+
+    def _text(self, id: int) -> str:
+        """Return the text of a token, with its space."""
+        text = self._decode([*self._first, id])
+        if id in self._special_ids or not text.startswith(self._first_text):
+            return self._decode([id])
+        return text.removeprefix(self._first_text)
 
     def _name(self, id: int) -> tuple[str, list[int] | None]:
         """Return the text of a token, and its bytes; `None` for part of a character whose bytes are not known."""
-        text = cast(str, self.tokenizer.decode([id]))
+        text = self._text(id)
         if "\ufffd" not in text:
             return text, list(text.encode())
         token = cast(str, self.tokenizer.convert_ids_to_tokens(id))

@@ -33,6 +33,7 @@ WITHOUT_EQUIVALENT = (
     *("stop_strings", "watermarking_config", "typical_p", "epsilon_cutoff", "eta_cutoff", "top_h"),
     *("encoder_repetition_penalty", "encoder_no_repeat_ngram_size"),
 )
+DEFAULT_TOP_K = 50  # that generate() takes if generation_config.json has none
 NEUTRAL = {"typical_p": 1.0, "encoder_repetition_penalty": 1.0}  # values that change nothing, other than 0
 
 
@@ -63,7 +64,7 @@ def check_generation_config(model: CoSupForCausalLM) -> tuple[frozenset[int], di
         ends = [] if ends is None else [ends]
     settings = {
         "ignore_eos": True,  # the ends are stop tokens: vLLM's own choice may differ
-        "top_k": 0,
+        "top_k": DEFAULT_TOP_K if generation.top_k is None else generation.top_k,
         "min_p": generation.min_p or 0.0,
         "repetition_penalty": generation.repetition_penalty or 1.0,
     }

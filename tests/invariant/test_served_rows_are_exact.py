@@ -167,8 +167,10 @@ def test_without_an_index_nsp_is_a_token_like_any_other(llama):
     assert model.config.nsp_token_id in written
 
 
-def test_a_seed_gives_the_same_answer_whoever_else_is_served(llama):
+@pytest.mark.parametrize("top_k", [None, 0, 3])
+def test_a_seed_gives_the_same_answer_whoever_else_is_served(llama, monkeypatch, top_k):
     model, index = llama
+    monkeypatch.setattr(model.generation_config, "top_k", top_k)
     prompt = encode_prompt(model.tokenizer, "who?")
     settings = [{"temperature": 1.5, "seed": 3}, {"temperature": 0.7, "top_p": 0.8, "seed": 4}]
     seeded = [GenerationRequest(prompt, 16, **options) for options in settings]
@@ -176,7 +178,7 @@ def test_a_seed_gives_the_same_answer_whoever_else_is_served(llama):
     answers = asyncio.run(serve(EmbeddedEngine.in_thread(model, index), [*others, *seeded, seeded[0]]))
     for i, request in ((5, seeded[0]), (6, seeded[1]), (7, seeded[0])):
         torch.manual_seed(request.seed)
-        sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p, "top_k": 0}
+        sampling = {"do_sample": True, "temperature": request.temperature, "top_p": request.top_p}
         output = alone(model, index, request, **sampling)
         check_answer(answers[i], request, output, model.generation_config.eos_token_id)
     assert len({str(answers[i]) for i in (0, 2, 4)}) == 3  # without a seed they differ

@@ -1,5 +1,6 @@
 """`recipes/serve.py`: from its options to a server that answers, and stops at a signal; what it refuses before."""
 
+import math
 import os
 import signal
 import socket
@@ -117,7 +118,16 @@ def test_a_server_that_is_open_to_the_network_warns(tmp_path, monkeypatch, capsy
     [
         ({"max_running": 0}, "--max_running 0: expected at least 1."),
         ({"max_waiting": -1}, "--max_waiting -1: expected at least 0."),
-        ({"request_timeout": 0.0}, "--request_timeout 0.0: expected more than 0."),
+        ({"request_timeout": 0.0}, "--request_timeout 0.0: expected a finite number above 0; leave it out for never."),
+        ({"request_timeout": math.inf}, "--request_timeout inf: expected a finite number above 0"),
+        ({"request_timeout": math.nan}, "--request_timeout nan: expected a finite number above 0"),
+        ({"index_timeout": math.inf}, "--index_timeout inf: expected a finite number above 0."),
+        ({"index_timeout": math.nan}, "--index_timeout nan: expected a finite number above 0"),
+        ({"shutdown_timeout": -1.0}, "--shutdown_timeout -1.0: expected a finite number, at least 0."),
+        ({"shutdown_timeout": math.inf}, "--shutdown_timeout inf: expected a finite number, at least 0"),
+        ({"shutdown_timeout": math.nan}, "--shutdown_timeout nan: expected a finite number, at least 0"),
+        ({"api_key": [""]}, "--api_key: a key is empty; leave the option out for a server without keys."),
+        ({"api_key": ["secret", " "]}, "--api_key: a key is empty"),
         ({"port": 70000}, "--port 70000: expected 0 to 65535."),
         ({"engine": "vllm", "query_url": "http://q/v1"}, "--engine vllm needs --gen_url."),
         ({"gen_url": "http://g/v1"}, "--gen_url is of --engine vllm."),
@@ -129,6 +139,21 @@ def test_a_server_that_is_open_to_the_network_warns(tmp_path, monkeypatch, capsy
 def test_options_are_checked(options, message):
     with pytest.raises(ValueError, match=message):
         ServeArguments(model="x", **options)
+
+
+@pytest.mark.parametrize("value", ["", " ", ",", " , "])
+def test_a_variable_without_a_key_does_not_open_the_server(value, monkeypatch):
+    monkeypatch.setenv("COSUP_API_KEY", value)
+    with pytest.raises(ValueError, match="COSUP_API_KEY is set but holds no key; unset it"):
+        ServeArguments(model="x")
+    assert ServeArguments(model="x", api_key=["secret"]).keys == ["secret"]
+
+
+def test_keys_of_the_option_and_the_variable_are_all_right(monkeypatch):
+    monkeypatch.setenv("COSUP_API_KEY", "first, second,,")
+    assert ServeArguments(model="x", api_key=[" third "]).keys == ["third", "first", "second"]
+    monkeypatch.delenv("COSUP_API_KEY")
+    assert ServeArguments(model="x").keys == []
 
 
 def test_a_memory_is_mixed_in(checkpoint, tmp_path):

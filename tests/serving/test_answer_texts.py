@@ -3,14 +3,16 @@
 from unittest.mock import Mock, patch
 
 import pytest
+from transformers import LlamaTokenizer
 
 from modeling_cosup import Retrieval
 from modeling_cosup.tokenization_cosup import encode_texts
 from support.models import make_tokenizer
 from support.tokenizer_kinds import TOKENIZERS
 
-from serving.answers import AnswerWriter, Piece, TokenTexts
-from serving.engine import EndEvent, RetrievalEvent, TokenEvent
+from serving.answers import AnswerToken, AnswerWriter, Piece, TokenTexts
+from serving.engine import EndEvent, RetrievalEvent, TokenEvent, TokenLogprobs
+from serving.token_names import TokenNames
 
 CE, NSP = 10**6, 10**6 + 1  # ids of no tokenizer
 
@@ -148,6 +150,24 @@ def test_tokens_have_their_offset():
     # a stop string takes its tokens with it
     cut, _ = written(tokenizer, events, stop=["東"])
     assert len(cut.tokens) == first_of_span
+
+
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_names_of_tokens_add_up_to_the_text(kind):
+    tokenizer = TOKENIZERS[kind]()
+    answer, _ = written(tokenizer, events_of(tokenizer, "the painting at the painting"))
+    names = [TokenNames(tokenizer).name(token.event.token_id) for token in answer.tokens]
+    assert "".join(name for name, _ in names).strip() == answer.text
+    assert b"".join(bytes(token_bytes) for _, token_bytes in names).decode().strip() == answer.text
+
+
+def test_a_word_has_another_name_with_and_without_a_space():
+    vocab = {token: id for id, token in enumerate(["<unk>", "<s>", "</s>", "the", "▁the", "a"])}
+    names = TokenNames(LlamaTokenizer(vocab=vocab, merges=[]))
+    event = TokenEvent(4, TokenLogprobs(-1.0, [(4, -1.0), (3, -2.0), (2, -3.0)]))
+    logprobs = names.completion_logprobs([AnswerToken(event, 0)])
+    assert logprobs["tokens"] == [" the"]
+    assert logprobs["top_logprobs"] == [{" the": -1.0, "the": -2.0, "</s>": -3.0}]
 
 
 def test_the_usage_counts_as_generate_does():

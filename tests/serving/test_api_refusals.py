@@ -34,6 +34,7 @@ openai = pytest.importorskip("openai", reason="needs the official client: pip in
 MESSAGES = [{"role": "user", "content": "who?"}]
 CHAT = {"model": "tiny", "messages": MESSAGES}
 KEY = "schlüssel"  # not ASCII: the comparison is of bytes
+KEYS_THAT_END_LIKE_SPACE = ["voilà", "успех"]  # their last byte, in Latin-1, is white space
 ERRORS = {  # what the engine raises; the status, and what the official client raises
     "unsupported": (UnsupportedSetting("force_nsp_first: no index."), 400, openai.BadRequestError),
     "full": (QueueFull("The queue is full.", retry_after=7), 429, openai.RateLimitError),
@@ -78,7 +79,7 @@ def server(engine):
     settings = ApiSettings(
         "tiny",
         GenerationConfig(do_sample=True, temperature=0.7, top_p=0.9, max_new_tokens=11),
-        api_keys=["other", KEY],
+        api_keys=["other", KEY, *KEYS_THAT_END_LIKE_SPACE],
         max_body_bytes=20_000,
         max_new_tokens=30,
         request_timeout=60,
@@ -326,9 +327,21 @@ def test_prompts_are_logged_only_if_asked_for(http, engine, caplog):
     assert http.post("/v1/chat/completions", json=secret).status_code == 200
     assert http.post("/v1/chat/completions", json={**secret, "foo": 1}).status_code == 400
     assert "secret" not in caplog.text
+    bodies = []
+    for content in ("my secret", "break search"):
+        bodies += [
+            {**CHAT, "messages": [{"role": "user", "content": content}], "stream": way} for way in (False, True)
+        ]
     with started_server(ScriptedEngine(make_model(), engine.script), ApiSettings("tiny", log_prompts=True)) as server:
-        assert http.post(f"{server.url}/v1/chat/completions", json=secret).status_code == 200
-    assert "my secret" in caplog.text and "'role': 'assistant'" in caplog.text
+        for body in bodies:
+            http.post(f"{server.url}/v1/chat/completions", json=body)
+    messages = [record.message for record in caplog.records if record.message.startswith("chatcmpl-")]
+    answers = [engine.tokenizer.decode(ids) for ids in ([70, 71], [70, 71], [70], [70])]  # two broke off
+    assert len(messages) == 2 * len(bodies)
+    for body, answer, prompt_line, answer_line in zip(bodies, answers, messages[::2], messages[1::2], strict=True):
+        response_id = prompt_line.partition(":")[0]
+        assert body["messages"][0]["content"] in prompt_line
+        assert answer_line == f"{response_id}: {answer!r}"
 
 
 # ---------------------------------------------------------------------- keys
@@ -341,6 +354,12 @@ def test_a_wrong_key_gets_401(anyone, authorization):
     assert refusal(response, 401)["type"] == "authentication_error"
     assert anyone.get("/v1/models", headers=headers).status_code == 401
     assert anyone.get("/health", headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize("key", KEYS_THAT_END_LIKE_SPACE)
+def test_a_right_key_passes_whatever_its_bytes(anyone, key):
+    for authorization in (f"Bearer {key}", f"bearer \t {key}"):
+        assert anyone.get("/v1/models", headers={"Authorization": authorization.encode()}).status_code == 200
 
 
 def test_the_official_client_raises_its_own_errors(server, client):
@@ -449,6 +468,20 @@ def test_the_metrics_count_by_route_and_status(http, engine):
     ]:
         assert value(after, name) - value(before, name) == before_stream, name
         assert value(streamed, name) - value(after, name) == by_stream, name
+
+
+def test_the_metrics_count_a_prompt_once_and_only_if_it_is_answered(http, engine):
+    def num_prompt_tokens():
+        lines = http.get("/metrics").text.splitlines()
+        return next(float(line.split()[1]) for line in lines if line.startswith("cosup_prompt_tokens_total "))
+
+    before = num_prompt_tokens()
+    for prompt in ("fail full", "fail backend"):
+        assert http.post("/v1/completions", json={"model": "tiny", "prompt": prompt}).status_code in (429, 502)
+    assert num_prompt_tokens() == before
+    prompts = [[5, 6, 7], [5]]
+    assert http.post("/v1/completions", json={"model": "tiny", "prompt": prompts, "n": 2}).status_code == 200
+    assert num_prompt_tokens() == before + 4
 
 
 def test_at_the_end_running_answers_finish_and_new_ones_get_503(server, http, engine):

@@ -15,10 +15,11 @@ import pytest
 from modeling_cosup import CoSupForCausalLM, RetrievalConfig
 from support.served_answers import alone, check_answer, make_parts, requests_of
 
+from serving import embedded_engine
 from serving.api import ApiSettings, build_app
 from serving.decoding_process import DecodingProcess, _decode, _obey
 from serving.embedded_engine import EmbeddedEngine
-from serving.engine import BackendFailed, GenerationRequest, RetrievalEvent, UnsupportedSetting
+from serving.engine import BackendFailed, GenerationRequest, RetrievalEvent, ShuttingDown, UnsupportedSetting
 from serving.errors import from_engine
 from serving.running import EngineServer, open_socket
 from serving.served_model import ServedModel
@@ -96,6 +97,42 @@ def test_answers_and_a_killed_process(tmp_path):
         asyncio.run(asyncio.wait_for(test(), 60))
     with pytest.raises(ProcessLookupError):  # no zombie is left
         os.kill(engine.decoding.pid, 0)
+
+
+def test_a_process_that_hangs_holds_the_event_loop_up_in_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(embedded_engine, "_LAST_SECONDS", 0.2)
+    model, index = make_parts("gpt2")
+    model.save_pretrained(tmp_path / "model")
+    index.save_pretrained(tmp_path / "index")
+    engine = EmbeddedEngine(DecodingProcess(load, tmp_path))
+
+    async def test():
+        await engine.start()
+        os.kill(engine.decoding.pid, signal.SIGSTOP)
+        # many times what a pipe holds
+        requests = [GenerationRequest([7] * 2000, 1) for _ in range(100)]
+        answers = [asyncio.create_task(events_of(engine, request)) for request in requests]
+        while engine.load().waiting < len(requests):
+            await asyncio.sleep(0.002)
+        assert await engine.is_healthy()
+        for answer in answers[:50]:
+            answer.cancel()
+        with pytest.raises(asyncio.TimeoutError):
+            await asyncio.wait_for(engine.stop(), 0.1)
+        await engine.stop(drain=False)
+        for outcome in await asyncio.gather(*answers[50:], return_exceptions=True):
+            assert isinstance(outcome, ShuttingDown)
+
+    # if the event loop stood still, so would its own timeout
+    killer = threading.Timer(60, engine.decoding._process.kill)
+    killer.start()
+    try:
+        asyncio.run(test())
+        assert engine.decoding._process.exitcode == -signal.SIGKILL and killer.is_alive()
+    finally:
+        killer.cancel()
+    engine.decoding._sending.join(10)
+    assert not engine.decoding._sending.is_alive()
 
 
 def test_a_process_whose_server_ends_does_not_load_its_model(monkeypatch):

@@ -399,16 +399,30 @@ def test_a_pass_that_breaks_off_fails_its_requests_and_the_engine_goes_on(model,
     run(test, model, index, max_running=2)
 
 
-def test_an_engine_whose_passes_all_break_off_is_ill(model, index, monkeypatch):
+def test_an_engine_whose_passes_all_break_off_is_ill_for_a_while(model, index, monkeypatch):
     async def test(engine):
         def broken(*args, **kwargs):
             raise RuntimeError("device-side assert")
 
-        monkeypatch.setattr(model.gen.base_model, "forward", broken)
-        for healthy in (True, True, False):
+        async def fails():
             with pytest.raises(BackendFailed, match="RuntimeError"):
                 await events_of(engine, request(model))
+
+        forward = model.gen.base_model.forward
+        monkeypatch.setattr(model.gen.base_model, "forward", broken)
+        for healthy in (True, True, False):
+            await fails()
             assert await engine.is_healthy() == healthy
+        monkeypatch.setattr(embedded_engine, "_RECOVERY", 0.2)
+        while not await engine.is_healthy():  # without a request
+            await asyncio.sleep(0.01)
+        monkeypatch.setattr(embedded_engine, "_RECOVERY", 30)
+        assert time.monotonic() - engine._last_crash >= 0.2
+        await fails()
+        assert not await engine.is_healthy()  # one more is enough
+        monkeypatch.setattr(model.gen.base_model, "forward", forward)
+        await events_of(engine, request(model))
+        assert await engine.is_healthy()
 
     run(test, model, index)
 
@@ -504,6 +518,40 @@ def test_embeddings_between_passes_are_those_of_index_and_generate(model, index)
         running.cancel()
 
     run(test, model, index)
+
+
+def test_embeddings_wait_in_the_same_queue_and_leave_it_with_their_client(model, index, monkeypatch):
+    goes_on = threading.Event()
+    embed = model.embed_prompts
+    num_prompts = []  # of each batch
+
+    def slow(prompts):
+        num_prompts.append(len(prompts))
+        goes_on.wait(60)
+        return embed(prompts)
+
+    monkeypatch.setattr(model, "embed_prompts", slow)
+
+    async def test(engine):
+        tasks = [asyncio.create_task(engine.embed_queries(["who?"] * count)) for count in (1, 2, 3)]
+        await until_load(engine, 0, 3)
+        refused = (engine.embed_queries(["who?"]), engine.embed_passages(PASSAGES), events_of(engine, request(model)))
+        for work in refused:
+            with pytest.raises(QueueFull, match="try again later") as refusal:
+                await work
+            assert 1 <= refusal.value.retry_after <= 60
+        tasks[1].cancel()
+        await until_load(engine, 0, 2)
+        answer = asyncio.create_task(events_of(engine, request(model)))
+        await until_load(engine, 0, 3)
+        goes_on.set()
+        assert [len(await tasks[number]) for number in (0, 2)] == [1, 3]
+        assert isinstance((await answer)[-1], EndEvent)
+        assert num_prompts == [1, 3]
+        assert (engine.load().running, engine.load().waiting) == (0, 0)
+        assert not engine._batches and not engine.decoding._jobs
+
+    run(test, model, index, max_running=1, max_waiting=2)
 
 
 def test_embeddings_that_cannot_be_made_are_refused(model, index, monkeypatch):

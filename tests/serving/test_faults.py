@@ -225,7 +225,7 @@ def test_a_port_in_use_and_a_shutdown_under_load(world, tmp_path):
     assert refused.stderr == f"error: --host 127.0.0.1 --port {port}: Address already in use.\n"
 
     with ThreadPoolExecutor() as pool, openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="-") as client:
-        process = pool.submit(run_forked, "-c", RUN, pid_file, *command, env={"COSUP_API_KEY": ""})
+        process = pool.submit(run_forked, "-c", RUN, pid_file, *command, env={"COSUP_API_KEY": None})
         wait_until_healthy(port, process)
         with stream(client, "when?", 600) as chunks:
             next(chunks)

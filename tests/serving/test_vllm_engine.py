@@ -148,13 +148,15 @@ def test_streamed_equals_not_streamed(world):
     assert len([event for event in streamed if isinstance(event, TokenEvent)]) > 3
 
 
-def test_sampling_settings_reach_the_server_and_each_piece_has_its_seed(world):
+@pytest.mark.parametrize(("top_k", "expected"), [(None, 50), (0, 0), (7, 7)])
+def test_sampling_settings_reach_the_server_and_each_piece_has_its_seed(world, monkeypatch, top_k, expected):
+    monkeypatch.setattr(world.bare_model.generation_config, "top_k", top_k)
     request = world.request(6, force_nsp_first=True, temperature=0.7, top_p=0.9, seed=5, max_retrievals=1)
     world.run(lambda engine: events_of(engine, request))
     body = world.stand_in("gen").bodies[1]  # after the check of the start
     assert (body["temperature"], body["top_p"], body["seed"]) == (0.7, 0.9, 6)  # [NSP] was decided before
     assert body["bad_words"] == ["[Cs]", "[NSP]"]
-    assert body["ignore_eos"] and body["top_k"] == 0
+    assert body["ignore_eos"] and body["top_k"] == expected
 
 
 def test_all_requests_of_an_answer_have_one_session(world):
@@ -534,6 +536,15 @@ def test_the_queue_is_bounded_and_a_closed_request_frees_its_slot(slow_world):
             await asyncio.sleep(0.01)
 
     slow_world.run(test, max_running=1, max_waiting=1)
+
+
+def test_embeddings_are_bounded_too(world):
+    async def test(engine):
+        return await asyncio.gather(*[engine.embed_queries(["who?"]) for _ in range(3)], return_exceptions=True)
+
+    first, second, refused = world.run(test, max_running=1, max_waiting=1)
+    assert first.shape == second.shape == (1, 32)
+    assert isinstance(refused, QueueFull)
 
 
 @pytest.mark.parametrize("incremental", [True, False])
