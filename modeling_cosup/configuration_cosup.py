@@ -146,7 +146,8 @@ class CoSupConfig(PreTrainedConfig):
                 f" from_gen_and_emb_seq(gen, tie_emb_seq={not is_tied})."
             )
         similarity = unused_kwargs.get("similarity", config.get("similarity"))
-        if similarity != config.get("similarity") and unused_kwargs.get("temperature") is None:
+        is_complete = all(unused_kwargs.get(setting) is not None for setting in ("temperature", "nsp_loss_weight"))
+        if similarity != config.get("similarity") and not is_complete:
             logger.warning(
                 f"similarity={similarity!r} keeps the temperature and λ of the checkpoint {name}, which suit"
                 f" {config.get('similarity')!r}: give temperature and nsp_loss_weight too."

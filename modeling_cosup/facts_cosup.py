@@ -5,6 +5,7 @@ They hold a hash of the weights that they are about, so that a model that is loa
 its weights are still the same. `trainer/card.py` records facts, `card_cosup` shows them in a card.
 """
 
+import os
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, cast
 
@@ -128,26 +129,22 @@ def lasting_facts(facts: Facts) -> Facts:
 
 def facts_to_push(
     folder: Path,
-    repo_id: str,
+    earlier: Facts,
     weights: str | None,
     index: str | None = None,
     license: str | None = None,
     tags: str | list[str] | None = None,
-    **hub_options: Any,
 ) -> Facts:
     """
     Return what a push records: the facts in a folder, those given here, and those of an earlier push that still hold.
 
     Args:
-        folder (`Path`), repo_id (`str`): of the checkpoint, and where it is pushed to.
-        weights (`str`, *optional*): hash of its weights.
+        folder (`Path`): of the checkpoint.
+        earlier (`Facts`): of an earlier push, as far as they hold.
+        weights (`str`, *optional*): hash of the weights that the facts are about.
         index, license, tags (*optional*): given with the push; tags are appended to the recorded ones.
-        **hub_options: of the repository, such as `revision` and `token`.
     """
-    earlier = load_facts(repo_id, **hub_options)
-    facts = cast(Facts, {**lasting_facts(earlier), **load_facts(folder)})
-    if index is None and weights is not None and earlier.get("weights") == weights:
-        index = earlier.get("index")
+    facts = cast(Facts, {**earlier, **load_facts(folder)})
     if index is not None:
         facts["index"] = index
     if license is not None:
@@ -165,7 +162,7 @@ def carry_facts(model: HashedModel, folder: Path, weights: str | None = None) ->
     Write the facts of a model, and the plot of its losses, to a folder in which it is saved.
 
     Facts that the folder holds about the same weights are left in place. Facts about other weights are removed, and so
-    are their `results.json` and a generated card that shows their results.
+    is a generated card that shows their results. Their `results.json` is kept under another name, which is not pushed.
 
     Args:
         model ([`CoSupForCausalLM`]), weights (`str`, *optional*): as in [`facts_of`].
@@ -174,7 +171,9 @@ def carry_facts(model: HashedModel, folder: Path, weights: str | None = None) ->
     folder.mkdir(parents=True, exist_ok=True)
     held = load_facts(folder).get("weights")
     if held is not None and weights is not None and held != weights:
-        (folder / RESULTS_FILE).unlink(missing_ok=True)
+        results = folder / RESULTS_FILE
+        if results.exists():
+            os.replace(results, folder / f"earlier_{RESULTS_FILE}")
     if weights is None or held != weights:
         _copy_facts(model, folder, weights)
     if not load_facts(folder).get("results"):

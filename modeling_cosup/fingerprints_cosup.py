@@ -69,8 +69,12 @@ def check_memory_fingerprint(
 
 
 @torch.no_grad()
-def hash_parameters(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """Return the SHA-256 (hex) of each parameter's name, shape and up to 8,192 evenly spread weights, in bfloat16."""
+def hash_parameters(parameters: Iterable[tuple[str, torch.Tensor]], cast_to: torch.dtype | None = None) -> str:
+    """
+    Return the SHA-256 (hex) of each parameter's name, shape and up to 8,192 evenly spread weights, in bfloat16.
+
+    With `cast_to`, it is the hash that the weights would have after a cast to that dtype.
+    """
     titles, samples = [], []
     for name, parameter in parameters:
         weights = parameter.detach()
@@ -79,7 +83,8 @@ def hash_parameters(parameters: Iterable[tuple[str, torch.Tensor]]) -> str:
         titles.append(f"{name} {tuple(weights.shape)}".encode())
         weights = weights.reshape(-1)
         stride = max(1, len(weights) // 4096)
-        samples.append(weights[::stride].to(torch.bfloat16, copy=True))  # no view of weights that were gathered
+        sample = weights[::stride].to(cast_to or weights.dtype)
+        samples.append(sample.to(torch.bfloat16, copy=True))  # no view of weights that were gathered
     digest = hashlib.sha256()
     for title, sample in zip(titles, _on_host(samples), strict=True):
         digest.update(title)

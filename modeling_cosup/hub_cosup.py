@@ -87,20 +87,24 @@ def weight_files(variant: str | None = None) -> tuple[str, ...]:
     return f"{stem}.safetensors", f"{stem}-?????-of-?????.safetensors", f"{index}.json"
 
 
-def replaced_files(adapters: bool = False, variant: str | None = None) -> tuple[str, ...]:
+def replaced_files(
+    adapters: bool = False, variant: str | None = None, keeps_measured: bool = False
+) -> tuple[str, ...]:
     """
     Return patterns of the files that a push deletes unless it uploads new ones: the new checkpoint may have fewer.
 
     Args:
         adapters (`bool`): whether adapters are pushed, not a whole model.
         variant (`str`, *optional*): of the weights; the weights of other variants stay.
+        keeps_measured (`bool`): what was measured with the weights of the repository still holds.
     """
+    measured = () if keeps_measured else MEASURED_FILES
     if adapters:
-        return (*ADAPTER_FILES, *MEASURED_FILES)
+        return (*ADAPTER_FILES, *measured)
     return (
         *weight_files(variant),
         *ADAPTER_FILES,  # next to them, the model would be loaded as their base
-        *MEASURED_FILES,
+        *measured,
         "*_cosup.py",
         f"{EMB_SEQ_TOKENIZER_FOLDER}/*",
         f"{EMB_SEQ_TOKENIZER_FOLDER}/additional_chat_templates/*",
@@ -126,7 +130,8 @@ def matching_files(folder: str | os.PathLike[str], patterns: Iterable[str]) -> d
 
 def check_download_options(options: Iterable[str]) -> None:
     """Raise a `TypeError` for an option that a download does not have, also if a local folder needs no download."""
-    unknown = sorted(set(options) - set(inspect.signature(snapshot_download).parameters))
+    known = set(inspect.signature(snapshot_download).parameters) - {"repo_id", "repo_type", "allow_patterns"}
+    unknown = sorted(set(options) - known)
     if unknown:
         raise TypeError(f"Loading has no option {unknown[0]!r}, and neither has huggingface_hub.snapshot_download.")
 

@@ -89,7 +89,7 @@ class MilvusConnection:
             **kwargs: arguments of the method.
 
         Raises:
-            `ConnectionError`: if the server did not answer any of `max_retries + 1` calls, or not yet.
+            `ConnectionError`: if the server did not answer, or was still not ready, after `max_retries + 1` calls.
             `OSError`: if Milvus refuses the request.
         """
         pymilvus, grpc = milvus_packages()

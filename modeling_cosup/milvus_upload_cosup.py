@@ -79,9 +79,10 @@ def _may_resume(connection: MilvusConnection, source: str, overwrite: bool) -> b
 
 def check_can_be_uploaded(connection: MilvusConnection) -> None:
     """
-    Raise `FileExistsError` if the collection exists and is not an unfinished upload, whose index shows only later.
+    Raise `FileExistsError` if the collection exists and is not an unfinished upload.
 
-    A recipe asks before it embeds a corpus, which may take days.
+    A recipe asks before it embeds a corpus, which may take days. Whether an unfinished upload is of the same index can
+    be checked only after that.
     """
     if connection.call("has_collection", "looking for the collection"):
         properties = connection.call("describe_collection", "reading the collection's properties")["properties"]

@@ -191,7 +191,8 @@ class CoSupForCausalLM(  # type: ignore[misc]  # its generate() takes more argum
         if missing and not model._hf_peft_config_loaded:  # transformers reports tied weights of adapters as missing
             raise ValueError(f"{name_or_path} lacks {len(missing)} weights of its model, e.g. {missing[0]}.")
         model.hub_options = {name: kwargs[name] for name in KEPT_HUB_OPTIONS if name in kwargs}
-        model._remember_states()
+        for name in ("emb_seq", "gen"):
+            model._remember_state(name)
         return loaded if output_loading_info else model
 
     # ------------------------------------------------------------------ forward

@@ -24,8 +24,8 @@ class Range:
 
 
 COUNT = Range("an integer of 1 or more", Integral, lambda value: value >= 1)
-POSITIVE = Range("a number above 0", Real, lambda value: value > 0)
-NOT_NEGATIVE = Range("a number of 0 or more", Real, lambda value: value >= 0)
+POSITIVE = Range("a finite number above 0", Real, lambda value: value > 0)
+NOT_NEGATIVE = Range("a finite number of 0 or more", Real, lambda value: value >= 0)
 
 
 def check_number(name: str, value: Any, allowed: Range) -> None:

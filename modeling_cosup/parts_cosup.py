@@ -338,7 +338,8 @@ def _folder_name(folder: str | os.PathLike[str]) -> str:
 def _take_commit_options(kwargs: dict[str, Any]) -> dict[str, Any]:
     """Take the options of a commit out of those of a save; raise a `TypeError` for what is neither."""
     commit_options = {name: kwargs.pop(name) for name in _COMMIT_OPTIONS if name in kwargs}
-    unknown = sorted(set(kwargs) - set(inspect.signature(PreTrainedModel.save_pretrained).parameters))
+    known = {*inspect.signature(PreTrainedModel.save_pretrained).parameters, "safe_serialization"}
+    unknown = sorted(set(kwargs) - known)
     if unknown:
         raise TypeError(f"Saving or pushing a part has no option {unknown[0]!r}.")
     return commit_options

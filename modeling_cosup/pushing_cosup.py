@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
-from .facts_cosup import facts_to_push
+from .facts_cosup import facts_to_push, lasting_facts, load_facts
 from .hub_cosup import (
     CARD_FILE,
     FACTS_FILE,
@@ -58,7 +58,14 @@ def push_folder(
         check_adapter_base(base, repo_id)
     repo_id = make_repo(repo_id, private, token)
     weights = None if adapters else model.hash_all_weights()
-    facts = facts_to_push(Path(folder), repo_id, weights, index, license, tags, token=token, revision=revision)
+    # a branch that the push makes begins as a copy of the main one
+    earlier = load_facts(repo_id, token=token, revision=revision) or load_facts(repo_id, token=token)
+    if variant is not None:  # stands next to the weights that were measured
+        weights = earlier.get("weights")
+    keeps_measured = variant is not None or (weights is not None and earlier.get("weights") == weights)
+    if not keeps_measured:
+        earlier = lasting_facts(earlier)
+    facts = facts_to_push(Path(folder), earlier, weights, index, license, tags)
     cards = package_cards()
     if cards is not None:
         card = cards.model_card(model, repo_id, facts, base)
@@ -71,5 +78,5 @@ def push_folder(
     files: dict[str, Path | str | bytes] = {**checkpoint_files(folder, adapters), CARD_FILE: card.encode()}
     if facts:
         files[FACTS_FILE] = (json.dumps(facts, indent=2, ensure_ascii=False) + "\n").encode()
-    replaced = replaced_files(adapters, variant)
+    replaced = replaced_files(adapters, variant, keeps_measured)
     return push_files(files, repo_id, replaced, token=token, revision=revision, **commit_options)

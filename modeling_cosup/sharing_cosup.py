@@ -55,7 +55,7 @@ class SharingMixin(ModelBase):
     _tokenizer: PreTrainedTokenizerBase | None
     _emb_seq_tokenizer: PreTrainedTokenizerBase | None
     hub_options: dict[str, Any]  # with which the checkpoint was loaded, such as `token` and `subfolder`
-    _seen_states: dict[Any, Any]  # of weights and tokenizers, when their hashes were taken or loaded
+    _seen_states: dict[str, Any]  # what parts, in float16, and tokenizers were like when their stored hashes were true
 
     # ------------------------------------------------------------------ hashes
 
@@ -67,9 +67,9 @@ class SharingMixin(ModelBase):
 
         The weights are hashed only if they are complete and in float32 or bfloat16 (a cast between the two keeps the
         hash). If they are quantised, sharded, offloaded, in float16 or not loaded, the hash of the last save is
-        returned, so that none of these makes an index unusable. Adapters, and weights in float16 that have changed
-        since they were loaded, are hashed nevertheless. Training Gen changes the fingerprint of a tied model
-        (`tie_emb_seq`), whose Gen is Emb_seq, but not that of two towers.
+        returned, so that none of these makes an index unusable. Two exceptions are always hashed: adapters, and
+        weights in float16 that have changed since the stored hash was true. Training Gen changes the fingerprint of a
+        tied model (`tie_emb_seq`), whose Gen is Emb_seq, but not that of two towers.
 
         Args:
             state_dict (`dict`, *optional*): this model's full state dict, needed if the parameters in memory are
@@ -86,12 +86,13 @@ class SharingMixin(ModelBase):
             hashes["emb_seq"] = cast(dict, self.config.fingerprint)["emb_seq"]
         else:
             hashes["emb_seq"] = self._hash_emb_seq(state_dict)
+            self._remember_state("emb_seq")
         self.config.fingerprint = {**(self.config.fingerprint or {}), **hashes}
         return {**hashes, **self.config.embedding_settings}
 
     def _stored_hash_holds(self, name: str, state_dict: dict[str, torch.Tensor] | None = None) -> bool:
         """Return whether the stored hash of Emb_seq or Gen stands for weights that cannot be hashed as they are."""
-        part = self.emb_seq if name == "emb_seq" else cast(PreTrainedModel, self.gen.base_model)
+        part = self._hashed_part(name)
         if not (self.config.fingerprint or {}).get(name):
             return False
         if part is None:
@@ -104,13 +105,20 @@ class SharingMixin(ModelBase):
             return False
         if getattr(self, "hf_quantizer", None) is not None:
             return True
-        state = self._hash_emb_seq() if name == "emb_seq" else self._hash_gen()
-        return self._seen_states.setdefault((name, part.dtype), state) == state  # as when first seen in this dtype
+        state = hash_parameters(part.named_parameters(), torch.float16)
+        return self._seen_states.setdefault(name, state) == state
 
-    def _remember_states(self) -> None:
-        """Remember the weights of a checkpoint that was just loaded, if the stored hashes must stand for them."""
-        self._stored_hash_holds("emb_seq")
-        self._stored_hash_holds("gen")
+    def _remember_state(self, name: str) -> None:
+        """Remember what Emb_seq or Gen is like in float16 while its stored hash is true."""
+        part = self._hashed_part(name)
+        if part is None or any(is_elsewhere(weight) for weight in part.parameters()):
+            self._seen_states.pop(name, None)
+        else:
+            self._seen_states[name] = hash_parameters(part.named_parameters(), torch.float16)
+
+    def _hashed_part(self, name: str) -> PreTrainedModel | None:
+        """Return Emb_seq or the body of Gen, by the name of its hash."""
+        return self.emb_seq if name == "emb_seq" else cast(PreTrainedModel, self.gen.base_model)
 
     def _forget_fingerprint(self, *names: str) -> None:
         """Drop the stored hashes that no longer describe this model."""
@@ -168,6 +176,7 @@ class SharingMixin(ModelBase):
             gen = cast(dict, self.config.fingerprint)["gen"]
         else:
             gen = self._hash_gen()
+            self._remember_state("gen")
         self.config.fingerprint = {**(self.config.fingerprint or {}), **hashes, "gen": gen}
         return {"gen": gen, "tokenizer": hashes["tokenizer"], "key": key}
 

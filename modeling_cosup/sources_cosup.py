@@ -164,14 +164,15 @@ def to_one_dtype(parts: Mapping[str, PreTrainedModel | None]) -> None:
     if len(set(dtypes.values())) < 2:
         return
     widest = functools.reduce(torch.promote_types, dtypes.values())
+    given = ", ".join(f"{name} is in {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
+    size = sum(part.num_parameters() for part in plain.values()) * widest.itemsize / 1e9
+    logger.warning(
+        f"{given}: all become {str(widest).removeprefix('torch.')}, in which none loses precision and which takes"
+        f" {size:,.1f} GB. To have another, load them in it, for example with dtype='bfloat16'."
+    )
     for part in plain.values():
         cast(torch.nn.Module, part).to(widest)
         part.config.dtype = widest
-    given = ", ".join(f"{name} is in {str(dtype).removeprefix('torch.')}" for name, dtype in dtypes.items())
-    logger.warning(
-        f"{given}: all are now in {str(widest).removeprefix('torch.')}, in which none loses precision. To have"
-        " another, load them in it (dtype=)."
-    )
 
 
 def fitting_head(head: torch.Tensor, gen_config: PreTrainedConfig, query_from: str | None) -> torch.Tensor | None:

@@ -86,6 +86,7 @@ def main() -> None:
         labels = labels_of(AutoConfig.from_pretrained(nli.model_name_or_path))
         model = AutoModelForSequenceClassification.from_pretrained(
             nli.model_name_or_path,
+            use_safetensors=True,
             num_labels=2,
             id2label=labels,
             label2id={name: i for i, name in labels.items()},

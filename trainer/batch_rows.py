@@ -81,8 +81,8 @@ class BatchRows:
         passages (`list[tuple[int, ...]]`): token ids of each passage row.
         passage_keys (`list[list[int]]`): for each passage row, a hash of its content, then hashes of its ids.
         row_of_passage (`dict[PassageMention, int]`): for each mention of a passage, its passage row.
-        query_rows (`list[list[Query]]`): the queries that an encoder reads in one row, which is the last of them; the
-            others are its beginnings.
+        query_rows (`list[list[Query]]`): the queries that share one row of an encoder: the last is the row, the others
+            are prefixes of it.
     """
 
     instances: list[InstanceRow]

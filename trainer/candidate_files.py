@@ -213,11 +213,6 @@ class IndexFolders:
         for path in source.iterdir():
             link_or_copy(path, target / path.name)
 
-    def clear(self) -> None:
-        """Remove what killed trainings and evaluations have left."""
-        self.keep([])
-        self.remove(EVALUATION)
-
     def keep(self, names: Sequence[str]) -> None:
         """Remove the indexes of all steps but these; no rank may search the others any more."""
         if rank() > 0:

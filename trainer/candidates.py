@@ -231,7 +231,7 @@ class CandidateIndex:
         """At the beginning of a training, forget earlier refreshes and check its arguments, which may have changed."""
         self._check_counts()
         self._forget()
-        self.folders.clear()
+        self.folders.keep([])  # what a killed training has left
 
     def close(self, model: CoSupForCausalLM) -> None:
         """At the end of a training, forget all indexes except a given one that is still valid."""

@@ -24,9 +24,11 @@ from transformers.utils.hub import PushInProgress
 
 from modeling_cosup.card_cosup import model_card
 from modeling_cosup.facts_cosup import Facts, ResultGroup, lasting_facts, load_facts
+from modeling_cosup.files_cosup import write_json
 from modeling_cosup.hub_cosup import (
     CARD_FILE,
     CURVES_FILE,
+    FACTS_FILE,
     check_adapter_base,
     checkpoint_files,
     is_repo_id,
@@ -245,8 +247,10 @@ class HubMixin(TrainerBase):
             return
         base_name = None if adapters is None else adapters.base_model_name_or_path
         assert self.hub_model_id is not None  # set when the repository was created
-        # no facts: nothing has been measured with these weights
-        card = model_card(without_peft(self.model), self.hub_model_id, {}, base_name)
+        facts = lasting_facts(load_facts(_output_dir(self.args)))  # nothing has been measured with these weights
+        if facts:
+            write_json(folder / FACTS_FILE, facts)
+        card = model_card(without_peft(self.model), self.hub_model_id, facts, base_name)
         (folder / CARD_FILE).write_text(card, encoding="utf-8")
         job = self._hub_api.run_as_future(
             _push_and_remove,

@@ -7,7 +7,7 @@ that a program lists its options at once.
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 from transformers.trainer_utils import SchedulerType
@@ -35,7 +35,8 @@ NUMBERS = {
     "label_smoothing_factor": Range("a number of 0 or more, and less than 1", Real, lambda value: 0 <= value < 1),
 }
 OPTIONAL_NUMBERS = {
-    **dict.fromkeys(("nsp_batch_size", "max_tokens_per_micro_batch", "dataset_num_proc"), COUNT),
+    **dict.fromkeys(("nsp_batch_size", "max_tokens_per_micro_batch"), COUNT),
+    "dataset_num_proc": Range("an integer of 0 or more", Integral, lambda value: value >= 0),
     **dict.fromkeys(("rerank_candidates", "gradient_cosine_steps"), COUNT),
     **dict.fromkeys(("control_token_lr", "target_temperature"), POSITIVE),
     "lr_decay_per_epoch": Range("a number above 0, and at most 1", Real, lambda value: 0 < value <= 1),

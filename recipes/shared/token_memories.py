@@ -17,7 +17,7 @@ def load_gen(name: str, dtype: str) -> tuple[Any, PreTrainedTokenizerBase]:
     if AutoConfig.from_pretrained(name).model_type == "cosup":
         model = CoSupForCausalLM.from_pretrained(name, dtype=dtype, load_emb_seq=False)
     else:
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True)
     return model.eval(), AutoTokenizer.from_pretrained(name)
 
 

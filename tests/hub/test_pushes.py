@@ -143,7 +143,9 @@ def test_a_variant_of_the_weights_stands_next_to_the_others(stub, tmp_path, part
     push = {"push_to_hub": True, "repo_id": "me/m", "max_shard_size": size}
     save(tmp_path / "a", **push)
     main = {name for name in stub.files if name.startswith("model") and not name.endswith(".py")}
+    stub.files["results.json"] = b"{}"
     save(tmp_path / "b", **push, variant="fp16")
+    assert "results.json" in stub.files  # of the main weights
     variant = {name for name in stub.files if name.startswith("model") and not name.endswith(".py")} - main
     assert main <= set(stub.files)
     assert ("model.safetensors.index.fp16.json" if size == "70KB" else "model.fp16.safetensors") in variant
@@ -169,13 +171,16 @@ def test_parts_are_pushed_as_asked_and_unknown_options_are_named(stub, tmp_path)
 def test_what_a_push_states_stays_true_for_the_next_one(stub):
     model = make_model()
     model.push_to_hub("me/m", license="mit", tags=["mine"], index="me/m-index")
+    stub.files["results.json"] = b"{}"
     model.push_to_hub("me/m", tags="more")
+    assert "results.json" in stub.files  # of the same weights
     facts, card = json.loads(stub.read("training_facts.json")), stub.read("README.md")
     assert (facts["license"], facts["tags"], facts["index"]) == ("mit", ["mine", "more"], "me/m-index")
     assert all(text in card for text in ("license: mit", "- mine", "- more", 'load_index("me/m-index")'))
     with torch.no_grad():
         next(model.parameters()).add_(1)
     model.push_to_hub("me/m")
+    assert "results.json" not in stub.files
     facts = json.loads(stub.read("training_facts.json"))
     assert facts["license"] == "mit"
     assert "index" not in facts  # it is of the earlier weights
@@ -187,7 +192,7 @@ def test_the_index_of_a_card_on_the_hub_is_a_repository(stub, tmp_path):
     assert not stub.commits
 
 
-def test_results_of_other_weights_are_removed(tmp_path):
+def test_results_of_other_weights_get_another_name(tmp_path):
     model = make_model()
     model.save_pretrained(tmp_path)
     write_json(tmp_path / "results.json", {})
@@ -198,6 +203,7 @@ def test_results_of_other_weights_are_removed(tmp_path):
         next(model.parameters()).add_(1)
     model.save_pretrained(tmp_path)
     assert not (tmp_path / "results.json").exists()
+    assert (tmp_path / "earlier_results.json").exists()
 
 
 @pytest.mark.parametrize("earlier", [None, OWN_CARD, hub_cosup.CARD_MARKER, "# Model Card for Model ID"])

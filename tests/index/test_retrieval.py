@@ -462,6 +462,25 @@ def test_adapters_on_emb_seq_change_the_fingerprint(model):
     assert merged.fingerprint() == fresh.fingerprint()
 
 
+def test_a_cast_to_float16_keeps_a_stored_hash_that_is_true(model, tmp_path):
+    folder = saved(model, tmp_path / "model")
+    before = model.fingerprint()
+    assert CoSupForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).half().fingerprint() == before
+    changed = CoSupForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        next(changed.emb_seq.parameters()).add_(0.5)
+    saved_again = changed.fingerprint()
+    assert saved_again != before
+    assert changed.half().fingerprint() == saved_again
+    with torch.no_grad():
+        next(changed.emb_seq.parameters()).add_(0.5)
+    assert changed.fingerprint() not in (before, saved_again)
+    unseen = CoSupForCausalLM.from_pretrained(folder)
+    with torch.no_grad():
+        next(unseen.emb_seq.parameters()).add_(0.5)
+    assert unseen.half().fingerprint() != before  # nobody asked in float32, after the change
+
+
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's
 @pytest.mark.parametrize("part", ["emb_seq", "gen"])
 def test_adapters_on_weights_in_float16_change_the_hash_that_was_stored(model, tmp_path, part):

@@ -324,7 +324,8 @@ def list_f1(output: str, answer_lists: list[list[str]]) -> float:
     listed = [normalize_answer(item) for item in output.rstrip().rstrip(".").rstrip(",").split(",")]
     listed = [item for item in listed if item]
     aliases_of_answers = [{normalize_answer(alias) for alias in aliases} for aliases in answer_lists]
-    num_right = sum(item in set().union(*aliases_of_answers) for item in listed)
+    all_aliases = set().union(*aliases_of_answers)
+    num_right = sum(item in all_aliases for item in listed)
     num_found = sum(not aliases.isdisjoint(listed) for aliases in aliases_of_answers)
     if not num_right:
         return 0.0
