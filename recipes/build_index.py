@@ -30,6 +30,7 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
     check_options([IndexArguments], __doc__)
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from modeling_cosup import CoSupForCausalLM, MilvusPassageIndex, PassageIndex
 from modeling_cosup.index_approximate_cosup import empty_approximate
@@ -51,9 +52,7 @@ def main() -> None:
         set_cpu_threads(args.num_threads)
         model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
         check(args, model.config.embedding_size)
-        if args.index_uri is not None and state.is_main_process:
-            check_collection(args.index_uri, args.index)
-        was_built = args.index_uri is not None and is_built(args, model)
+        was_built = args.index_uri is not None and is_ready_to_upload(args, model, state)
         if not was_built:
             build(args, model, state)
         state.wait_for_everyone()
@@ -105,6 +104,15 @@ def check(args: IndexArguments, embedding_size: int) -> None:
     if args.index_uri is not None:
         milvus_packages()
     json_object(args.milvus_index_params, "milvus_index_params")
+
+
+def is_ready_to_upload(args: IndexArguments, model: CoSupForCausalLM, state: PartialState) -> bool:
+    """Ask Milvus for the collection, and return whether the index was built before; one process does it for all."""
+    was_built = [False]
+    if state.is_main_process:
+        check_collection(args.index_uri, args.index)
+        was_built = [is_built(args, model)]
+    return bool(broadcast_object_list(was_built)[0])
 
 
 def check_collection(uri: str, collection: str) -> None:

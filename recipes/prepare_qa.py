@@ -215,11 +215,15 @@ class Output(contextlib.ExitStack):
         """Write the passages of a row and, if it is the last row of its instance, the instance."""
         is_evaluated = question_hash(record.question) in self.survey.evaluated
         key = instance_key(record, is_evaluated)
+        passages = [*record.passages, *record.negatives, *record.candidates]
+        record = self.without_texts(record) if is_evaluated else self.with_chosen_negatives(record)
         id = record.id or f"{self.dataset}-{content_key(record)}"
         if key in self.waiting:
             self.counts["rows read"] += 1
             self.counts["rows merged into an earlier one: the same question"] += 1
             self.waiting[key].merge(record)
+            if not is_evaluated:
+                self.waiting[key] = self.with_chosen_negatives(self.waiting[key])
         elif is_evaluated and hash_id(id) in self.evaluation_ids:
             self.refuse(where, "an id that another question of eval.jsonl has")
         else:
@@ -233,8 +237,24 @@ class Output(contextlib.ExitStack):
             self.rows_left[key] = rows_left
         elif key in self.waiting:
             self.write_instance(self.waiting.pop(key), is_evaluated)
-        for passage in (*record.passages, *record.negatives, *record.candidates):
+        for passage in passages:
             self.add_passage(passage)
+
+    @staticmethod
+    def without_texts(record: Record) -> Record:
+        """Return what an evaluation instance holds of other passages: their ids. A record may wait for long."""
+        negatives = [{"id": passage["id"]} for passage in record.negatives]
+        return replace(
+            record, negatives=negatives, candidates=[{"id": passage["id"]} for passage in record.candidates]
+        )
+
+    def with_chosen_negatives(self, record: Record) -> Record:
+        """Return what a training instance holds of wrong passages. Without right ones, they are its candidates."""
+        if not record.passages:
+            return self.without_texts(record)
+        right_ids = self.survey.right_passages.get(question_hash(record.question), [])
+        negatives = [wrong for wrong in record.negatives if wrong["id"] not in right_ids]
+        return replace(record, negatives=negatives[: self.args.num_negatives], candidates=[])
 
     def write_instance(self, record: Record, is_evaluated: bool) -> None:
         """Write the instance of all rows that were merged into one."""
@@ -264,9 +284,8 @@ class Output(contextlib.ExitStack):
             return fields
         passage = record.passages[0]
         segment: dict[str, Any] = {"text": self.text_to_write(record), "passage": passage}
-        negatives = [wrong for wrong in record.negatives if wrong["id"] not in right_ids]
-        if negatives and self.args.num_negatives:
-            segment["negatives"] = negatives[: self.args.num_negatives]
+        if record.negatives:
+            segment["negatives"] = record.negatives
         if len(right_ids) > 1:
             segment["positives"] = [id for id in right_ids if id != passage["id"]]
         if record.answers in ([], [segment["text"]]):

@@ -24,7 +24,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from shared.cli import check_options, clear_errors, json_object, parse
+from shared.cli import check_options, clear_errors, json_object, parse, refuse_given
 
 from shared.arguments import TRAINING_ARGUMENTS, ScriptArguments
 
@@ -333,10 +333,9 @@ def precision(args: CoSupTrainingArguments) -> torch.autocast:
 
 def check_options_are_read(script: ScriptArguments) -> None:
     """Raise for an option that was given and that nothing reads without another one."""
-    defaults = ScriptArguments()
     for name, needed in READ_WITH.items():
-        if getattr(script, name) != getattr(defaults, name) and not getattr(script, needed):
-            raise ValueError(f"--{name} is not read without --{needed}: give both, or leave it out.")
+        if getattr(script, name) and not getattr(script, needed):
+            refuse_given(script, [name], f"is not read without --{needed}: give both, or leave it out")
 
 
 def check_output_dir(output_dir: str) -> None:

@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -237,9 +237,13 @@ def refuse_given(args: Any, names: Collection[str], reason: str) -> None:
         names (collection of `str`): options of `args`.
         reason (`str`): why it would be ignored, as the end of a sentence that begins with the option.
     """
+    defaults = {}
+    for option in fields(args):
+        has_factory = option.default_factory is not MISSING
+        defaults[option.name] = option.default_factory() if has_factory else option.default
     for name in names:
         value = getattr(args, name)
-        if value != getattr(type(args), name):  # the class holds the default
+        if value != defaults[name]:
             raise ValueError(f"--{name} {value} {reason}.")
 
 
@@ -335,11 +339,15 @@ def set_defaults(parser: "Parser", path: Path) -> None:
         `SystemExit`: names the file, and the key whose value does not fit.
     """
     values = read_config(path)
+    as_written = yaml.load(
+        path.read_text(encoding="utf-8-sig"), yaml.BaseLoader
+    )  # `1.10`, `no` and `2024-01-01` are texts
     actions = {action.dest: action for action in parser._actions}
     texts = text_options(parser.dataclass_types)
     for name, value in values.items():
         actions[name].required = False
-        values[name] = convert(value, actions[name], f"{path}: {name}", name in texts)
+        is_text = value is not None and name in texts
+        values[name] = convert(as_written[name] if is_text else value, actions[name], f"{path}: {name}", is_text)
     parser.set_defaults(**values)
 
 
@@ -367,10 +375,10 @@ def convert(value: Any, action: argparse.Action, where: str, is_text: bool) -> A
         value: the value in the file.
         action (`argparse.Action`): the option.
         where (`str`): file and key, for the beginning of an error.
-        is_text (`bool`): whether the option takes text and nothing else. YAML reads `5` as a number.
+        is_text (`bool`): whether the option takes text and nothing else; the value is then as it was written.
 
     Raises:
-        `SystemExit`: if the value does not fit the option, or is a text in quotes only, such as `no` and `2024-01-01`.
+        `SystemExit`: if the value does not fit the option.
     """
     if value is None:
         return None
@@ -384,11 +392,10 @@ def convert_one(value: Any, action: argparse.Action, where: str, is_text: bool) 
     """Convert one value of an option, see [`convert`]."""
     from transformers.hf_argparser import string_to_bool
 
-    if is_text:
-        if isinstance(value, bool) or not isinstance(value, str | int | float):
-            sys.exit(f"{where} is {value!r}, expected a text: write it in quotes.")
-        value = str(value)
-    takes_bool = action.type is string_to_bool or isinstance(action.const, bool)  # a flag has no type
+    if is_text and not isinstance(value, str):
+        sys.exit(f"{where} is {value!r}, expected a text: write it in quotes.")
+    is_flag = action.type is None and isinstance(action.const, bool)
+    takes_bool = action.type is string_to_bool or is_flag
     to_type: Any = string_to_bool if takes_bool else action.type
     if callable(to_type) and (isinstance(value, str) or takes_bool or to_type in EXPECTED):
         expected = EXPECTED.get(to_type, "true or false")

@@ -1,8 +1,11 @@
 """Input of the recipes that prepare data: tab-separated values, passages in other formats, and instructions."""
 
+import collections
+import contextlib
 import csv
 import gzip
 import io
+import itertools
 import sys
 import zlib
 from collections.abc import Iterable, Iterator
@@ -64,7 +67,7 @@ def read_table(path: str | Path, columns: list[str] | None = None) -> Iterator[t
     """
     first_line = next(byte_lines(path), b"")
     delimiter = ";" if first_line.count(b";") > first_line.count(b",") else ","
-    if is_tsv(path) or b"\t" in first_line:  # DPR's nq-test.csv is tab-separated
+    if is_tsv(path) or _has_tabs(first_line, columns):
         delimiter = "\t"
     for where, row in _cells(path, delimiter):
         if columns is None:
@@ -75,9 +78,35 @@ def read_table(path: str | Path, columns: list[str] | None = None) -> Iterator[t
             yield where, _row(row, columns, where)
 
 
+def _has_tabs(first_line: bytes, columns: list[str] | None) -> bool:
+    """Return whether tabs separate the values of a file that is named `.csv`, such as DPR's nq-test.csv."""
+    num_tabs = first_line.count(b"\t")
+    if columns is not None:
+        return num_tabs > 0 and num_tabs + 1 == len(columns)
+    return num_tabs > max(first_line.count(b","), first_line.count(b";"))
+
+
 def is_tsv(path: str | Path) -> bool:
     """Return whether a file is named as one of tab-separated values, in capitals or not."""
     return str(path).lower().endswith(TSV_ENDINGS)
+
+
+def _encloses_with_quotes(path: Path) -> bool:
+    """Return whether quotes enclose values, as in DPR's files; in others, such as MS MARCO's, they are text."""
+    with _opened(path) as text:
+        try:
+            collections.deque(itertools.islice(csv.reader(text, delimiter="\t", strict=True), 10_000), maxlen=0)
+        except csv.Error:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[io.TextIOWrapper]:
+    """Open a text file, compressed or not."""
+    open_file = gzip.open if path.suffix.lower() == ".gz" else open
+    with open_file(path, "rb") as binary:
+        yield io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
 
 
 def _cells(path: str | Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
@@ -86,12 +115,13 @@ def _cells(path: str | Path, delimiter: str) -> Iterator[tuple[str, list[str]]]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file.")
     csv.field_size_limit(sys.maxsize)
-    open_file = gzip.open if path.suffix.lower() == ".gz" else open
-    with open_file(path, "rb") as binary:
-        text = io.TextIOWrapper(binary, encoding="utf-8-sig", newline="")
-        rows = csv.reader(text, delimiter=delimiter, strict=True)  # else a lone quote swallows all lines after it
-        last_line = 0  # of the row before
+    last_line = 0  # of the row before
+    with _opened(path) as text:
+        # strict: else a lone quote swallows all lines after it
+        rows = csv.reader(text, delimiter=delimiter, strict=True)
         try:
+            if delimiter == "\t" and not _encloses_with_quotes(path):
+                rows = csv.reader(text, delimiter=delimiter, quoting=csv.QUOTE_NONE)
             for row in rows:
                 last_line = rows.line_num
                 if row:

@@ -147,7 +147,12 @@ def _matches(folder: Path, parts: Sequence[str], skipped: dict[Path, str]) -> It
     at_any_depth = part == "**"
     if at_any_depth:
         yield from _matches(folder, rest or ["*"], skipped)
-    for path in folder.iterdir():
+    try:
+        paths = list(folder.iterdir())
+    except PermissionError:
+        skipped[folder] = "folders that may not be read"
+        return
+    for path in paths:
         is_folder = path.is_dir()
         if not (at_any_depth or fnmatch(path.name, part)) or is_folder != (at_any_depth or bool(rest)):
             continue

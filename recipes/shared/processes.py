@@ -33,7 +33,7 @@ def set_cpu_threads(num_threads: int | None, use_cpu: bool = False) -> None:
     Set the threads of torch: as many as were asked for or, in a single process on a CPU, one for each core.
 
     `accelerate launch` leaves a process one thread, unless OMP_NUM_THREADS says another number. Several processes
-    share the cores, so each keeps its threads.
+    share the cores, so each keeps its threads. For one thread, give `--num_threads 1`.
 
     Args:
         num_threads (`int`, *optional*): of `--num_threads`.

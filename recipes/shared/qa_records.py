@@ -250,8 +250,8 @@ def is_list(text: str) -> bool:
 
 
 def is_object(text: str) -> bool:
-    """Return whether a text has the braces of an object."""
-    return text.lstrip().startswith("{") and text.rstrip().endswith("}")
+    """Return whether a text looks like an object: a brace and a quoted name."""
+    return re.match(r"\s*\{\s*['\"]", text) is not None and text.rstrip().endswith("}")
 
 
 def read_cell(value: Any) -> Any:

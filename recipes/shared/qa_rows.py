@@ -46,7 +46,7 @@ def read_qa_rows(
     if not path.is_file() and ending not in ENDINGS:
         yield from read_dataset(source, config_name, split or "train")
         return
-    refuse_for_file(source, config_name=config_name, split=split)
+    refuse_for_file(source, config_name=config_name, split=None if split == "train" else split)
     if not path.is_file():
         raise FileNotFoundError(f"{source} is not a file.")
     if ending in TABLES:

@@ -85,26 +85,26 @@ def test_values_of_a_config_are_converted_as_on_the_command_line(config):
     assert read("--config", config("model: m\nsizes: 5\n")).sizes == [5]
 
 
-def test_a_text_of_a_config_may_look_like_a_number(config):
-    path = config("model: 5\ncorpus_file: 1.5\nwords: [2024, a]\noverride: 3\nkind: half\n")
-    expected = Arguments(model="5", corpus_file="1.5", words=["2024", "a"], override=["3"], kind="half")
+def test_a_text_of_a_config_is_what_was_written(config):
+    path = config("model: 2024_11_30\ncorpus_file: 1.10\nwords: [2024-01-01, no]\noverride: 007\nkind: half\n")
+    words = ["2024-01-01", "no"]
+    expected = Arguments(model="2024_11_30", corpus_file="1.10", words=words, override=["007"], kind="half")
     assert read("--config", path) == expected
 
 
 def test_values_of_the_trainer_that_are_no_texts(config):
-    path = config("output_dir: 2024\nresume_from_checkpoint: true\nreport_to: [none]\nlr_scheduler_kwargs: {a: 1}\n")
+    text = "output_dir: 2024\nresume_from_checkpoint: true\nreport_to: [none]\nlr_scheduler_kwargs: {a: 1}\n"
+    path = config(text + "fsdp: full_shard\nfsdp_config: {fsdp_version: 2}\n")
     (arguments,) = parse([CoSupTrainingArguments], None, ["--config", path])
     assert (arguments.output_dir, arguments.resume_from_checkpoint) == ("2024", True)
+    assert arguments.fsdp
     assert (arguments.report_to, arguments.lr_scheduler_kwargs) == ([], {"a": 1})
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model: no", "config.yaml: model is False, expected a text: write it in quotes."),
-        ("corpus_file: 2024-01-01", "config.yaml: corpus_file is datetime.date(2024, 1, 1), expected a text"),
         ("model: [m]", "config.yaml: model is ['m'], expected a text"),
-        ("words: [a, yes]", "config.yaml: words is True, expected a text"),
         ("step: 1", "config.yaml: unknown option 'step' (did you mean steps?)."),
         ("passage: 1", "config.yaml: unknown option 'passage'."),
         ("config: other.yaml", "config.yaml: unknown option 'config'."),

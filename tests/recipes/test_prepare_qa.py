@@ -20,6 +20,7 @@ from support.training import arguments
 from trainer import CoSupTrainer, load_corpus, load_evaluation_set, load_instances
 from trainer.data import content_id
 
+from shared.data_files import read_table
 from shared.qa_records import Columns, Refused, read_record
 
 ADA = {"title": "Ada", "text": "Ada was born in London. She wrote notes."}
@@ -215,6 +216,13 @@ def test_named_columns_in_every_kind_of_file(tmp_path, name, capsys, monkeypatch
     ]
     assert files["corpus"] == [ada, bob]
     assert "question: Frage; answer: Antwort; passage: Text; title: Kopf" in capsys.readouterr().out
+
+
+def test_quotes_that_enclose_nothing_are_text_between_tabs(tmp_path):
+    (tmp_path / "a.tsv").write_text('question\tanswer\n"Heroes" is by whom?\tDavid "Bowie\n"when?\t1977\n')
+    rows = [row for _, row in read_table(tmp_path / "a.tsv")]
+    assert [row["question"] for row in rows] == ['"Heroes" is by whom?', '"when?']
+    assert [row["answer"] for row in rows] == ['David "Bowie', "1977"]
 
 
 def test_tables_with_semicolons_and_without_a_header(tmp_path):
@@ -510,7 +518,6 @@ def test_on_error_fail(tmp_path):
             {},
             "a.csv, line 3: unexpected end of data. .*quotes within it must be doubled",
         ),
-        ("a.tsv", 'question\tanswer\n"One" what?\ta\n', {}, "a.tsv, line 2: .* expected after .*must be doubled"),
         ("a.jsonl", '{"question": "q"', {}, "a.jsonl, line 1"),
         ("a.json", '{"question": "q"', {}, "a.json, line 1"),
         ("a.json", '[{"question": "q", "answer": "a"}, {', {}, "a.json is damaged after item 0"),
