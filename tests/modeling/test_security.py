@@ -97,7 +97,7 @@ def test_what_travels_is_small_enough_to_be_read():
     """
     lengths = {path.name: len(path.read_text().splitlines()) for path in TRAVELS}
     assert max(lengths.values()) <= 450, lengths
-    assert sum(lengths.values()) <= 13300, lengths
+    assert sum(lengths.values()) <= 13500, lengths
 
 
 def is_pickle(path):
