@@ -57,7 +57,9 @@ class GenerateArguments:
     )
     dtype: str = field(default="auto", metadata={"help": "dtype of the weights, e.g. bfloat16 on a GPU"})
     max_retrievals: int | None = field(default=None, metadata={"help": "maximum number of retrievals per question"})
-    top_k: int = field(default=1, metadata={"help": "passages per retrieval"})
+    top_k: int = field(
+        default=1, metadata={"help": "passages per retrieval; the top_k of sampling is in generation_config.json"}
+    )
     min_score: float | None = field(default=None, metadata={"help": "a passage with a lower score is not retrieved"})
     force_nsp_first: bool = field(
         default=False, metadata={"help": "every answer begins with a retrieval", "flag": True}
@@ -144,7 +146,7 @@ def check_options(args: GenerateArguments) -> None:
     """
     if args.stream and args.output_file:
         raise ValueError("--stream prints answers while they are written, and --output_file keeps them: give one.")
-    if args.stream and args.batch_size != GenerateArguments.batch_size:
+    if args.stream and args.batch_size not in (1, GenerateArguments.batch_size):
         raise ValueError("--stream answers one question after the other: leave out --batch_size.")
     if args.questions and args.file:
         raise ValueError("Questions on the command line and --file: give one.")

@@ -64,11 +64,13 @@ def parse(argv: list[str] | None = None, description: str | None = None) -> argp
         )
     has_folder = args.index and not args.index_uri
     if args.index_revision and not has_folder:
-        parser.error("--index_revision is for an index on the Hub: give --index, without --index_uri.")
+        parser.error(
+            "--index_revision (or COSUP_INDEX_REVISION) is for an index on the Hub: give --index, without --index_uri."
+        )
     if args.allow_faiss_files and not has_folder and not args.memory:
         parser.error(
-            "--allow_faiss_files is for an index in a folder and for a memory: give --index, without --index_uri, or"
-            " --memory."
+            "--allow_faiss_files (or COSUP_ALLOW_FAISS_FILES) is for an index in a folder and for a memory: give"
+            " --index, without --index_uri, or --memory."
         )
     return args
 

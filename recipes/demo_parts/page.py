@@ -70,7 +70,7 @@ class Demo:
         """
         Answer a question: after each event, yield the HTML of the answer and the state of the stop button.
 
-        `corpus` may be gone although the page says that it is searched (`has_corpus`): then nothing else is searched.
+        `corpus` may have been deleted although the page says that it is searched (`has_corpus`): then nothing else is.
         """
         index = corpus.index if has_corpus and corpus is not None else None
         note = "searched: your corpus" if has_corpus else self.backend.note
@@ -79,8 +79,11 @@ class Demo:
         answer = Answer(question or "", self.backend.score_name, note)  # an unused text box holds None
         stop = threading.Event()
         try:
-            if has_corpus and index is None:
-                raise ValueError("Your corpus is gone: upload it again, or go back to the demo's index.")
+            if has_corpus and index is None and retrieval != OFF:
+                raise ValueError(
+                    "Your corpus was deleted (it was a day old, you were away, or others uploaded many): upload it "
+                    "again, or go back to the demo's index."
+                )
             settings = Question(answer.question, retrieval, int(top_k), int(max_new_tokens), _min_score(min_score))
             steps = self.backend.write(answer, settings, index, stop)
         except ValueError as error:
@@ -190,7 +193,7 @@ class Demo:
             gr.HTML(
                 "<p>JSON Lines (text, optionally title and id), CSV (the same as columns) or text (one passage per "
                 f"paragraph). Up to {MAX_PASSAGES:,} passages in {MAX_BYTES // 2**20} MB, searched for you alone, "
-                "and deleted an hour after you leave, or a day after the upload.</p>"
+                "and deleted a day after the upload, or once you leave, if it is older than an hour.</p>"
             )
             file = gr.File(file_types=FORMATS, label="Corpus", elem_id="corpus", height=140)
             with gr.Row():
@@ -221,16 +224,21 @@ def _user_error(error):
     """
     Return the `gr.Error` that a user sees.
 
-    Our checks of what a user sent raise `ValueError`, whose text is for the user. Anything else is unexpected, and its
-    text may name hosts and files: only the log has it, with the traceback.
+    Our checks of what a user sent raise `ValueError`, whose text is for the user. Libraries raise it too: the log has
+    it at INFO. Anything else is unexpected, and its text may name hosts and files: only the log has it.
     """
     if isinstance(error, gr.Error):
         return error
+    level = logging.ERROR
+    name = type(error).__name__
     if type(error) is ValueError:  # its subclasses come from libraries
+        level = logging.INFO
         reason = str(error)
+    elif name == "RetrievalError":  # the class itself is in the code that travels with the checkpoint
+        reason = "The search failed."
     else:
-        reason = f"The demo failed ({type(error).__name__})."
-        logging.getLogger(__name__).error("%s", reason, exc_info=error)
+        reason = f"The demo failed ({name})."
+    logging.getLogger(__name__).log(level, "%s", reason, exc_info=error)
     user_error = gr.Error(html.escape(reason), print_exception=False)
     user_error.reason = reason
     return user_error

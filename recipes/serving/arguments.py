@@ -62,7 +62,9 @@ class ServeArguments:
         default=False, metadata={"help": "also load Emb_seq, for embeddings of passages", "flag": True}
     )
     max_running: int = field(default=32, metadata={"help": "answers that are generated at a time"})
-    max_waiting: int = field(default=256, metadata={"help": "answers that wait; further ones get status 429"})
+    max_waiting: int = field(
+        default=256, metadata={"help": "answers and embeddings that wait; further ones get status 429"}
+    )
     max_batch_tokens: int | None = field(
         default=None, metadata={"help": "limit the answers at a time by the columns of their KV caches together"}
     )

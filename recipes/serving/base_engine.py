@@ -28,7 +28,8 @@ class BaseEngine:
         tokenizer (`PreTrainedTokenizerBase`): encodes queries, in the thread of the event loop.
         has_index (`bool`): there is an index to search.
         context_length (`int`): the most positions that Gen reads.
-        max_running (`int`), max_waiting (`int`): requests that are answered at a time, and that may wait.
+        max_running (`int`): requests that are answered at a time.
+        max_waiting (`int`): requests that may wait, embeddings included; more are refused with [`QueueFull`].
 
     Raises:
         `ValueError`: for bounds that are too small.
@@ -92,10 +93,28 @@ class BaseEngine:
         if self._stopping:
             raise ShuttingDown("The server is shutting down.")
 
+    @property
+    def _num_answers(self) -> int:
+        """How many answers run or wait."""
+        raise NotImplementedError
+
+    @property
+    def _retry_after(self) -> int:
+        """Seconds after which a refused request may be sent again."""
+        return 1
+
+    @property
+    def _is_full(self) -> bool:
+        return self._num_answers + len(self._embeddings) >= self.max_running + self.max_waiting
+
     def _check_room(self) -> None:
-        """Raise [`QueueFull`] if so many embeddings run and wait as there may be requests."""
-        if len(self._embeddings) >= self.max_running + self.max_waiting:
-            raise QueueFull(f"{len(self._embeddings)} embeddings are being made: try again later.")
+        """Raise [`QueueFull`] if as many answers and embeddings are in flight as may run and wait."""
+        if self._is_full:
+            raise QueueFull(
+                f"{self._num_answers} answers and {len(self._embeddings)} embeddings run or wait, of at most"
+                f" {self.max_running + self.max_waiting}: try again later.",
+                retry_after=self._retry_after,
+            )
 
     def _check_encoder(self) -> None:
         """Raise [`UnsupportedSetting`] if no passages can be embedded."""

@@ -13,6 +13,7 @@ import signal
 import threading
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 from serving.checks import check_request
@@ -42,7 +43,7 @@ class DecodingProcess:
         atexit.register(self._process.kill)  # if the server never starts; Python would wait for it
         others_end.close()  # so that the pipe closes with the process
         self.facts: ModelFacts = self._receive_first()
-        self._calls: queue.SimpleQueue[tuple[str, tuple[Any, ...]] | None] = queue.SimpleQueue()
+        self._calls: queue.SimpleQueue[memoryview | None] = queue.SimpleQueue()
         self._sending = threading.Thread(target=self._send, name="calls", daemon=True)
         self._reading = threading.Thread(target=self._read, name="reports", daemon=True)
 
@@ -109,14 +110,18 @@ class DecodingProcess:
         self.join()
 
     def _call(self, method: str, *args: Any) -> None:
-        """Let the process call a method. A pipe to a process that is busy fills up: the event loop must not wait."""
-        self._calls.put((method, args))
+        """
+        Let the process call a method. A pipe to a process that is busy fills up: the event loop must not wait.
+
+        What cannot be pickled raises here, not in the thread that sends the calls of all requests.
+        """
+        self._calls.put(ForkingPickler.dumps((method, args)))
 
     def _send(self) -> None:
         """Hand on the calls until the process ends."""
         while (call := self._calls.get()) is not None:
             try:
-                self._pipe.send(call)
+                self._pipe.send_bytes(call)
             except OSError:  # the process has ended, which is reported
                 return
 

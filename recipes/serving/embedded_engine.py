@@ -22,7 +22,6 @@ from serving.engine import (
     EngineLoad,
     Event,
     GenerationRequest,
-    QueueFull,
     ShuttingDown,
     UnsupportedSetting,
 )
@@ -145,7 +144,7 @@ class EmbeddedEngine(BaseEngine):
         return has_rested or self._report.num_crashes < _MOST_CRASHES
 
     def load(self) -> EngineLoad:
-        """Return how busy the engine is; embeddings wait for a place between two passes."""
+        """Return how busy the engine is; embeddings count as waiting: they take no slot."""
         running = self._report.num_running
         waiting = max(0, len(self._streams) - running) + len(self._embeddings)
         return EngineLoad(running, waiting, self.max_running, self.max_waiting)
@@ -183,18 +182,13 @@ class EmbeddedEngine(BaseEngine):
             self._cancel(stream, None)
 
     @property
-    def _is_full(self) -> bool:
-        return len(self._streams) + len(self._embeddings) >= self.max_running + self.max_waiting
+    def _num_answers(self) -> int:
+        return len(self._streams)
 
-    def _check_room(self) -> None:
-        """Raise [`QueueFull`] if no further request may wait."""
-        if not self._is_full:
-            return
+    @property
+    def _retry_after(self) -> int:
         seconds = math.ceil(self._mean_seconds * max(1, self.max_waiting) / self.max_running)
-        raise QueueFull(
-            f"{self.max_running} requests are being answered and {self.max_waiting} wait: try again later.",
-            retry_after=min(max(1, seconds), _LONGEST_RETRY),
-        )
+        return min(max(1, seconds), _LONGEST_RETRY)
 
     async def _wait_for_news(self, stream: _Stream, deadline: float | None) -> None:
         if stream.events or stream.ended:
@@ -284,8 +278,8 @@ class EmbeddedEngine(BaseEngine):
         for start in range(0, len(items), _EMBEDDING_BATCH):
             self._check_decoding()
             number = next(self._numbers)
-            self._batches[number] = asyncio.get_running_loop().create_future()
             embed(number, items[start : start + _EMBEDDING_BATCH])
+            self._batches[number] = asyncio.get_running_loop().create_future()
             try:
                 batches.append(await self._batches[number])
             finally:

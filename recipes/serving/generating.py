@@ -50,7 +50,7 @@ class Answers:
         shape ([`ChatShape`] or [`CompletionShape`]): what the response looks like.
         prompt_tokens (`int`): of all prompts, for the usage.
         metrics ([`Metrics`]): of the app.
-        are_logged (`bool`): write the answers to the log, those that were not finished too.
+        are_logged (`bool`): write the answers to the log, with their numbers; also those that were begun only.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Answers:
 
     async def pieces(self) -> AsyncGenerator[tuple[int, Piece], None]:
         """Yield the pieces of all answers as they come, each with the number of its answer."""
-        streams = [self._pieces_of(job) for job in self.jobs]
+        streams = [self._pieces_of(index, job) for index, job in enumerate(self.jobs)]
         if len(streams) == 1:  # the usual case, without another task and its queue
             async with aclosing(streams[0]) as pieces:
                 async for piece in pieces:
@@ -81,7 +81,7 @@ class Answers:
             async for index, piece in merged_pieces:
                 yield index, piece
 
-    async def _pieces_of(self, job: Job) -> AsyncGenerator[Piece, None]:
+    async def _pieces_of(self, index: int, job: Job) -> AsyncGenerator[Piece, None]:
         """Yield the pieces of an answer; once it has ended, or is not wanted any more, its slot is freed."""
         num_prompt_tokens = len(job.request.prompt_ids) if job.is_first else 0
         times = AnswerTimes(self.metrics, job.request.incremental, num_prompt_tokens)
@@ -94,8 +94,8 @@ class Answers:
                         break
         finally:
             times.end(job.writer)
-            if self.are_logged:
-                logger.info("%s: %r", self.shape.head["id"], job.writer.text)
+            if self.are_logged and times.first is not None:  # an answer that was refused is not an empty one
+                logger.info("%s[%d]: %r", self.shape.head["id"], index, job.writer.text)
 
     def _usage(self) -> dict[str, Any]:
         return usage(self.prompt_tokens, [job.writer for job in self.jobs])

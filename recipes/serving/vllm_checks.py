@@ -100,7 +100,8 @@ async def check_servers(
 
     If Gen makes the queries, the state that `query` returns for a prompt must lead to the log-probabilities that `gen`
     returns for it, through the LM head of the checkpoint: then all three belong together. If Emb_seq makes them,
-    `query` is checked as [`check_encoder`] does.
+    `query` is checked as [`check_encoder`] does, but `gen` is only asked for a token with log-probabilities: no server
+    returns a hidden state of it to compare them with.
 
     Raises:
         [`BackendFailed`]: names a server that does not answer.
@@ -114,9 +115,8 @@ async def check_servers(
         assert decisions[0].logprobs is not None  # the client checks that they come if they are asked for
         top = decisions[0].logprobs.top
     if model.config.query_from == "emb_seq":
-        longest = query_length(model.emb_seq_tokenizer, model.config)
-        if model.emb_seq_tokenizer is model.tokenizer and not model.config.query_prompt:
-            longest = min(longest, context_length)  # it reads the ids that Gen reads
+        # A query has about as many tokens as Gen has read. A longer one, which is rare, fails alone.
+        longest = min(query_length(model.emb_seq_tokenizer, model.config), context_length)
         await _check_encoder(model, query, index, longest, "query")
         return context_length
     context_length = min(context_length, await query.max_model_len())
@@ -143,7 +143,7 @@ def _logprob_distance(model: CoSupForCausalLM, state: np.ndarray, top: list[tupl
         return float("inf")
     names = {id(module): name for name, module in model.named_modules()}
     weight = read_weight(model, f"{names[id(head)]}.weight", ids)
-    if weight is None:  # tied to the token embeddings
+    if weight is None:  # tied to the token embeddings, or too short for a server of another model: then they differ
         weight = read_weight(model, f"{names[id(model.get_input_embeddings())]}.weight", ids)
     if weight is None or weight.shape[1] != len(state):
         return float("inf")

@@ -36,7 +36,6 @@ from serving.engine import (
     EngineLoad,
     Event,
     GenerationRequest,
-    QueueFull,
     ShuttingDown,
     UnsupportedSetting,
 )
@@ -90,7 +89,8 @@ class VllmEngine(BaseEngine):
             makes the queries (`query_from="emb_seq"`), it serves what `save_emb_seq` wrote.
         encoder_url (`str`, *optional*): of a pooling server that serves what `save_emb_seq` wrote, to embed passages.
         api_key (`str`, *optional*): of these servers.
-        max_running (`int`), max_waiting (`int`): requests that are answered at a time, and that may wait.
+        max_running (`int`): requests that are answered at a time.
+        max_waiting (`int`): requests that may wait, embeddings included; more are refused with [`QueueFull`].
         timeout (`float`): seconds without a sign of a server after which it counts as gone.
         num_retries (`int`): how often a request to a server is sent again.
 
@@ -190,8 +190,9 @@ class VllmEngine(BaseEngine):
         return all(await asyncio.gather(*(client.is_healthy() for client in self._clients())))
 
     def load(self) -> EngineLoad:
-        """Return how busy the engine is."""
-        return EngineLoad(self._running, self._waiting, self.max_running, self.max_waiting)
+        """Return how busy the engine is; embeddings count as waiting: they take no slot."""
+        waiting = self._waiting + len(self._embeddings)
+        return EngineLoad(self._running, waiting, self.max_running, self.max_waiting)
 
     @property
     def settings(self) -> AnswerSettings:
@@ -239,11 +240,14 @@ class VllmEngine(BaseEngine):
                     if group:
                         yield group
 
+    @property
+    def _num_answers(self) -> int:
+        return self._running + self._waiting
+
     @asynccontextmanager
     async def _slot(self, deadline: float | None) -> AsyncIterator[None]:
         """Wait until fewer than `max_running` requests are answered, and count this one while it is."""
-        if self._slots.locked() and self._waiting >= self.max_waiting:
-            raise QueueFull(f"{self._waiting} requests are waiting already.")
+        self._check_room()
         self._idle.clear()
         self._waiting += 1
         try:

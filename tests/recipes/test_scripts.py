@@ -187,3 +187,4 @@ def test_options_of_generate_with_an_index_have_an_effect():
     generate.check_options(
         generate.GenerateArguments(model="out", questions=["who?"], index="i", force_nsp_first=True)
     )
+    generate.check_options(generate.GenerateArguments(model="out", questions=["who?"], stream=True, batch_size=1))

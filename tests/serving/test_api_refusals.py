@@ -335,13 +335,20 @@ def test_prompts_are_logged_only_if_asked_for(http, engine, caplog):
     with started_server(ScriptedEngine(make_model(), engine.script), ApiSettings("tiny", log_prompts=True)) as server:
         for body in bodies:
             http.post(f"{server.url}/v1/chat/completions", json=body)
+        refused = http.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "fail full"})
+        several = http.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "who?", "n": 2})
+    assert (refused.status_code, several.status_code) == (429, 200)
+    completions = [record.message for record in caplog.records if record.message.startswith("cmpl-")]
+    assert len(completions) == 4  # two prompts and two answers: nothing was answered to the refused prompt
+    response_id, answer = several.json()["id"], engine.tokenizer.decode([70, 71])
+    assert sorted(completions[2:]) == [f"{response_id}[{number}]: {answer!r}" for number in (0, 1)]
     messages = [record.message for record in caplog.records if record.message.startswith("chatcmpl-")]
     answers = [engine.tokenizer.decode(ids) for ids in ([70, 71], [70, 71], [70], [70])]  # two broke off
     assert len(messages) == 2 * len(bodies)
     for body, answer, prompt_line, answer_line in zip(bodies, answers, messages[::2], messages[1::2], strict=True):
         response_id = prompt_line.partition(":")[0]
         assert body["messages"][0]["content"] in prompt_line
-        assert answer_line == f"{response_id}: {answer!r}"
+        assert answer_line == f"{response_id}[0]: {answer!r}"
 
 
 # ---------------------------------------------------------------------- keys

@@ -7,6 +7,7 @@ import signal
 import threading
 from dataclasses import replace
 from multiprocessing import Pipe
+from pickle import PicklingError
 from types import SimpleNamespace
 
 import numpy as np
@@ -70,6 +71,9 @@ def test_answers_and_a_killed_process(tmp_path):
         with pytest.raises(UnsupportedSetting, match=r"^candidates: .*nowhere") as refused:
             await events_of(engine, unknown)
         assert from_engine(refused.value).param == "retrieval.candidates"
+        with pytest.raises((AttributeError, PicklingError)):  # of one caller, whose request cannot be pickled
+            await events_of(engine, replace(requests[0], seed=lambda: None))
+        assert await events_of(engine, replace(requests[0], max_new_tokens=1))
 
         endless = GenerationRequest(requests[0].prompt_ids, 400, RetrievalConfig(forbid_nsp=True))
         given_up = asyncio.create_task(events_of(engine, endless))

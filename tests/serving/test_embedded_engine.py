@@ -205,7 +205,7 @@ def test_a_full_queue_refuses_and_says_when_to_try_again(model, index):
     async def test(engine):
         tasks = [asyncio.create_task(events_of(engine, long_request(model))) for _ in range(3)]
         await until_load(engine, 1, 2)
-        with pytest.raises(QueueFull, match="1 requests are being answered and 2 wait") as refusal:
+        with pytest.raises(QueueFull, match="3 answers and 0 embeddings run or wait, of at most 3") as refusal:
             await events_of(engine, request(model))
         assert 1 <= refusal.value.retry_after <= 60
         tasks[2].cancel()
@@ -537,7 +537,7 @@ def test_embeddings_wait_in_the_same_queue_and_leave_it_with_their_client(model,
         await until_load(engine, 0, 3)
         refused = (engine.embed_queries(["who?"]), engine.embed_passages(PASSAGES), events_of(engine, request(model)))
         for work in refused:
-            with pytest.raises(QueueFull, match="try again later") as refusal:
+            with pytest.raises(QueueFull, match="0 answers and 3 embeddings run or wait, of at most 3") as refusal:
                 await work
             assert 1 <= refusal.value.retry_after <= 60
         tasks[1].cancel()

@@ -328,9 +328,14 @@ def test_a_query_server_of_another_emb_seq_is_recognised(tmp_path):
             world.run(nothing, query_url=server.url)
         server = world.servers["encoder"]
         world.run(nothing, query_url=server.url)
-        server.stand_in.max_model_len = 127
-        with pytest.raises(ValueError, match="--query_url reads 127 tokens, but a query may have 128"):
+        for gen_length, longest in ((512, 128), (100, 100)):  # as much as Emb_seq can read, or as Gen reads
+            world.stand_in("gen").max_model_len = gen_length
+            server.stand_in.max_model_len = longest
             world.run(nothing, query_url=server.url)
+            server.stand_in.max_model_len = longest - 1
+            message = f"--query_url reads {longest - 1} tokens, but a query may have {longest}"
+            with pytest.raises(ValueError, match=message):
+                world.run(nothing, query_url=server.url)
 
 
 def test_an_encoder_that_is_too_short_for_a_passage_is_refused(world, monkeypatch):
@@ -538,13 +543,19 @@ def test_the_queue_is_bounded_and_a_closed_request_frees_its_slot(slow_world):
     slow_world.run(test, max_running=1, max_waiting=1)
 
 
-def test_embeddings_are_bounded_too(world):
+def test_embeddings_wait_in_the_same_queue(world):
     async def test(engine):
-        return await asyncio.gather(*[engine.embed_queries(["who?"]) for _ in range(3)], return_exceptions=True)
+        embeddings = [asyncio.create_task(engine.embed_queries(["who?"])) for _ in range(2)]
+        await asyncio.sleep(0)
+        assert (engine.load().running, engine.load().waiting) == (0, 2)
+        message = "0 answers and 2 embeddings run or wait, of at most 2"
+        with pytest.raises(QueueFull, match=message):
+            await engine.embed_queries(["who?"])
+        with pytest.raises(QueueFull, match=message):
+            await events_of(engine, world.request(2, forbid_nsp=True))
+        assert [embeds.shape for embeds in await asyncio.gather(*embeddings)] == [(1, 32)] * 2
 
-    first, second, refused = world.run(test, max_running=1, max_waiting=1)
-    assert first.shape == second.shape == (1, 32)
-    assert isinstance(refused, QueueFull)
+    world.run(test, max_running=1, max_waiting=1)
 
 
 @pytest.mark.parametrize("incremental", [True, False])
