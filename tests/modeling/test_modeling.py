@@ -164,7 +164,8 @@ def test_passages_that_fill_all_positions_are_refused_when_bos_and_eos_do_not_fi
     ("changed", "warns"),
     [
         ({"similarity": "dot"}, True),
-        ({"similarity": "dot", "temperature": 1.0}, False),
+        ({"similarity": "dot", "temperature": 1.0}, True),  # λ is of the cosine
+        ({"similarity": "dot", "temperature": 1.0, "nsp_loss_weight": 0.01}, False),
         ({"similarity": "cosine"}, False),
     ],
 )

@@ -172,9 +172,9 @@ def test_a_training_without_data_is_refused(tmp_path, monkeypatch):
         ({"max_eval_samples": 0}, "--max_eval_samples is 0, expected an integer of 1 or more"),
         ({"num_threads": 0}, "--num_threads is 0, expected an integer of 1 or more"),
         ({"prepare": "quickstart", "prepare_options": "[1]"}, "--prepare_options is [1], expected a JSON object"),
-        ({"prepare_options": '{"seed": 3}'}, "--prepare_options is not read without --prepare"),
-        ({"lora_r": 4}, "--lora_r is not read without --use_peft"),
-        ({"corpus_license": "mit"}, "--corpus_license is not read without --push_index"),
+        ({"prepare_options": '{"seed": 3}'}, "is not read without --prepare: give both"),
+        ({"lora_r": 4}, "--lora_r 4 is not read without --use_peft"),
+        ({"corpus_license": "mit"}, "--corpus_license mit is not read without --push_index"),
         (
             {"push_index": "true", "push_to_hub": "true", "hub_model_id": "me/a"},
             "--push_index pushes the index of a corpus: give --corpus_file",
