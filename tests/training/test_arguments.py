@@ -138,7 +138,7 @@ def test_a_collator_of_the_caller_does_what_the_arguments_ask_for(tmp_path):
             {"nsp_batch_size": 8, "max_tokens_per_micro_batch": 0},
             "max_tokens_per_micro_batch is 0, expected",
         ),
-        ({"dataset_num_proc": 0}, "dataset_num_proc is 0, expected an integer of 1 or more"),
+        ({"dataset_num_proc": -1}, "dataset_num_proc is -1, expected an integer of 0 or more"),
         ({"max_length": None}, "max_length is None, expected an integer of 1 or more"),
         ({"max_length": 0.5}, "max_length is 0.5, expected an integer of 1 or more"),
         ({"matryoshka_dims": 16}, "matryoshka_dims is 16, expected a list of widths"),
