@@ -214,7 +214,7 @@ class BuildingMixin(Base):
         """
         Resize Gen's embeddings. Emb_seq and a query encoder get rows for new tokens only if they read Gen's tokenizer.
 
-        The arguments are those of `PreTrainedModel.resize_token_embeddings`.
+        It takes the arguments of `PreTrainedModel.resize_token_embeddings`.
         """
         embeddings = self.gen.resize_token_embeddings(new_num_tokens, pad_to_multiple_of, mean_resizing)
         self.config.get_text_config().vocab_size = embeddings.weight.shape[0]

@@ -136,7 +136,7 @@ def facts_to_push(
     tags: str | list[str] | None = None,
 ) -> Facts:
     """
-    Return what a push records: the facts in a folder, those given here, and those of an earlier push that still hold.
+    Return the facts to record with a push: what is in the folder, what is given here, and what still holds of earlier.
 
     Args:
         folder (`Path`): of the checkpoint.

@@ -149,8 +149,8 @@ def check_adapter_base(base: str | None, repo_id: str | None = None) -> None:
     """
     if not is_repo_id(base):
         raise ValueError(
-            f"A push would upload adapters of {base or 'a model in memory'}, which nobody else has: push the base"
-            " model first (model.push_to_hub, or recipes/import_checkpoints.py) and train adapters of the repository."
+            f"These are adapters of {base or 'a model in memory'}, which nobody else can load: push the base model"
+            " first (model.push_to_hub, or recipes/import_checkpoints.py), then train adapters of that repository."
         )
     if base == repo_id:
         raise ValueError(f"{repo_id} holds the model that these adapters change: push them to another repository.")

@@ -336,7 +336,7 @@ def _folder_name(folder: str | os.PathLike[str]) -> str:
 
 
 def _take_commit_options(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Take the options of a commit out of those of a save; raise a `TypeError` for what is neither."""
+    """Remove the options of a commit from the options of a save and return them; `TypeError` for an unknown one."""
     commit_options = {name: kwargs.pop(name) for name in _COMMIT_OPTIONS if name in kwargs}
     known = {*inspect.signature(PreTrainedModel.save_pretrained).parameters, "safe_serialization"}
     unknown = sorted(set(kwargs) - known)

@@ -68,8 +68,8 @@ class SharingMixin(ModelBase):
         The weights are hashed only if they are complete and in float32 or bfloat16 (a cast between the two keeps the
         hash). If they are quantised, sharded, offloaded, in float16 or not loaded, the hash of the last save is
         returned, so that none of these makes an index unusable. Two exceptions are always hashed: adapters, and
-        weights in float16 that have changed since the stored hash was true. Training Gen changes the fingerprint of a
-        tied model (`tie_emb_seq`), whose Gen is Emb_seq, but not that of two towers.
+        weights in float16 that have changed since the stored hash was true. In a tied model (`tie_emb_seq`), training
+        Gen changes the fingerprint, because Gen is Emb_seq; with two towers it does not.
 
         Args:
             state_dict (`dict`, *optional*): this model's full state dict, needed if the parameters in memory are
@@ -86,7 +86,7 @@ class SharingMixin(ModelBase):
             hashes["emb_seq"] = cast(dict, self.config.fingerprint)["emb_seq"]
         else:
             hashes["emb_seq"] = self._hash_emb_seq(state_dict)
-            self._remember_state("emb_seq")
+            self._remember_changed("emb_seq", hashes["emb_seq"])
         self.config.fingerprint = {**(self.config.fingerprint or {}), **hashes}
         return {**hashes, **self.config.embedding_settings}
 
@@ -105,7 +105,7 @@ class SharingMixin(ModelBase):
             return False
         if getattr(self, "hf_quantizer", None) is not None:
             return True
-        state = hash_parameters(part.named_parameters(), torch.float16)
+        state = self._hash_in_half(name)
         return self._seen_states.setdefault(name, state) == state
 
     def _remember_state(self, name: str) -> None:
@@ -114,7 +114,18 @@ class SharingMixin(ModelBase):
         if part is None or any(is_elsewhere(weight) for weight in part.parameters()):
             self._seen_states.pop(name, None)
         else:
-            self._seen_states[name] = hash_parameters(part.named_parameters(), torch.float16)
+            self._seen_states[name] = self._hash_in_half(name)
+
+    def _remember_changed(self, name: str, hash: str) -> None:
+        """Remember the state that a new hash is of. Every generate() asks for the hash; it rarely is a new one."""
+        if name not in self._seen_states or (self.config.fingerprint or {}).get(name) != hash:
+            self._remember_state(name)
+
+    def _hash_in_half(self, name: str) -> str:
+        """Return the hash that Emb_seq, with `emb_head`, or Gen has after a cast to float16."""
+        if name == "emb_seq":
+            return self.hash_weights(parts=(self._emb_seq_prefix(), "emb_head."), cast_to=torch.float16)
+        return hash_parameters(self.gen.base_model.named_parameters(), torch.float16)
 
     def _hashed_part(self, name: str) -> PreTrainedModel | None:
         """Return Emb_seq or the body of Gen, by the name of its hash."""
@@ -151,18 +162,23 @@ class SharingMixin(ModelBase):
             return None
         return self.hash_weights(state_dict)
 
-    def hash_weights(self, state_dict: dict[str, torch.Tensor] | None = None, parts: tuple[str, ...] = ("",)) -> str:
+    def hash_weights(
+        self,
+        state_dict: dict[str, torch.Tensor] | None = None,
+        parts: tuple[str, ...] = ("",),
+        cast_to: torch.dtype | None = None,
+    ) -> str:
         """
         Return the SHA-256 (hex) of a sample of the weights, see [`hash_parameters`].
 
         Args:
             state_dict (`dict`, *optional*): the weights, needed if the model's own are shards.
             parts (`tuple[str]`): prefixes of the names of the parameters to hash; all by default.
+            cast_to (`torch.dtype`, *optional*): as in [`hash_parameters`].
         """
         named = {name: weight for name, weight in self.named_parameters() if name.startswith(parts)}
-        return hash_parameters(
-            (name, weight if state_dict is None else state_dict[name]) for name, weight in named.items()
-        )
+        weights = ((name, weight if state_dict is None else state_dict[name]) for name, weight in named.items())
+        return hash_parameters(weights, cast_to)
 
     def memory_fingerprint(self) -> dict[str, str]:
         """
@@ -176,7 +192,7 @@ class SharingMixin(ModelBase):
             gen = cast(dict, self.config.fingerprint)["gen"]
         else:
             gen = self._hash_gen()
-            self._remember_state("gen")
+            self._remember_changed("gen", gen)
         self.config.fingerprint = {**(self.config.fingerprint or {}), **hashes, "gen": gen}
         return {"gen": gen, "tokenizer": hashes["tokenizer"], "key": key}
 

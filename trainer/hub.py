@@ -6,7 +6,6 @@ checkpoint and uploads them.
 """
 
 import functools
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -37,6 +36,7 @@ from modeling_cosup.hub_cosup import (
 )
 
 from .card import draw_losses, held_out_group, training_record, write_card
+from .files import link_or_copy
 from .model_setup import adapter_config, without_peft
 from .training_args import CoSupTrainingArguments
 from .watch import explained_full_disk
@@ -333,19 +333,13 @@ def _copy_checkpoint(checkpoint_folder: str, output_dir: str, adapters: bool) ->
     try:
         for name, path in checkpoint_files(checkpoint_folder, adapters).items():
             if name != CARD_FILE:  # PEFT's card of adapters
-                _link_or_copy(path, folder / name)
+                target = folder / name
+                target.parent.mkdir(parents=True, exist_ok=True)
+                link_or_copy(path, target)
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
         raise
     return folder
-
-
-def _link_or_copy(path: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(path, target)
-    except OSError:
-        shutil.copyfile(path, target)
 
 
 def _push_and_remove(folder: Path, repo_id: str, commit_message: str, **options: Any) -> CommitInfo:

@@ -153,7 +153,9 @@ def join_lines(text: str, titles: Collection[str] = ()) -> str:
     titles, of bookmarks, stays alone.
     """
     lines = [line.strip() for line in text.splitlines()]
-    alone = {line for line in lines if titles and _heading(titles).fullmatch(line)}
+    alone: set[str] = set()
+    if titles:
+        alone = set(filter(_heading(titles).fullmatch, lines))
     widths = [len(line) for line in lines if line]
     if not widths:
         return ""

@@ -229,7 +229,7 @@ def test_what_cannot_be_shared_is_refused_before_training(tmp_path):
     rows = [{"input": "q", "segments": [{"text": "t", "passage": PASSAGES[0]}]}]
     lora = peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM")
     args = CoSupTrainingArguments(str(tmp_path), push_to_hub=True, report_to="none")
-    with pytest.raises(ValueError, match="adapters of a model in memory, which nobody else has"):
+    with pytest.raises(ValueError, match="adapters of a model in memory, which nobody else can load"):
         CoSupTrainer(make_model(), args, train_dataset=rows, peft_config=lora)
     for strategy in ("checkpoint", "all_checkpoints"):
         args = CoSupTrainingArguments(str(tmp_path), push_to_hub=True, hub_strategy=strategy, report_to="none")

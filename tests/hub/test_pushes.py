@@ -112,7 +112,7 @@ def test_adapters_delete_nothing_of_a_whole_model(stub, tmp_path, pushed):
 
 @pytest.mark.parametrize("base", ["me/m", "out", None])
 def test_a_base_that_others_cannot_load_or_would_lose_is_named(stub, monkeypatch, base):
-    message = "holds the model that these adapters change" if base == "me/m" else "which nobody else has"
+    message = "holds the model that these adapters change" if base == "me/m" else "which nobody else can load"
     with pytest.raises(ValueError, match=message):
         adapted_model(base).push_to_hub("me/m")
     monkeypatch.setattr(trainer.hub, "adapter_config", lambda model: SimpleNamespace(base_model_name_or_path=base))
@@ -261,8 +261,7 @@ def test_a_checkpoint_that_cannot_be_copied_leaves_nothing(tmp_path, monkeypatch
     def full(*paths):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(trainer.hub.os, "link", full)
-    monkeypatch.setattr(trainer.hub.shutil, "copyfile", full)
+    monkeypatch.setattr(trainer.hub, "link_or_copy", full)
     checkpoint = write_files(tmp_path / "checkpoint-1", "model.safetensors")
     with pytest.raises(OSError, match="No space left"):
         trainer.hub._copy_checkpoint(str(checkpoint), str(tmp_path), adapters=False)

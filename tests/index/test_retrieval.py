@@ -15,6 +15,7 @@ from modeling_cosup import (
     folders_cosup,
     index_files_cosup,
     index_store_cosup,
+    sharing_cosup,
 )
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_passages_for_gen, encode_prompt
 from support.models import PASSAGES, make_emb_seq, make_model, make_tokenizer
@@ -479,6 +480,24 @@ def test_a_cast_to_float16_keeps_a_stored_hash_that_is_true(model, tmp_path):
     with torch.no_grad():
         next(unseen.emb_seq.parameters()).add_(0.5)
     assert unseen.half().fingerprint() != before  # nobody asked in float32, after the change
+
+
+def test_another_emb_head_in_float16_changes_the_hash_that_was_stored(tmp_path):
+    folder = saved(make_model(emb_seq="gpt2", emb_seq_kwargs={"hidden_size": 48}), tmp_path / "model")
+    model = CoSupForCausalLM.from_pretrained(folder, dtype=torch.float16)
+    before = model.fingerprint()
+    with torch.no_grad():
+        model.emb_head.weight.add_(0.5)
+    assert model.fingerprint() != before
+
+
+def test_weights_are_hashed_once_for_each_generate(model, monkeypatch):
+    model.fingerprint()
+    calls = []
+    hash_parameters = sharing_cosup.hash_parameters
+    monkeypatch.setattr(sharing_cosup, "hash_parameters", lambda *args: calls.append(args) or hash_parameters(*args))
+    model.fingerprint()
+    assert len(calls) == 1
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # peft's
