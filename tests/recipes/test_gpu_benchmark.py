@@ -301,7 +301,7 @@ def test_statuses_resumption_and_report(parts, tmp_path, capsys):
     report = (tmp_path / "report.md").read_text(encoding="utf-8")
     for line in (
         "| fine | done | good |",
-        "| boom | **failed** | in two lines |",
+        "| boom | **failed** | ValueError: it broke in two lines |",
         "| exits | **failed** | SystemExit: no data |",
         "| missed | **failed** | loss: 2 > 1 |",
         "| skips | skipped | no such kernel |",
@@ -315,7 +315,9 @@ def test_statuses_resumption_and_report(parts, tmp_path, capsys):
         "## Training\n\nnot run",
     ):
         assert line in report, line
-    assert "ValueError: it broke" in read_record(tmp_path, "speed", "boom")["reason"]
+    reason = read_record(tmp_path, "speed", "boom")["reason"]
+    assert reason.startswith("ValueError: it broke in two lines\n")
+    assert 'raise ValueError("it broke' in reason  # where
 
     printed = run(minutes=8)  # what was left runs now; what is done or failed stays
     assert statuses(tmp_path) == {**expected, "long": "done"}
@@ -342,3 +344,34 @@ def test_a_large_result_is_left_out_of_the_file_with_all_results(parts):
     entry = {"part": "speed", "check": "wide", "result": {"values": list(range(20_000))}}
     assert small(entry)["result"] == {"left_out": "128,902 bytes, too many for this file: see speed/wide.json"}
     assert small({**entry, "result": {"values": [1]}})["result"] == {"values": [1]}
+
+
+def test_an_error_is_named_by_its_cause(parts):
+    from gpu_parts.errors import FailedProcess, one_line
+
+    compiler = RuntimeError("backend='inductor' raised:\n  CalledProcessError: no Python.h\n" + "x" * 1000)
+    assert one_line(compiler).startswith(
+        "RuntimeError: backend='inductor' raised: CalledProcessError: no Python.h xxx"
+    )
+    assert len(one_line(compiler)) < 650
+
+    launched = (
+        "some warning\nTraceback (most recent call last):\n  File ...\nRuntimeError: CUDA error: out of memory\n"
+        "Traceback (most recent call last):\n  File ...\n"
+        "torch.distributed.elastic.multiprocessing.errors.ChildFailedError: \n=====\nRoot Cause: exitcode 1\n====="
+    )
+    error = FailedProcess("The step", launched)
+    assert str(error) == "The step failed: RuntimeError: CUDA error: out of memory"
+    assert cause_and_place_of(error).splitlines()[0] == f"FailedProcess: {error}"
+    assert cause_and_place_of(error).endswith("\n  File ...\nRuntimeError: CUDA error: out of memory")
+    assert str(FailedProcess("The step", "")) == "The step failed: it printed nothing"
+    assert str(FailedProcess("The step", "Killed")) == "The step failed: Killed"
+
+
+def cause_and_place_of(error):
+    from gpu_parts.errors import cause_and_place
+
+    try:
+        raise error
+    except RuntimeError as raised:
+        return cause_and_place(raised)

@@ -18,6 +18,7 @@ from modeling_cosup.index_files_cosup import Shard
 from modeling_cosup.index_store_cosup import new_config
 
 from gpu_parts.comparing import Comparisons, largest_difference, name_of, share_of_other_tokens
+from gpu_parts.errors import FailedProcess
 from gpu_parts.runner import Context, Skip
 from gpu_parts.small_world import SmallWorld
 
@@ -109,7 +110,7 @@ def run_elsewhere(job: dict[str, Any], folder: str) -> None:
     Run `LOADED` in a process that does not see this project.
 
     Raises:
-        `RuntimeError`: with the end of the process's errors.
+        [`FailedProcess`]: if it ends with an error.
     """
     paths = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     elsewhere = [path for path in paths if path and not Path(path).resolve().is_relative_to(ROOT)]
@@ -118,7 +119,7 @@ def run_elsewhere(job: dict[str, Any], folder: str) -> None:
     command = [sys.executable, "-c", LOADED, json.dumps(job)]
     done = subprocess.run(command, cwd=folder, env=variables, capture_output=True, text=True, timeout=150)
     if done.returncode != 0:
-        raise RuntimeError(f"The process that loads the checkpoint failed:\n{done.stderr[-1500:]}")
+        raise FailedProcess("The process that loads the checkpoint", done.stderr)
 
 
 def quantized_model(context: Context) -> dict[str, Any]:

@@ -8,7 +8,7 @@ A record has the name and the order of the check, its status, and, once it ran, 
     left        it did not fit into the time that was left, and is for the next call
     begun       it runs; or, if nothing runs any more, it never ended
     done        `result` holds what it returned
-    failed      `reason` says why: the end of the traceback, or what missed its bound
+    failed      `reason` says why: what missed its bound, or the error and below it where it was raised
     skipped     `reason` says what the check needs and did not find
 """
 

@@ -65,17 +65,12 @@ def row(record: Record) -> list[str]:
     status = record["status"]
     outcome = record.get("result", {}).get("summary", "")
     if record["reason"]:
-        outcome = last_line(record["reason"])
+        outcome = record["reason"].splitlines()[0]
     if status == "begun":
         outcome = f"begun and not ended. {record['reason']}".strip()
     seconds = f"{record['seconds']:.1f}" if "seconds" in record else ""
     memory = f"{record['peak_memory_gb']:.2f}" if "peak_memory_gb" in record else ""
     return [record["check"], f"**{status}**" if status in ("failed", "begun") else status, outcome, seconds, memory]
-
-
-def last_line(text: str) -> str:
-    """Return the last line of a reason, which names the error."""
-    return text.strip().splitlines()[-1]
 
 
 def tables_of(record: Record) -> list[str]:

@@ -16,7 +16,6 @@ import os
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,12 +24,11 @@ from typing import Any
 import torch
 import transformers
 
+from gpu_parts.errors import cause_and_place
 from gpu_parts.exit_codes import TOO_LONG
 from gpu_parts.records import WAITING, Record, read_record, write_record
 from gpu_parts.report import write_report
 from measuring import GB, Meter, cpu_name
-
-MAX_ERROR_LENGTH = 2000  # characters of a traceback, from its end
 
 
 class Skip(Exception):
@@ -210,8 +208,8 @@ def outcome(check: Check, context: Context) -> Record:
         return {"status": "skipped", "reason": str(reason)}
     except Later as rest:
         return {"status": "left", "reason": str(rest)}
-    except (Exception, SystemExit):  # recipes end with SystemExit
-        return {"status": "failed", "reason": traceback.format_exc().strip()[-MAX_ERROR_LENGTH:]}
+    except (Exception, SystemExit) as error:  # recipes end with SystemExit
+        return {"status": "failed", "reason": cause_and_place(error)}
     missed = result.get("missed", [])
     return {"status": "failed" if missed else "done", "reason": "; ".join(missed), "result": result}
 
@@ -220,7 +218,7 @@ def ending(record: Record) -> str:
     """Return the end of the line about a check that has just been dealt with."""
     text = record["status"]
     if record["reason"]:
-        text += f": {record['reason'].splitlines()[-1]}"
+        text += f": {record['reason'].splitlines()[0]}"
     if record["status"] in ("done", "failed"):
         text += f" ({record['seconds']:.1f} s)"
     return text

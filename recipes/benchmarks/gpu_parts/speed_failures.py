@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-MAX_LENGTH = 300  # characters of an error
+from gpu_parts.errors import one_line
+
 NO_TIME = "no time is left"
 
 
@@ -24,7 +25,7 @@ def first_calls(calls: dict[str, Callable[[], Any]], seconds_left: float) -> dic
             a minute; what was measured before must not be lost with the process.
 
     Returns:
-        `dict[str, str]`: of the arms that failed or did not begin, the first line of the error.
+        `dict[str, str]`: of the arms that failed or did not begin, the error on one line.
     """
     end = time.perf_counter() + seconds_left
     errors = {}
@@ -35,16 +36,11 @@ def first_calls(calls: dict[str, Callable[[], Any]], seconds_left: float) -> dic
         try:
             call()
         except Exception as error:
-            errors[name] = first_line(error)
+            errors[name] = one_line(error)
         if name in errors:  # here the traceback, which holds tensors, is gone
             print(f"  {name} does not run: {errors[name]}", flush=True)
             clean_up()
     return errors
-
-
-def first_line(error: Exception) -> str:
-    """Return the type and the first line of an error."""
-    return f"{type(error).__name__}: {error}".splitlines()[0][:MAX_LENGTH]
 
 
 def clean_up(model: nn.Module | None = None) -> None:

@@ -18,8 +18,9 @@ from torch import nn
 from modeling_cosup import CoSupForCausalLM
 from trainer import load_instances
 
+from gpu_parts.errors import one_line
 from gpu_parts.runner import Context
-from gpu_parts.speed_failures import NO_TIME, clean_up, first_calls, first_line, require
+from gpu_parts.speed_failures import NO_TIME, clean_up, first_calls, require
 from gpu_parts.speed_goals import goal
 from gpu_parts.speed_training_arms import BASELINE, ROWS_OF_BASELINE, training_arms
 from gpu_parts.weights import given_gen, name_of_gen
@@ -194,7 +195,7 @@ def nsp_batches(context: Context) -> dict[str, Any]:
             try:
                 results.append(measure_nsp_batch(model, rows, script, folder, size))
             except Exception as error:  # e.g. too little memory: the smaller batches are results
-                errors[name] = first_line(error)
+                errors[name] = one_line(error)
             if name in errors:
                 clean_up(model)
                 continue

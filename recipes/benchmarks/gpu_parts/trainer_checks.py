@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 
 from gpu_parts.comparing import Comparisons, relative_error
+from gpu_parts.errors import FailedProcess
 from gpu_parts.runner import Context
 from gpu_parts.small_world import SmallWorld
 from gpu_parts.training_step import EXACT, References, Step
@@ -81,7 +82,7 @@ def launch(context: Context, file: str, sharded: bool) -> None:
     Run one_rank.py in a process of its own, under `accelerate launch` if its weights are to be shards.
 
     Raises:
-        `RuntimeError`: with the end of the process's errors.
+        [`FailedProcess`]: if it ends with an error.
     """
     command = [sys.executable]
     if sharded:
@@ -93,7 +94,7 @@ def launch(context: Context, file: str, sharded: bool) -> None:
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=150)
     if done.returncode != 0:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-1500:]}")
+        raise FailedProcess(f"one_rank.py ({'sharded' if sharded else 'alone'})", done.stderr)
 
 
 def read_step(file: str) -> Step:

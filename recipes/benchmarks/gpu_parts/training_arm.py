@@ -18,6 +18,7 @@ from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.files_cosup import read_json, write_json
 from trainer import CoSupTrainer, CoSupTrainingArguments
 
+from gpu_parts.errors import one_line
 from gpu_parts.runner import Context, Skip, free_memory, is_usable, peak_memory
 from gpu_parts.training_inputs import Inputs, read_inputs
 from gpu_parts.training_tasks import is_judged, judge_tasks, result_of_tasks
@@ -157,7 +158,7 @@ def train(context: Context, arm: str, seed: int, inputs: Inputs, model_folder: P
         except Exception as error:
             if speed is choices[-1] or not is_usable(context.device):
                 raise
-            failures.append(f"{speed}: {type(error).__name__}: {str(error)[:300]}")
+            failures.append(f"{speed}: {one_line(error)}")
             print(f"[training] {failures[-1]}", flush=True)
         free_memory(context.device)  # here the traceback, which holds tensors, is gone
     raise AssertionError("the last choice returns or raises")
