@@ -51,7 +51,20 @@ def test_mixing_devices_is_an_error_as_on_a_gpu(variables):
 def test_the_gpu_program(part, variables, tmp_path):
     out = tmp_path / "out"
     script = ROOT / "recipes" / "benchmarks" / "gpu.py"
-    command = [sys.executable, script, "--output_dir", out, "--parts", part, "--tiny", "true", "--device", "cuda"]
+    command = [
+        sys.executable,
+        script,
+        "--output_dir",
+        out,
+        "--parts",
+        part,
+        "--tiny",
+        "true",
+        "--device",
+        "cuda",
+        "--minutes",
+        "14",
+    ]
     done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=tmp_path, timeout=900)
     records = [json.loads(file.read_text(encoding="utf-8")) for file in (out / part).glob("*.json")]
     checks = {record["check"]: record for record in records if "check" in record}

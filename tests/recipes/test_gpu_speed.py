@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import subprocess
 import sys
 import time
 from functools import partial
@@ -16,12 +17,12 @@ BENCHMARKS = Path(__file__).parents[2] / "recipes" / "benchmarks"
 NAMES = [
     "matmul_peak",
     "training_batch_64",
-    "nsp_batches",
-    "generate_7b_batch_32",
-    "original_algorithm",
-    "search",
-    "training_batch_256",
     "generate_135m_batch_32",
+    "nsp_batches",
+    "search",
+    "original_algorithm",
+    "generate_7b_batch_32",
+    "training_batch_256",
     "encoding",
     "memories",
     "generate_7b_batch_1",
@@ -258,3 +259,34 @@ def test_goals_are_judged_on_a_gpu_alone(speed, context):
     assert goal_text([reached, missed]) == (
         "goal x plain at least 3: reached (3.2); goal GB at most 40: MISSED (41.5)"
     )
+    lost = goal(on_gpu, "GB", None, at_most=40)  # e.g. out of memory
+    assert goal_text([lost]) == "goal GB at most 40: MISSED (not measured)"
+
+
+def test_a_batch_that_is_too_large_misses_its_goal(speed, context, monkeypatch):
+    from dataclasses import replace
+
+    from gpu_parts import speed_goals, speed_training
+
+    measure = speed_training.measure_nsp_batch
+
+    def with_little_memory(model, rows, script, folder, size):
+        if size == 8:
+            raise torch.OutOfMemoryError("too little memory")
+        return measure(model, rows, script, folder, size)
+
+    def as_on_a_gpu(context, *args, **options):
+        return speed_goals.goal(replace(context, device=torch.device("cuda"), tiny=False), *args, **options)
+
+    monkeypatch.setattr(speed_training, "LARGEST", 8)
+    monkeypatch.setattr(speed_training, "measure_nsp_batch", with_little_memory)
+    monkeypatch.setattr(speed_training, "goal", as_on_a_gpu)
+    (entry,) = speed_training.nsp_batches(context)["goals"]
+    assert (entry["measured"], entry["met"]) == (None, False)
+
+
+def test_kernels_are_chosen_in_each_process(speed):
+    code = "from gpu_parts.kernels import choose_kernels; choose_kernels(); import torch;"
+    code += "print(torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.matmul.fp32_precision)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "ieee"]

@@ -205,10 +205,10 @@ def memories(context: Context) -> dict[str, Any]:
             comparisons.add(f"{kind}: probabilities of control tokens, to Gen's", dtype, kept_error, ROUNDED)
             without = {"memory": memory, "memory_config": replace(memory.memory_config, weight=0.0)}
             share = share_of_other_tokens(world.generate(world.model, prompts, **without), plain)
-            comparisons.add(f"{kind}: share of other tokens with weight 0", dtype, share, 0.0)
+            bound = 0.0 if dtype == torch.float32 else None
+            comparisons.add(f"{kind}: share of other tokens with weight 0", dtype, share, bound)
             batch = world.generate(world.model, prompts, memory=memory)
             alone = [world.generate(world.model, [prompt], memory=memory)[0] for prompt in prompts]
-            bound = 0.0 if dtype == torch.float32 else None
             what = f"{kind}: share of other tokens: a batch and each row alone"
             comparisons.add(what, dtype, share_of_other_tokens(batch, alone), bound)
             comparisons.add_equal(f"{kind} changes some token", dtype, share_of_other_tokens(batch, plain) > 0)

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from trainer import CoSupTrainer, CoSupTrainingArguments
 
+from gpu_parts.kernels import choose_kernels
 from gpu_parts.runner import Context
 from gpu_parts.small_world import SmallWorld
 
@@ -80,6 +81,7 @@ def train(script: StepArguments) -> None:
 def main() -> None:
     """Take the step, and leave the process group, if there is one."""
     (script,) = parse([StepArguments], __doc__)
+    choose_kernels()
     train(script)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

@@ -104,8 +104,10 @@ def work(part: str, call: Call, deadline: float) -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
 
+    from gpu_parts.kernels import choose_kernels
     from gpu_parts.runner import Context, run_checks
 
+    choose_kernels()
     checks = resolve_name(f"gpu_parts.{part}:CHECKS")
     if part == "correctness":
         # otherwise a layer that was compiled too often would run eagerly, and its comparison would show nothing

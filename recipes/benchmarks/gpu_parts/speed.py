@@ -5,6 +5,7 @@ All arms of a comparison take turns in rotated rounds; a ratio is the median of 
 and the largest. The goals are for a large GPU and full shapes: a missed one is reported, and is no failure.
 """
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -94,13 +95,14 @@ def training_check(batch_size: int, minutes: float) -> Check:
 CHECKS: list[Check] = [
     Check("matmul_peak", peak, 0.3),
     training_check(64, 1.5),
-    Check("nsp_batches", nsp_batches, 1.0, packages=["datasets"]),
-    generation_check("7b", 32, NEVER_RETRIEVES, 2.5),
-    Check("original_algorithm", original, 0.6, packages=["pyarrow"]),
-    Check("search", search, 0.8, packages=["pyarrow"]),
-    training_check(256, 1.0),
     generation_check("135m", 32, (*EAGER, "CoSup, captured, retrieves"), 1.0),
+    Check("nsp_batches", nsp_batches, 1.0, packages=["datasets"]),
+    Check("search", search, 0.8, packages=["pyarrow"]),
+    Check("original_algorithm", original, 0.6, packages=["pyarrow"]),
+    generation_check("7b", 32, NEVER_RETRIEVES, 2.5),
+    training_check(256, 1.0),
     Check("encoding", encoding, 0.5, packages=["sentence_transformers", "pyarrow"]),
     Check("memories", memories, 0.6, packages=["pyarrow"]),
     generation_check("7b", 1, NEVER_RETRIEVES, 2.0),
 ]
+CHECKS = [replace(check, limit=max(3.0, 3 * check.minutes)) for check in CHECKS]  # a compiler may hang

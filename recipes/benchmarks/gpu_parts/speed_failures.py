@@ -21,8 +21,8 @@ def first_calls(calls: dict[str, Callable[[], Any]], seconds_left: float) -> dic
 
     Args:
         calls (`dict[str, Callable]`): name of each arm -> function without arguments.
-        seconds_left (`float`): no arm but the first begins later than this after the call. One that compiles may take
-            a minute; what was measured before must not be lost with the process.
+        seconds_left (`float`): no arm but the first begins later than this after the call, so that one that compiles
+            for a minute does not end with the process.
 
     Returns:
         `dict[str, str]`: of the arms that failed or did not begin, the error on one line.

@@ -6,7 +6,7 @@ from gpu_parts.runner import Context
 
 
 def goal(
-    context: Context, name: str, value: float, at_least: float | None = None, at_most: float | None = None
+    context: Context, name: str, value: float | None, at_least: float | None = None, at_most: float | None = None
 ) -> dict[str, Any]:
     """
     Return a goal next to what was measured.
@@ -16,12 +16,12 @@ def goal(
     Args:
         context (`Context`): of the check.
         name (`str`): what is measured, with its unit.
-        value (`float`): what was measured.
+        value (`float` or `None`): what was measured; `None` if it could not be, which misses the goal.
         at_least, at_most (`float`, *optional*): one of them is the goal.
     """
     met = None
     if context.device.type == "cuda" and not context.tiny:
-        met = value >= at_least if at_least is not None else value <= at_most
+        met = value is not None and (value >= at_least if at_least is not None else value <= at_most)
     return {"goal": name, "at_least": at_least, "at_most": at_most, "measured": value, "met": met}
 
 
@@ -31,5 +31,6 @@ def goal_text(goals: list[dict[str, Any]]) -> str:
     for entry in goals:
         bound = f"at least {entry['at_least']:g}" if entry["at_least"] is not None else f"at most {entry['at_most']:g}"
         verdict = {None: "not judged here", True: "reached", False: "MISSED"}[entry["met"]]
-        texts.append(f"goal {entry['goal']} {bound}: {verdict} ({entry['measured']:.3g})")
+        measured = "not measured" if entry["measured"] is None else f"{entry['measured']:.3g}"
+        texts.append(f"goal {entry['goal']} {bound}: {verdict} ({measured})")
     return "; ".join(texts)

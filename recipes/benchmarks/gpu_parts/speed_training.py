@@ -31,6 +31,8 @@ from train_nsp_batch import measure_nsp_batch
 from train_step import Step, model_flops, peak_flops, ratios, time_arms
 
 MAX_SECONDS = 45  # for the timed batches of a table
+COMPILE_SECONDS = 60  # for the warm-up of an arm that begins last, before those
+LARGEST = 4096  # instances of an NSP batch, on a GPU
 
 
 # ---------------------------------------------------------------------- what is trained
@@ -84,8 +86,9 @@ def training_table(context: Context, batch_size: int) -> dict[str, Any]:
         rows = ours.trainer.train_dataset
         first, second, *batches = batches_of(ours.trainer, batch_size, repeats + 2, 0)
         arms = training_arms(context, model, rows, script, folder)
-        calls = {name: partial(warm_up, arm, model, [first, second]) for name, arm in arms.items()}
-        errors = first_calls(calls, context.seconds_left() - MAX_SECONDS)
+        # all batches: some kernels prepare something for every new shape
+        calls = {name: partial(warm_up, arm, model, [first, second, *batches]) for name, arm in arms.items()}
+        errors = first_calls(calls, context.seconds_left() - MAX_SECONDS - COMPILE_SECONDS)
         require(BASELINE, errors)
         arms = {name: arm for name, arm in arms.items() if name not in errors}
         seconds, memory = time_arms(model, arms, batches, Meter(context.device), MAX_SECONDS)
@@ -149,7 +152,8 @@ def training_report(context: Context, results: list[dict[str, Any]], errors: dic
     best = max(results, key=lambda result: result["speed_to_baseline"]["median"])
     goals = [goal(context, "training, x padded eager", best["speed_to_baseline"]["median"], at_least=5)]
     if best["mfu"] is not None:
-        goals.append(goal(context, "model FLOP utilisation", max(result["mfu"] for result in results), at_least=0.4))
+        ours = [result["mfu"] for result in results if result["arm"] != BASELINE]
+        goals.append(goal(context, "model FLOP utilisation", max(ours, default=None), at_least=0.4))
     header = ["arm", "s / batch", "x padded eager (min to max)", "useful tokens/s"]
     header += ["of the matrix-product peak", "MFU (data sheet)", "peak memory GB"]
     return {
@@ -175,7 +179,7 @@ def padding_of_baseline(batch: list[dict]) -> float:
 
 def nsp_batches(context: Context) -> dict[str, Any]:
     """Measure one GradCache step of each NSP batch: seconds, and memory with and without weights and gradients."""
-    sizes = (4, 8) if context.tiny else (64, 256, 1024, 4096)
+    sizes = (4, 8) if context.tiny else (64, 256, 1024, LARGEST)
     micro_batch_tokens = 256 if context.tiny else 16_384
     model = training_model(context)
     rows: Any = training_instances(context, model, max(sizes))
@@ -216,16 +220,16 @@ def nsp_batches(context: Context) -> dict[str, Any]:
     cells += [[name, error, "", "", ""] for name, error in errors.items()]
     header = ["NSP batch", "s / step", "useful tokens/s", "peak above weights and gradients, GB", "peak in all, GB"]
     reached = f"NSP batch {last['nsp_batch_size']:,}: {last['seconds']:.1f} s, {last['peak_memory_gb']:.1f} GB"
-    memory = last.get("total_memory_gb")
-    goals = []
-    if last["nsp_batch_size"] == 4096 and memory is not None:
-        goals.append(goal(context, "memory of an NSP batch of 4,096, GB", memory, at_most=40))
+    memory = last.get("total_memory_gb") if last["nsp_batch_size"] == LARGEST else None
+    memory_goal = goal(context, f"memory of an NSP batch of {LARGEST:,}, GB", memory, at_most=40)
+    if errors.get(f"NSP batch {LARGEST:,}") == NO_TIME:
+        memory_goal["met"] = None
     return {
         **describe(context),
         "micro_batch_tokens": micro_batch_tokens,
         "batches": results,
         "errors": errors,
         "summary": "; ".join([reached, *(f"{name}: {error}" for name, error in errors.items())]),
-        "goals": goals,
+        "goals": [memory_goal],
         "tables": [{"title": "one step with GradCache", "header": header, "rows": cells}],
     }

@@ -96,6 +96,7 @@ def isolated_queries(context: Context) -> dict[str, Any]:
     embedding = "gen.model.embed_tokens.weight"
     row = world.config.nsp_token_id
     batch = make_batch(world)
+    gradient_bound = references(world).gradient_bound
     forward = partial(isolated, model)
     comparisons = Comparisons()
     reference = None
@@ -113,7 +114,7 @@ def isolated_queries(context: Context) -> dict[str, Any]:
                 reference = step.gradients
                 continue
             error = relative_error(step.gradients, reference)
-            bound = EXACT if dtype == torch.float32 else None
+            bound = gradient_bound if dtype == torch.float32 else None
             comparisons.add(f"{what}: gradients, sdpa in float32", dtype, error, bound)
     return comparisons.result()
 
