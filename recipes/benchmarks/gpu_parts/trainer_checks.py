@@ -16,7 +16,7 @@ from gpu_parts.comparing import Comparisons, relative_error
 from gpu_parts.errors import FailedProcess
 from gpu_parts.runner import Context
 from gpu_parts.small_world import SmallWorld
-from gpu_parts.training_step import EXACT, References, Step
+from gpu_parts.training_step import EXACT, References, Step, references
 
 ROOT = Path(__file__).parents[3]
 CONFIG = ROOT / "recipes" / "accelerate_configs" / "fsdp2.yaml"
@@ -33,6 +33,7 @@ def trainer_arms(context: Context) -> dict[str, Any]:
     world = SmallWorld(context)
     instances = world.instances(6 if context.tiny else 32)
     size = len(instances)
+    rounding = references(world).rounding
     comparisons = Comparisons()
     steps: dict[torch.dtype, Step] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -55,7 +56,7 @@ def trainer_arms(context: Context) -> dict[str, Any]:
             for name, arm in arms.items():
                 world.model.zero_grad()
                 step = Step(arm.step(rows), gradients_of(world.model))
-                expected = References(steps[torch.float32], steps[dtype])
+                expected = References(steps[torch.float32], steps[dtype], rounding)
                 expected.compare(comparisons, f"{name}, padded baseline", dtype, step)
     return comparisons.result()
 
