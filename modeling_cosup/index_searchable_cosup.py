@@ -21,7 +21,7 @@ from .index_approximate_cosup import (
 from .index_files_cosup import Shard
 from .index_search_cosup import ApproximateSearch, DeviceSearch, ExactSearch, nothing, search_pools, search_without
 from .index_store_cosup import PassageStore
-from .retriever_cosup import Rows, SearchResults
+from .retriever_cosup import Rows, SearchResults, array_of_rows
 
 try:
     import faiss
@@ -333,21 +333,17 @@ def check_candidates(
             pools.append(None)
             continue
         if id(pool) not in arrays:
-            arrays[id(pool)] = _check_pool(np.asarray(pool), f"candidates[{i}]", count_rows)
+            arrays[id(pool)] = _check_pool(pool, f"candidates[{i}]", count_rows)
         pools.append(arrays[id(pool)])
     return pools
 
 
-def _check_pool(pool: NDArray[Any], name: str, count_rows: Callable[[int], int]) -> NDArray[np.int64]:
-    if not pool.size:
-        return np.empty(0, np.int64)
-    if pool.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name} is of {pool.dtype}, expected integers: rows of the index (np.flatnonzero(mask) of a mask)."
-        )
-    pool = pool.reshape(-1)
+def _check_pool(pool: Rows, name: str, count_rows: Callable[[int], int]) -> NDArray[np.int64]:
+    pool = array_of_rows(pool, name)
+    if not len(pool):
+        return pool
     num_rows = count_rows(int(pool.max()))
     if pool.min() < 0 or pool.max() >= num_rows:
         wrong = pool[(pool < 0) | (pool >= num_rows)]
         raise ValueError(f"{name} holds {wrong[:5].tolist()}, which are not rows of this index (0 to {num_rows - 1}).")
-    return np.ascontiguousarray(pool, np.int64)
+    return pool

@@ -125,7 +125,7 @@ def test_rows_of_one_array_are_separate_pools():
 
 @pytest.mark.parametrize(("pool", "dtype"), [(np.ones(300, bool), "bool"), ([1.0, 2.0], "float64"), (["m1"], "<U2")])
 def test_candidates_are_integers(pool, dtype):
-    with pytest.raises(ValueError, match=rf"candidates\[1\] is of {dtype}, expected integers"):
+    with pytest.raises(ValueError, match=rf"candidates\[1\]: found {dtype}, expected integers"):
         random_index().search(queries(2), candidates=[None, pool])
 
 
