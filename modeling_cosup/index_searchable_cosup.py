@@ -119,9 +119,15 @@ class SearchableStore(PassageStore):
             [`PassageIndex`]: this one.
 
         Raises:
-            `ValueError`: if FAISS has no GPU support, or no GPU version of the approximate index (e.g. of HNSW). Then
-                nothing changes.
+            `ValueError`: if FAISS has no GPU support, or no GPU version of the approximate index (e.g. of HNSW); for
+                an unknown dtype, embeddings that are not finite or overflow it, or a dtype for an approximate index.
+                Then nothing changes.
         """
+        if dtype is not None and self._approximate is not None:
+            raise ValueError(
+                f"dtype {dtype!r} is for a copy of the embeddings, and an approximate index makes none; load with"
+                " search='exact' to search exactly on a device."
+            )
         copy = gpu = None
         if device is not None:
             if self._approximate is None:
@@ -160,9 +166,11 @@ class SearchableStore(PassageStore):
             `to` again to search on a device.
 
         Raises:
-            `ValueError`: if FAISS refuses the factory string, the size of the sample or an option, or all passages
-                were deleted.
+            `ValueError`: if FAISS refuses the factory string, the size of the sample or an option, all passages were
+                deleted, or `queries` cannot be compared. Then nothing is trained.
         """
+        if queries is not None:
+            queries = self._check_recall_queries(queries)
         with self._changing():
             self._check_not_empty()
             train_size = min(train_size, self.num_rows)
@@ -209,8 +217,7 @@ class SearchableStore(PassageStore):
         Raises:
             `ValueError`: if no approximate index was trained, or for an option that its kind does not have.
         """
-        if self._approximate is None:
-            raise ValueError("This index is searched exactly: call train_approximate first.")
+        self._check_approximate()
         made = self.config["approximate"]
         # a wrong option must not leave the ones before it set
         empty_approximate(made["index_factory"], self.config["embedding_size"], made["train_size"], **options)
@@ -236,18 +243,30 @@ class SearchableStore(PassageStore):
             `dict[str, float]`: `ann_recall@1` and `ann_recall@k`: mean share of the exact k nearest that were found.
 
         Raises:
-            `ValueError`: if all passages were deleted.
+            `ValueError`: if no approximate index was trained, all passages were deleted, or there is no query.
         """
+        self._check_approximate()
         self._check_not_empty()
         if queries is None:
             num_queries = min(num_queries, self.num_rows)
             rows = np.random.default_rng(seed).choice(self.num_rows, num_queries, replace=False, shuffle=False)
             queries = self._exact.gather(np.sort(rows))
-        queries = check_queries(queries, self.config["embedding_size"], k)
+        queries = self._check_recall_queries(queries, k)
         k = min(k, len(self))
         _, expected = search_without(self._deleted, self._exact, queries, k, self.num_rows)
         _, found = self._search_all(queries, k)
         return {f"ann_recall@{n}": recall(found[:, :n], expected[:, :n]) for n in sorted({1, k})}
+
+    def _check_recall_queries(self, queries: torch.Tensor, k: int = 1) -> torch.Tensor:
+        """Return queries as [`check_queries`]; `ValueError` also if there are none."""
+        queries = check_queries(queries, self.config["embedding_size"], k)
+        if not len(queries):
+            raise ValueError("There is no query to measure the recall with: give at least one.")
+        return queries
+
+    def _check_approximate(self) -> None:
+        if self._approximate is None:
+            raise ValueError("This index is searched exactly: call train_approximate first.")
 
     def _check_not_empty(self) -> None:
         if not len(self):

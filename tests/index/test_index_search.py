@@ -55,6 +55,22 @@ def test_a_device_may_hold_half_precision():
     check_nearest(index.search(queries(9), 5), all_scores(index, queries(9)))
 
 
+def test_embeddings_that_overflow_on_a_device_are_refused():
+    """Infinite in float16, row 0 would be the last result for this query: in float32 it is the first."""
+    index = random_index(4, size=4, shard_size=2)
+    index._shards[0].embeddings[0] = torch.tensor([1e5, 0, 0, 1])
+    with pytest.raises(ValueError, match="Embeddings overflow float16: copy them with dtype='bfloat16'"):
+        index.to("cpu", dtype="float16")
+    query = torch.tensor([[-1e-6, 0, 0, 10]])
+    for dtype in (None, "bfloat16"):
+        assert index.to("cpu", dtype=dtype).search(query)[1].tolist() == [[0]]
+    with pytest.raises(ValueError, match="dtype is 'int8', expected one of float32, float16, bfloat16"):
+        index.to("cpu", dtype="int8")
+    index.train_approximate("Flat")
+    with pytest.raises(ValueError, match="dtype 'float16' is for a copy of the embeddings"):
+        index.to("cpu", dtype="float16")
+
+
 def test_searching_copies_no_embeddings(tmp_path):
     index = in_folder(random_index(shard_size=300), tmp_path / "index")
     assert index.embeddings.data_ptr() == index._shards[0].embeddings.data_ptr()
