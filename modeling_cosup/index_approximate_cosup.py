@@ -127,6 +127,17 @@ def set_search_options(index: "faiss.Index", options: dict[str, Any]) -> None:
             ) from None
 
 
+def usual_search_options(index: "faiss.Index") -> dict[str, int]:
+    """Return the `nprobe` of an IVF index, or the `efSearch` of an HNSW index, as it is set now."""
+    while isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    if isinstance(index, faiss.IndexIVF):
+        return {"nprobe": index.nprobe}
+    if isinstance(index, faiss.IndexHNSW):
+        return {"efSearch": index.hnsw.efSearch}
+    return {}
+
+
 def recall(found: RowArray, expected: RowArray) -> float:
     """
     Return the mean share of `expected` rows `(N, k)` that are among the `found` rows `(N, k)`; -1 never counts.

@@ -16,6 +16,7 @@ from .index_approximate_cosup import (
     make_approximate,
     recall,
     set_search_options,
+    usual_search_options,
     write_approximate,
 )
 from .index_files_cosup import Shard
@@ -178,6 +179,7 @@ class SearchableStore(PassageStore):
             rows = np.random.default_rng(seed).choice(self.num_rows, train_size, replace=False, shuffle=False)
             index = make_approximate(index_factory, self._exact, np.sort(rows))
             set_search_options(index, search_options)
+            search_options = {**usual_search_options(index), **search_options}  # FAISS's defaults too, to go back to
             facts = {"index_factory": index_factory, "train_size": len(rows), "seed": seed}
             return self._use_approximate(index, {**facts, "search_options": search_options}, queries)
 
@@ -204,12 +206,20 @@ class SearchableStore(PassageStore):
         return recalls
 
     def _write_approximate(self, folder: Path, config: Config, index: "faiss.Index") -> str:
-        """Write a FAISS index, list its file in the config, and return the file's name."""
-        return self._write_file(folder, config, "index.faiss", lambda path: write_approximate(index, path))
+        """
+        Write a FAISS index, list its file in the config, and return the file's name.
+
+        The file has the search options that it was trained with, whose recall the config holds.
+        """
+        set_search_options(index, config["approximate"]["search_options"])
+        try:
+            return self._write_file(folder, config, "index.faiss", lambda path: write_approximate(index, path))
+        finally:
+            set_search_options(index, self._search_options)
 
     def set_search_options(self, **options: Any) -> None:
         """
-        Trade speed for recall, until the index is loaded again.
+        Trade speed for recall, until the index is loaded again: a saved index keeps the options of its training.
 
         Args:
             **options: `nprobe` (lists that IVF searches), `efSearch` (for HNSW), `quantizer_efSearch`, …
@@ -273,7 +283,11 @@ class SearchableStore(PassageStore):
             raise ValueError("All passages of this index were deleted: there is nothing to search approximately.")
 
     def _extend_approximate(self, shards: list[Shard], config: Config) -> ApproximateSearch | None:
-        """Return a copy of the approximate index that includes new shards: FAISS cannot add to a mapped index."""
+        """
+        Return a copy of the approximate index that includes new shards: FAISS cannot add to a mapped index.
+
+        The config loses the recall, which was of the smaller index.
+        """
         if self._approximate is None:
             return None
         stored = config["approximate"]
@@ -282,9 +296,10 @@ class SearchableStore(PassageStore):
         else:
             index = faiss.read_index(str(self.folder / stored["file"]))
         add_to_approximate(index, ExactSearch(shards), self.num_rows)
-        set_search_options(index, self._search_options)
+        config["approximate"] = {name: value for name, value in stored.items() if not name.startswith("ann_recall@")}
         if self.folder is not None:
-            config["approximate"] = {**stored, "file": self._write_approximate(self.folder, config, index)}
+            config["approximate"]["file"] = self._write_approximate(self.folder, config, index)
+        set_search_options(index, self._search_options)
         return ApproximateSearch(index)
 
     def _write_from_memory(self, folder: Path) -> Config:

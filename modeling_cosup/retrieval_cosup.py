@@ -14,7 +14,7 @@ from .encoding_cosup import evaluating
 from .folder_store_cosup import find_folder
 from .folders_cosup import Config, check_file, put_in_place, sweep, write_config
 from .hub_cosup import make_repo
-from .index_approximate_cosup import read_approximate
+from .index_approximate_cosup import read_approximate, set_search_options
 from .index_build_cosup import Encoder, Passages, ShardBuilder, read_shards, report_cut
 from .index_files_cosup import Shard, map_shard
 from .index_search_cosup import ApproximateSearch
@@ -194,7 +194,8 @@ class PassageIndex(SearchableStore):
         shard_size: int = SHARD_SIZE,
     ) -> None:
         """
-        Add passages after the last row. An approximate index is extended, not trained again.
+        Add passages after the last row. An approximate index is extended, not trained again; its recall is no longer
+        known, see [`~PassageIndex.measure_recall`].
 
         A folder changes only when all passages are embedded; if the process dies before, the index is unchanged.
 
@@ -291,6 +292,8 @@ class PassageIndex(SearchableStore):
         check_file(folder / faiss_file, index.config["files"][faiss_file], cls.form, verify)
         faiss_index = read_approximate(folder / faiss_file, index.num_rows, index.config["embedding_size"])
         index._approximate = ApproximateSearch(faiss_index)
+        index._search_options = dict(index.config["approximate"]["search_options"])
+        set_search_options(faiss_index, index._search_options)
         return index
 
     def push_to_hub(

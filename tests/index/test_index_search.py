@@ -13,6 +13,7 @@ import torch
 
 from modeling_cosup import PassageIndex, index_approximate_cosup, index_search_cosup, index_searchable_cosup
 from modeling_cosup.folders_cosup import seal
+from modeling_cosup.index_approximate_cosup import usual_search_options
 from support.forks import run_forked
 from support.indexes import all_scores, check_nearest, in_folder, queries, random_index
 from support.models import PASSAGES, make_model
@@ -330,6 +331,29 @@ def test_a_damaged_faiss_file(tmp_path, damage):
 
 
 # ------------------------------------------------------------------ adding
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+@pytest.mark.parametrize(
+    ("factory", "options", "name"),
+    [("OPQ8,IVF8,Flat", {"nprobe": 8}, "nprobe"), ("IVF8,Flat", {}, "nprobe"), ("HNSW16", {}, "efSearch")],
+)
+def test_temporary_search_options_are_never_saved(model, tmp_path, where, factory, options, name):
+    passages = [{"id": f"p{i}", "title": "", "text": f"{i} radium"} for i in range(20)]
+    folder = tmp_path / "index" if where == "files" else None
+    index = PassageIndex.build(passages, model, save_directory=folder, show_progress_bar=False)
+    index.train_approximate(factory, **options)
+    usual = {"nprobe": 1, "efSearch": 16} | options  # FAISS's defaults
+    index.set_search_options(**{name: 3})
+    for change in ("none", "add"):
+        if change == "add":
+            index.add([{"id": "z", "title": "", "text": "zzz"}], model, show_progress_bar=False)
+            assert not [name for name in index.config["approximate"] if name.startswith("ann_recall")]
+        index.save_pretrained(tmp_path / "copy")
+        loaded = PassageIndex.from_pretrained(tmp_path / "copy", allow_faiss_files=True)
+        assert usual_search_options(loaded._approximate.index) == {name: usual[name]}
+        assert loaded.config["approximate"]["search_options"] == {name: usual[name]}
+        assert usual_search_options(index._approximate.index) == {name: 3}
 
 
 @pytest.mark.parametrize("where", ["memory", "files"])
