@@ -101,17 +101,18 @@ class PassageIndex(SearchableStore):
                 `process_index`, `process_index + num_processes`, …
             show_progress_bar (`bool`, *optional*, defaults to `True`): show tqdm bars in process 0, for its passages.
             encoder (`Callable`, *optional*): runs this model's Emb_seq elsewhere. It gets the token ids of the
-                passages of a shard, BOS and EOS included, and yields `(rows, embeddings)`: places in that list, and
-                a `torch.FloatTensor` of shape `(len(rows), h)`, which gets unit length here if the similarity is the
-                cosine.
+                passages of a shard, BOS and EOS included, and yields `(rows, embeddings)`: places in that list, each
+                once in all, and a `torch.FloatTensor` of shape `(len(rows), h)`, which gets unit length here if the
+                similarity is the cosine.
 
         Returns:
             [`PassageIndex`], or `None` with several processes.
 
         Raises:
             `ValueError`: for a passage with a missing field, an empty text or an id that is already in the corpus
-                (names its place); for an embedding that is not finite (names its passage); or if the unfinished build
-                was begun by another model or with other settings (names the differences).
+                (names its place); for an embedding that is not finite (names its passage); if an `encoder` leaves out
+                passages (names them) or gives embeddings of another shape; or if the unfinished build was begun by
+                another model or with other settings (names the differences).
             `OSError`: if the folder cannot be written, or the disk is full.
         """
         require_packages()
