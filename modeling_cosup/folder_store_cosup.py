@@ -14,6 +14,7 @@ from .folders_cosup import (
     LOCK_FILE,
     Config,
     FolderFormat,
+    check_file,
     check_save_directory,
     flush,
     put_in_place,
@@ -96,6 +97,8 @@ class FolderStore:
     def _commit(self, folder: Path, config: Config) -> None:
         """Write a config, which makes it the state of the folder, and remove files that it does not list."""
         self._check_unchanged(folder)
+        for name, facts in config["files"].items():
+            check_file(folder / name, facts, self.form, verify=False)
         write_config(folder, config, self.form)
         self.config = config
         sweep(folder, config, self.form)
@@ -118,7 +121,8 @@ class FolderStore:
 
         Raises:
             `OSError`: if the folder cannot be written, or `save_directory` exists and holds something else.
-            `ValueError`: if another process has changed this object's own folder since it was loaded.
+            `ValueError`: if another process has changed this object's own folder since it was loaded, or is changing
+                the folder that would be replaced.
         """
         save_directory = self.check_save_directory(save_directory)
         prefix = f".{save_directory.name}."

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from .files_cosup import BLOCK, digest, digest_file, read_json, write_json
+from .files_cosup import BLOCK, digest, digest_file, locked, read_json, write_json
 
 LOCK_FILE = ".lock"  # held by the process that changes the folder
 UNFINISHED_PATTERNS = ["shard-*.json", "done-*.json", "build.json"]
@@ -307,17 +307,28 @@ def _is_ours(path: Path, form: FolderFormat) -> bool:
 
 
 def put_in_place(unfinished: Path, save_directory: Path) -> None:
-    """Rename a complete folder to its final name. An earlier folder is replaced, or stays if this fails."""
+    """
+    Rename a complete folder to its final name. An earlier folder is replaced, or stays if this fails.
+
+    Raises:
+        `ValueError`: if another process is changing the earlier folder: its change would end in the new one.
+    """
     replaced = unfinished.with_suffix(".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
-    if save_directory.exists():
-        os.replace(save_directory, replaced)
-    try:
+    if not save_directory.exists():
         os.replace(unfinished, save_directory)
-    except OSError:
-        if replaced.exists():
-            os.replace(replaced, save_directory)
-        raise
+        return
+    lock = save_directory / LOCK_FILE
+    busy = f"{save_directory} is being changed by another process: wait for it, then call this again."
+    with locked(lock, busy, keep=True):  # a lock file that is at this path afterwards is of the new folder
+        try:
+            os.replace(save_directory, replaced)
+            os.replace(unfinished, save_directory)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, save_directory)
+            lock.unlink(missing_ok=True)
+            raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -102,6 +102,40 @@ def test_an_index_that_was_replaced_is_not_changed_through_the_old_one(model, tm
         first.delete(["p1"])
 
 
+@pytest.mark.parametrize("replace", ["save", "build"])
+def test_an_index_is_not_replaced_while_it_is_being_changed(model, tmp_path, replace):
+    """The replacement is the same index, so that the change would not notice it."""
+    folder = tmp_path / "index"
+    index = build(model, folder)
+
+    def passages():
+        yield {"id": "new", "text": "word"}
+        with pytest.raises(ValueError, match="index is being changed by another process"):
+            if replace == "save":
+                PassageIndex.from_pretrained(folder).save_pretrained(folder)
+            else:
+                build(model, folder)
+        yield {"id": "newer", "text": "word"}
+
+    index.add(passages(), model, shard_size=1, show_progress_bar=False)
+    assert len(PassageIndex.from_pretrained(folder, verify=True)) == len(PASSAGES) + 2
+    assert len(build(model, folder)) == len(PASSAGES)  # afterwards it may be replaced
+    assert not (folder / ".lock").exists()
+
+
+def test_a_change_whose_files_are_gone_is_not_committed(model, tmp_path):
+    index = build(model, tmp_path / "index")
+
+    def passages():
+        yield {"id": "new", "text": "word"}
+        (tmp_path / "index" / "embeddings-00001.safetensors").unlink()
+        yield {"id": "newer", "text": "word"}
+
+    with pytest.raises(FileNotFoundError, match="embeddings-00001.safetensors is missing"):
+        index.add(passages(), model, shard_size=1, show_progress_bar=False)
+    assert len(PassageIndex.from_pretrained(tmp_path / "index", verify=True)) == len(PASSAGES)
+
+
 def test_merge_refuses_shards_of_another_corpus(model, tmp_path):
     other = [{**passage, "text": f"{passage['text']} anew"} for passage in MANY]
     for rank in range(2):
