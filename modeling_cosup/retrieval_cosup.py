@@ -11,7 +11,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .encoding_cosup import evaluating
-from .folder_store_cosup import find_folder
+from .folder_store_cosup import find_folder, load_unchanged
 from .folders_cosup import Config, check_file, put_in_place, sweep, write_config
 from .hub_cosup import make_repo
 from .index_approximate_cosup import read_approximate, set_search_options
@@ -276,6 +276,11 @@ class PassageIndex(SearchableStore):
         if search not in (None, "exact"):
             raise ValueError(f"search is {search!r}, expected None or 'exact'.")
         folder = find_folder(name_or_path, cls.form, allow_faiss_files and search is None, revision, **kwargs)
+        return load_unchanged(folder, cls.form, lambda: cls._open(folder, allow_faiss_files, search, verify))
+
+    @classmethod
+    def _open(cls, folder: Path, allow_faiss_files: bool, search: str | None, verify: bool | None) -> "PassageIndex":
+        """Load the index of a folder, with its approximate index if there is one and it is not ignored."""
         index = cls._load(folder, verify)
         if index.config["approximate"] is None:
             return index
@@ -287,7 +292,7 @@ class PassageIndex(SearchableStore):
             return index
         if not allow_faiss_files:
             raise ValueError(
-                f"{name_or_path} is searched through a FAISS file: pass allow_faiss_files=True if you trust it, or"
+                f"{folder} is searched through a FAISS file: pass allow_faiss_files=True if you trust it, or"
                 " search='exact'."
             )
         check_file(folder / faiss_file, index.config["files"][faiss_file], cls.form, verify)

@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from modeling_cosup import PassageIndex, folders_cosup, index_files_cosup
+from modeling_cosup import PassageIndex, folders_cosup, index_files_cosup, index_store_cosup
 from modeling_cosup.files_cosup import locked
 from support.models import PASSAGES
 
@@ -100,6 +100,35 @@ def test_an_index_that_was_replaced_is_not_changed_through_the_old_one(model, tm
     build(model, tmp_path / "index", MANY)  # generation 0 again
     with pytest.raises(ValueError, match="was changed by another process"):
         first.delete(["p1"])
+
+
+def test_a_change_during_a_load_or_a_copy_is_noticed(model, tmp_path, monkeypatch):
+    writer = build(model, tmp_path / "index")
+    steps = [lambda: writer.delete(["p1"]), lambda: writer.add(MANY, model, show_progress_bar=False)]
+
+    def change_then(function):
+        def run(*args, **kwargs):
+            if steps:
+                steps.pop(0)()
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(index_store_cosup, "read_config", change_then(index_store_cosup.read_config))
+    monkeypatch.setattr(index_store_cosup, "map_id_table", change_then(index_store_cosup.map_id_table))
+    loaded = PassageIndex.from_pretrained(tmp_path / "index")  # the ids of the first state are gone
+    assert not steps
+    assert len(loaded) == len(PASSAGES) - 1 + len(MANY)
+    with pytest.raises(ValueError, match="p1"):
+        loaded.rows_of(["p1"])
+
+    monkeypatch.undo()
+    reader = PassageIndex.from_pretrained(tmp_path / "index")
+    steps.append(lambda: writer.delete(["p3"]))
+    monkeypatch.setattr(shutil, "copyfile", change_then(shutil.copyfile))
+    with pytest.raises(ValueError, match="was changed by another process: load it again"):
+        reader.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
 
 
 @pytest.mark.parametrize("replace", ["save", "build"])
