@@ -83,7 +83,9 @@ class ExactSearch:
     def blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield all embeddings as `(first row, float32 array)`: whole shards, or blocks of half-precision shards."""
         for start, shard in zip(self.starts, self.shards, strict=False):
-            step = len(shard) if shard.embeddings.dtype == torch.float32 else HALF_ROWS
+            step = HALF_ROWS
+            if shard.embeddings.dtype == torch.float32:
+                step = max(1, len(shard))  # a shard of a memory may have no entry
             for offset in range(0, len(shard), step):
                 yield start + offset, shard.embeddings[offset : offset + step].float().numpy()
 

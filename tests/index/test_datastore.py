@@ -233,6 +233,17 @@ def test_a_factory_or_comparison_that_does_not_fit_changes_nothing(factory, opti
     assert memory.config["approximate"] is None
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_approximate_search_of_a_shard_without_entries(dtype):
+    memory = random_memory(count=60, shards=1, dtype=dtype)
+    (whole,) = memory._shards
+    empty = type(whole)(whole.keys[:0], whole.half_norms[:0], whole.values[:0], torch.zeros(1, dtype=torch.long))
+    memory = KNNMemory([whole, empty], {**memory.config, "shards": [60, 0]})
+    expected = memory.search(torch.ones(2, 24), 5)
+    assert memory.train_approximate("Flat")["ann_recall@1"] == 1
+    assert torch.equal(memory.search(torch.ones(2, 24), 5).rows, expected.rows)
+
+
 def test_searches_are_compared_only_where_there_is_something_to_find():
     memory = random_memory(count=1, shards=1)
     with pytest.raises(ValueError, match="This memory is searched exactly"):
