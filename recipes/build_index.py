@@ -22,7 +22,7 @@ import os
 from itertools import zip_longest
 from pathlib import Path
 
-from shared.cli import check_options, clear_errors, json_object, parse, table
+from shared.cli import check_options, clear_errors, json_object, parse, refuse_given, table
 
 from shared.arguments import IndexArguments
 
@@ -94,14 +94,20 @@ def check(args: IndexArguments, embedding_size: int) -> None:
             raise ValueError(f"{name} is {value}, expected at least 1.")
     if args.index_factory:
         empty_approximate(args.index_factory, embedding_size, args.train_size, **search_options(args))
-    elif search_options(args):
-        raise ValueError("nprobe and ef_search are options of an approximate index: they need an index_factory.")
+    else:
+        options = ("train_size", "nprobe", "ef_search", "seed")
+        refuse_given(args, options, "is for an approximate index: give --index_factory")
+    if args.encoder_url is not None:
+        refuse_given(args, ["max_tokens_per_batch"], "limits a forward of this process, not of --encoder_url")
     check_index_options(args.index, args.index_uri)
     if args.index and args.index_uri is None:
         raise ValueError(
             f"--index {args.index} without --index_uri: name the Milvus server to upload to; the folder is output_dir."
         )
-    if args.index_uri is not None:
+    if args.index_uri is None:
+        options = ("milvus_index_type", "milvus_index_params")
+        refuse_given(args, options, "is for an upload to Milvus: give --index_uri")
+    else:
         milvus_packages()
     json_object(args.milvus_index_params, "milvus_index_params")
 

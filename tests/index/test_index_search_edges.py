@@ -185,7 +185,12 @@ def test_the_recipe_checks_before_it_embeds(monkeypatch):
     for options, message in [
         ({"index_factory": "HNSW8", "nprobe": 3}, "no search option 'nprobe'"),
         ({"index_factory": "Graph"}, "index_factory 'Graph'"),
-        ({"ef_search": 3}, "need an index_factory"),
+        ({"ef_search": 3}, "--ef_search 3 is for an approximate index: give --index_factory"),
+        ({"train_size": 9}, "--train_size 9 is for an approximate index: give --index_factory"),
+        ({"seed": 1}, "--seed 1 is for an approximate index: give --index_factory"),
+        ({"milvus_index_type": "HNSW"}, "--milvus_index_type HNSW is for an upload to Milvus: give --index_uri"),
+        ({"milvus_index_params": {"M": 9}}, "--milvus_index_params .* is for an upload to Milvus"),
+        ({"encoder_url": "http://h", "max_tokens_per_batch": 9}, "limits a forward of this process"),
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
