@@ -205,7 +205,19 @@ def test_a_snapshot_in_the_cache_of_the_hub_is_read_only(model, tmp_path):
     PassageIndex.from_pretrained(tmp_path / "own").delete(["p1"])
 
 
-@pytest.mark.parametrize("foreign", ["README.md", ".git/config", "model.safetensors"])
+def test_a_change_removes_what_is_left_over_and_no_foreign_file(model, tmp_path):
+    folder = tmp_path / "index"
+    index = build(model, folder)
+    left_over = ["shard-00003.json", "done-00000.json", "passages-00007.arrow", f".{NAME}.0a1b2c3d.unfinished"]
+    foreign = ["shard-notes.json", "passages-old.arrow", "embeddings-1.safetensors", f".{NAME}.old", "README.md"]
+    for name in [*left_over, *foreign]:
+        (folder / name).write_text("mine")
+    index.delete(["p1"])
+    names = {path.name for path in folder.iterdir()}
+    assert names == {NAME, *index.config["files"], *foreign}
+
+
+@pytest.mark.parametrize("foreign", ["README.md", ".git/config", "model.safetensors", "shard-notes.json"])
 def test_foreign_files_are_not_replaced(model, tmp_path, foreign):
     index = build(model, tmp_path / "index")
     path = tmp_path / "index" / foreign
