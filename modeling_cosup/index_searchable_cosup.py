@@ -227,11 +227,11 @@ class SearchableStore(PassageStore):
         Raises:
             `ValueError`: if no approximate index was trained, or for an option that its kind does not have.
         """
-        self._check_approximate()
+        index = self._require_approximate().index
         made = self.config["approximate"]
         # a wrong option must not leave the ones before it set
         empty_approximate(made["index_factory"], self.config["embedding_size"], made["train_size"], **options)
-        set_search_options(self._approximate.index, options)
+        set_search_options(index, options)
         self._search_options.update(options)
         if self._gpu is not None:
             self.to(*self._device_options)
@@ -255,7 +255,7 @@ class SearchableStore(PassageStore):
         Raises:
             `ValueError`: if no approximate index was trained, all passages were deleted, or there is no query.
         """
-        self._check_approximate()
+        self._require_approximate()
         self._check_not_empty()
         if queries is None:
             num_queries = min(num_queries, self.num_rows)
@@ -274,9 +274,11 @@ class SearchableStore(PassageStore):
             raise ValueError("There is no query to measure the recall with: give at least one.")
         return queries
 
-    def _check_approximate(self) -> None:
+    def _require_approximate(self) -> ApproximateSearch:
+        """Return the approximate index; `ValueError` if none was trained."""
         if self._approximate is None:
             raise ValueError("This index is searched exactly: call train_approximate first.")
+        return self._approximate
 
     def _check_not_empty(self) -> None:
         if not len(self):

@@ -405,7 +405,8 @@ def test_a_shard_that_is_not_complete_is_made_again(model, tmp_path, monkeypatch
         passages = passages[:10]
         expected = 0
     else:
-        (work / ".shard-00004.json.abc").write_text('{"dig')  # as after a kill between writing and renaming
+        # as after a kill between writing and renaming
+        (work / ".shard-00004.json.0a1b2c3d.unfinished").write_text('{"dig')
         expected = 3
     counts = count_encoded(monkeypatch, model)
     index = build(model, passages, save_directory=tmp_path / "index", shard_size=5)

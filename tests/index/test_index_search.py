@@ -336,7 +336,7 @@ def test_a_damaged_faiss_file(tmp_path, damage):
 @pytest.mark.parametrize("where", ["memory", "files"])
 @pytest.mark.parametrize(
     ("factory", "options", "name"),
-    [("OPQ8,IVF8,Flat", {"nprobe": 8}, "nprobe"), ("IVF8,Flat", {}, "nprobe"), ("HNSW16", {}, "efSearch")],
+    [("RR16,IVF8,Flat", {"nprobe": 8}, "nprobe"), ("IVF8,Flat", {}, "nprobe"), ("HNSW16", {}, "efSearch")],
 )
 def test_temporary_search_options_are_never_saved(model, tmp_path, where, factory, options, name):
     passages = [{"id": f"p{i}", "title": "", "text": f"{i} radium"} for i in range(20)]
