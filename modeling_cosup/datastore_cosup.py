@@ -14,7 +14,7 @@ from .datastore_files_cosup import MEMORY_FORMAT, MEMORY_TYPE, content_digest, m
 from .datastore_search_cosup import KeyShard, half_norms_of, stored_keys
 from .datastore_searchable_cosup import SearchableKeys
 from .fingerprints_cosup import memory_fingerprint
-from .folder_store_cosup import find_folder
+from .folder_store_cosup import find_folder, load_unchanged
 from .folders_cosup import DTYPES, Config, FileFacts, put_in_place, read_config, sweep, write_config
 from .hub_cosup import make_repo
 from .memory_cosup import MemoryConfig
@@ -333,6 +333,10 @@ class KNNMemory(SearchableKeys):
         if search not in (None, "exact"):
             raise ValueError(f"search is {search!r}, expected None or 'exact'.")
         folder = find_folder(name_or_path, cls.form, allow_faiss_files and search is None, revision, **kwargs)
+        return load_unchanged(folder, cls.form, lambda: cls._open(folder, allow_faiss_files, search, verify))
+
+    @classmethod
+    def _open(cls, folder: Path, allow_faiss_files: bool, search: str | None, verify: bool | None) -> "KNNMemory":
         config = read_config(folder, cls.form, verify)
         shards = [map_shard(folder, number) for number in range(len(config["shards"]))]
         for count, shard in zip(config["shards"], shards, strict=True):

@@ -297,12 +297,12 @@ class SearchableKeys(FolderStore):
                 temperature and weight. Also logged, and saved in the config.
 
         Raises:
-            `ValueError`: if FAISS refuses the factory string, the size of the sample or an option.
+            `ValueError`: if FAISS refuses the factory string, the size of the sample or an option, or the searches
+                cannot be compared on these `keys`, `targets` and `lm_log_probs`. Then nothing is trained.
             `ImportError`: without FAISS.
         """
         require_faiss()
-        if (keys is None) != (targets is None):
-            raise ValueError("keys and targets go together: pass both or neither.")
+        self._check_comparison(keys, targets, lm_log_probs)
         with self._changing():
             train_size = min(train_size, len(self))
             empty_approximate(index_factory, self.key_size, train_size, L2, **search_options)
@@ -340,6 +340,9 @@ class SearchableKeys(FolderStore):
         lm_log_probs: torch.Tensor | None = None,
     ) -> dict[str, float]:
         """Compare approximate with exact search; for arguments and figures see [`~KNNMemory.train_approximate`]."""
+        if self._approximate is None:
+            raise ValueError("This memory is searched exactly: call train_approximate first.")
+        self._check_comparison(keys, targets, lm_log_probs)
         excluded = None
         if keys is None or targets is None:
             rows = np.random.default_rng(0).choice(len(self), min(200, len(self)), replace=False, shuffle=False)
@@ -359,6 +362,23 @@ class SearchableKeys(FolderStore):
             log_probs = target_log_probs(lm_log_probs.to(memory.device), memory, config.weight)
             figures[name] = math.exp(-log_probs.mean().item())
         return figures
+
+    def _check_comparison(
+        self, keys: torch.Tensor | None, targets: torch.Tensor | None, lm_log_probs: torch.Tensor | None
+    ) -> None:
+        """Raise `ValueError` unless exact and approximate search can be compared on these held-out states."""
+        if (keys is None) != (targets is None):
+            raise ValueError("keys and targets go together: pass both or neither.")
+        if keys is None or targets is None:
+            if len(self) < 2:
+                raise ValueError("The only entry of this memory may not find itself: pass keys and targets.")
+            return
+        check_keys(keys, self.key_size)
+        if not len(keys):
+            raise ValueError("keys are empty: give at least one.")
+        for name, tensor in (("targets", targets), ("lm_log_probs", lm_log_probs)):
+            if tensor is not None and tensor.shape != (len(keys),):
+                raise ValueError(f"{name} are {tuple(tensor.shape)}, expected ({len(keys)},): one for each key.")
 
     def _search_approximate(
         self, queries: torch.Tensor, k: int, excluded: torch.Tensor | None

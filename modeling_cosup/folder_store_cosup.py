@@ -7,13 +7,14 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from .files_cosup import locked, read_json
 from .folders_cosup import (
     LOCK_FILE,
     Config,
     FolderFormat,
+    check_file,
     check_save_directory,
     flush,
     put_in_place,
@@ -27,6 +28,8 @@ from .hub_cosup import CARD_FILE, check_download_options, push_files
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
+
+T = TypeVar("T")
 
 
 class FolderStore:
@@ -96,6 +99,8 @@ class FolderStore:
     def _commit(self, folder: Path, config: Config) -> None:
         """Write a config, which makes it the state of the folder, and remove files that it does not list."""
         self._check_unchanged(folder)
+        for name, facts in config["files"].items():
+            check_file(folder / name, facts, self.form, verify=False)
         write_config(folder, config, self.form)
         self.config = config
         sweep(folder, config, self.form)
@@ -118,7 +123,8 @@ class FolderStore:
 
         Raises:
             `OSError`: if the folder cannot be written, or `save_directory` exists and holds something else.
-            `ValueError`: if another process has changed this object's own folder since it was loaded.
+            `ValueError`: if another process has changed this object's own folder since it was loaded, or is changing
+                the folder that would be replaced.
         """
         save_directory = self.check_save_directory(save_directory)
         prefix = f".{save_directory.name}."
@@ -135,9 +141,12 @@ class FolderStore:
         if self.folder is None:
             return self._write_from_memory(folder)
         self._check_unchanged(self.folder)
-        for name in self.config["files"]:
-            shutil.copyfile(self.folder / name, folder / name)
-            flush(folder / name)
+        try:
+            for name in self.config["files"]:
+                shutil.copyfile(self.folder / name, folder / name)
+                flush(folder / name)
+        finally:
+            self._check_unchanged(self.folder)  # a change may have removed a file before it was copied
         return self.config
 
     def _write_from_memory(self, folder: Path) -> Config:
@@ -173,6 +182,29 @@ def _sweeping_on_failure(folder: Path, form: FolderFormat) -> Iterator[None]:
     except BaseException:
         sweep(folder, read_json(folder / form.config_file), form)
         raise
+
+
+def load_unchanged(folder: Path, form: FolderFormat, load: Callable[[], T]) -> T:
+    """
+    Return `load()`, called again if another process has changed the folder in the meantime.
+
+    Files that the earlier config listed may be gone then.
+    """
+    config_file = folder / form.config_file
+
+    def content() -> bytes | None:
+        return config_file.read_bytes() if config_file.exists() else None
+
+    while True:
+        before = content()
+        try:
+            loaded = load()
+        except (OSError, ValueError):
+            if content() == before:
+                raise
+            continue
+        if content() == before:
+            return loaded
 
 
 def is_in_hub_cache(folder: Path) -> bool:

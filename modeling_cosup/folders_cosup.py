@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, TypedDict, TypeVar
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from .files_cosup import BLOCK, digest, digest_file, read_json, write_json
+from .files_cosup import BLOCK, digest, digest_file, locked, read_json, write_json
 
 LOCK_FILE = ".lock"  # held by the process that changes the folder
 UNFINISHED_PATTERNS = ["shard-*.json", "done-*.json", "build.json"]
@@ -67,14 +67,19 @@ class FolderFormat:
 
     def is_file(self, name: str) -> bool:
         """Return whether a name is one that a file of the folder can have; none leads out of it."""
-        return any(
-            re.fullmatch(pattern.replace(".", r"\.").replace("*", "[0-9]{5,}"), name) for pattern in self.patterns
-        )
+        return _is_one_of(self.patterns, name)
 
-    @property
-    def unfinished_patterns(self) -> list[str]:
-        """Patterns of the files of a build, and of the temporary files of `write_json`."""
-        return UNFINISHED_PATTERNS + [f".{name}.*" for name in (self.config_file, *UNFINISHED_PATTERNS)]
+    def is_left_over(self, name: str) -> bool:
+        """Return whether a name is one of a build's own files, or of a temporary file of `write_json`."""
+        temporary = re.fullmatch(r"\.(.+)\.[0-9a-f]{8}\.unfinished", name)
+        if temporary is None:
+            return _is_one_of(UNFINISHED_PATTERNS, name)
+        return temporary[1] == self.config_file or _is_one_of(UNFINISHED_PATTERNS, temporary[1])
+
+
+def _is_one_of(patterns: Iterable[str], name: str) -> bool:
+    """Return whether a name matches a pattern, in which `*` is a number: `shard-*.json` is not `shard-notes.json`."""
+    return any(re.fullmatch(pattern.replace(".", r"\.").replace("*", "[0-9]{5,}"), name) for pattern in patterns)
 
 
 class FileFacts(TypedDict):
@@ -301,29 +306,38 @@ def _is_ours(path: Path, form: FolderFormat) -> bool:
     """Return whether a path is a file of this format, or of its build."""
     if path.is_dir():
         return False
-    if path.name in (form.config_file, LOCK_FILE) or form.is_file(path.name):
-        return True
-    return any(path.match(pattern) for pattern in form.unfinished_patterns)
+    return path.name in (form.config_file, LOCK_FILE) or form.is_file(path.name) or form.is_left_over(path.name)
 
 
 def put_in_place(unfinished: Path, save_directory: Path) -> None:
-    """Rename a complete folder to its final name. An earlier folder is replaced, or stays if this fails."""
+    """
+    Rename a complete folder to its final name. An earlier folder is replaced, or stays if this fails.
+
+    Raises:
+        `ValueError`: if another process is changing the earlier folder: its change would end in the new one.
+    """
     replaced = unfinished.with_suffix(".replaced")
     shutil.rmtree(replaced, ignore_errors=True)
-    if save_directory.exists():
-        os.replace(save_directory, replaced)
-    try:
+    if not save_directory.exists():
         os.replace(unfinished, save_directory)
-    except OSError:
-        if replaced.exists():
-            os.replace(replaced, save_directory)
-        raise
+        return
+    lock = save_directory / LOCK_FILE
+    busy = f"{save_directory} is being changed by another process: wait for it, then call this again."
+    with locked(lock, busy, keep=True):  # a lock file that is at this path afterwards is of the new folder
+        try:
+            os.replace(save_directory, replaced)
+            os.replace(unfinished, save_directory)
+        except OSError:
+            if replaced.exists():
+                os.replace(replaced, save_directory)
+            lock.unlink(missing_ok=True)
+            raise
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def sweep(folder: Path, config: Config, form: FolderFormat) -> None:
     """Remove files that the config does not list: left from the build, an earlier state or a failed change."""
-    for pattern in (*form.patterns, *form.unfinished_patterns):
-        for path in folder.glob(pattern):
-            if path.name not in config["files"]:
-                path.unlink(missing_ok=True)
+    for path in folder.iterdir():
+        is_ours = form.is_file(path.name) or form.is_left_over(path.name)
+        if is_ours and path.name not in config["files"]:
+            path.unlink(missing_ok=True)

@@ -127,9 +127,27 @@ def set_search_options(index: "faiss.Index", options: dict[str, Any]) -> None:
             ) from None
 
 
+def usual_search_options(index: "faiss.Index") -> dict[str, int]:
+    """Return the `nprobe` of an IVF index, or the `efSearch` of an HNSW index, as it is set now."""
+    while isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    if isinstance(index, faiss.IndexIVF):
+        return {"nprobe": index.nprobe}
+    if isinstance(index, faiss.IndexHNSW):
+        return {"efSearch": index.hnsw.efSearch}
+    return {}
+
+
 def recall(found: RowArray, expected: RowArray) -> float:
-    """Return the mean share of `expected` rows `(N, k)` that are among the `found` rows `(N, k)`; -1 never counts."""
+    """
+    Return the mean share of `expected` rows `(N, k)` that are among the `found` rows `(N, k)`; -1 never counts.
+
+    Raises:
+        `ValueError`: if N or k is 0: nothing was compared.
+    """
+    if not expected.size:
+        raise ValueError("There is nothing to compare with exact search: give at least one query.")
     num_hits = 0
     for found_rows, expected_rows in zip(found, expected, strict=True):
         num_hits += len(np.intersect1d(found_rows[found_rows >= 0], expected_rows))
-    return num_hits / max(1, expected.size)
+    return num_hits / expected.size

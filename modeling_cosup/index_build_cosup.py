@@ -19,7 +19,7 @@ from .metadata_cosup import metadata_text
 from .numbers_cosup import COUNT, check_number
 from .packing_cosup import pad_rows
 from .passages_cosup import can_be_read_twice, checked_passages, find_duplicate, hash_ids, read_corpus
-from .retriever_cosup import CoSupModel
+from .retriever_cosup import CoSupModel, array_of_rows
 from .tokenization_cosup import add_bos_and_eos, encode_passages_for_emb_seq, encode_passages_for_gen
 
 try:
@@ -147,14 +147,25 @@ class ShardBuilder:
             bar (`tqdm`, *optional*): advances with each batch.
 
         Raises:
-            `ValueError`: names the passages with embeddings that are not finite.
+            `ValueError`: names the passages with embeddings that are not finite, and the rows that the encoder left
+                out, gave twice or gave embeddings of the wrong shape.
         """
         if self.encoder is None:
             for rows, embeds in self._encode(token_ids):
                 self._store(passage_ids, rows, embeds, embeddings, bar)
             return
+        counts = np.zeros(len(token_ids), np.int64)  # how often the encoder gave each row
         for rows, embeds in self.encoder(token_ids):
+            rows = array_of_rows(rows, "rows of the encoder")
+            _check_encoded(rows, embeds, embeddings.shape)
+            np.add.at(counts, rows, 1)
             self._store(passage_ids, rows, self.model._normalize(embeds), embeddings, bar)
+        wrong = np.flatnonzero(counts != 1)
+        if len(wrong):
+            ids = [passage_ids[row] for row in wrong[:5]]
+            raise ValueError(
+                f"The encoder gave {len(wrong)} of {len(counts)} passages no embedding, or more than one: {ids}."
+            )
 
     def _encode(self, token_ids: list[NDArray[np.int32]]) -> Iterator[tuple[NDArray[np.int64], torch.Tensor]]:
         """Yield rows and their embeddings, each batch once the next one is queued, so a GPU never waits for us."""
@@ -201,6 +212,17 @@ class ShardBuilder:
         embeddings[torch.from_numpy(rows)] = stored
         if bar is not None:
             bar.update(len(rows))
+
+
+def _check_encoded(rows: NDArray[np.int64], embeds: torch.Tensor, shape: torch.Size) -> None:
+    """Raise `ValueError` unless an encoder gave rows of a shard `shape` `(n, h)`, and an embedding for each."""
+    outside = rows[(rows < 0) | (rows >= shape[0])]
+    if len(outside):
+        raise ValueError(f"The encoder gave the rows {outside[:5].tolist()}, expected 0 to {shape[0] - 1}.")
+    if embeds.shape != (len(rows), shape[1]):
+        raise ValueError(
+            f"The encoder gave embeddings of shape {tuple(embeds.shape)}, expected {(len(rows), shape[1])}."
+        )
 
 
 def report_cut(num_cut: int, max_passage_length: int) -> None:

@@ -83,7 +83,9 @@ class ExactSearch:
     def blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
         """Yield all embeddings as `(first row, float32 array)`: whole shards, or blocks of half-precision shards."""
         for start, shard in zip(self.starts, self.shards, strict=False):
-            step = len(shard) if shard.embeddings.dtype == torch.float32 else HALF_ROWS
+            step = HALF_ROWS
+            if shard.embeddings.dtype == torch.float32:
+                step = max(1, len(shard))  # a shard of a memory may have no entry
             for offset in range(0, len(shard), step):
                 yield start + offset, shard.embeddings[offset : offset + step].float().numpy()
 
@@ -109,16 +111,27 @@ class DeviceSearch:
         device (`str` or `torch.device`): e.g. `"cuda"`.
         dtype (`str`, *optional*): dtype of the copy on the device: `"float32"`, `"float16"` or `"bfloat16"`; defaults
             to the files' dtype. Scores are float32.
+
+    Raises:
+        `ValueError`: for an unknown dtype, and for embeddings that are not finite or overflow it. An infinite one
+            times a negative query would be the last result, where nothing finds it.
     """
 
     def __init__(self, shards: list[Shard], device: str | torch.device, dtype: str | None = None) -> None:
+        if dtype is not None and dtype not in DTYPES:
+            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
         stored = shards[0].embeddings
         num_rows = sum(map(len, shards))
         copy_dtype = stored.dtype if dtype is None else DTYPES[dtype]
         self.embeddings = torch.empty(num_rows, stored.shape[1], device=device, dtype=copy_dtype)
         start = 0
         for shard in shards:
-            self.embeddings[start : start + len(shard)] = shard.embeddings.to(self.embeddings.device)
+            copied = self.embeddings[start : start + len(shard)]
+            copied[:] = shard.embeddings.to(copied.device)
+            for block, stored_block in zip(copied.split(HALF_ROWS), shard.embeddings.split(HALF_ROWS), strict=True):
+                if not block.isfinite().all():
+                    check_finite(stored_block.float().numpy())
+                    raise ValueError(f"Embeddings overflow {dtype}: copy them with dtype='bfloat16'.")
             start += len(shard)
 
     def search(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> SearchResults:

@@ -16,12 +16,13 @@ from .index_approximate_cosup import (
     make_approximate,
     recall,
     set_search_options,
+    usual_search_options,
     write_approximate,
 )
 from .index_files_cosup import Shard
 from .index_search_cosup import ApproximateSearch, DeviceSearch, ExactSearch, nothing, search_pools, search_without
 from .index_store_cosup import PassageStore
-from .retriever_cosup import Rows, SearchResults
+from .retriever_cosup import Rows, SearchResults, array_of_rows
 
 try:
     import faiss
@@ -119,9 +120,15 @@ class SearchableStore(PassageStore):
             [`PassageIndex`]: this one.
 
         Raises:
-            `ValueError`: if FAISS has no GPU support, or no GPU version of the approximate index (e.g. of HNSW). Then
-                nothing changes.
+            `ValueError`: if FAISS has no GPU support, or no GPU version of the approximate index (e.g. of HNSW); for
+                an unknown dtype, embeddings that are not finite or overflow it, or a dtype for an approximate index.
+                Then nothing changes.
         """
+        if dtype is not None and self._approximate is not None:
+            raise ValueError(
+                f"dtype {dtype!r} is for a copy of the embeddings, and an approximate index makes none; load with"
+                " search='exact' to search exactly on a device."
+            )
         copy = gpu = None
         if device is not None:
             if self._approximate is None:
@@ -160,9 +167,11 @@ class SearchableStore(PassageStore):
             `to` again to search on a device.
 
         Raises:
-            `ValueError`: if FAISS refuses the factory string, the size of the sample or an option, or all passages
-                were deleted.
+            `ValueError`: if FAISS refuses the factory string, the size of the sample or an option, all passages were
+                deleted, or `queries` cannot be compared. Then nothing is trained.
         """
+        if queries is not None:
+            queries = self._check_recall_queries(queries)
         with self._changing():
             self._check_not_empty()
             train_size = min(train_size, self.num_rows)
@@ -170,6 +179,7 @@ class SearchableStore(PassageStore):
             rows = np.random.default_rng(seed).choice(self.num_rows, train_size, replace=False, shuffle=False)
             index = make_approximate(index_factory, self._exact, np.sort(rows))
             set_search_options(index, search_options)
+            search_options = {**usual_search_options(index), **search_options}  # FAISS's defaults too, to go back to
             facts = {"index_factory": index_factory, "train_size": len(rows), "seed": seed}
             return self._use_approximate(index, {**facts, "search_options": search_options}, queries)
 
@@ -196,12 +206,20 @@ class SearchableStore(PassageStore):
         return recalls
 
     def _write_approximate(self, folder: Path, config: Config, index: "faiss.Index") -> str:
-        """Write a FAISS index, list its file in the config, and return the file's name."""
-        return self._write_file(folder, config, "index.faiss", lambda path: write_approximate(index, path))
+        """
+        Write a FAISS index, list its file in the config, and return the file's name.
+
+        The file has the search options that it was trained with, whose recall the config holds.
+        """
+        set_search_options(index, config["approximate"]["search_options"])
+        try:
+            return self._write_file(folder, config, "index.faiss", lambda path: write_approximate(index, path))
+        finally:
+            set_search_options(index, self._search_options)
 
     def set_search_options(self, **options: Any) -> None:
         """
-        Trade speed for recall, until the index is loaded again.
+        Trade speed for recall, until the index is loaded again: a saved index keeps the options of its training.
 
         Args:
             **options: `nprobe` (lists that IVF searches), `efSearch` (for HNSW), `quantizer_efSearch`, …
@@ -209,12 +227,11 @@ class SearchableStore(PassageStore):
         Raises:
             `ValueError`: if no approximate index was trained, or for an option that its kind does not have.
         """
-        if self._approximate is None:
-            raise ValueError("This index is searched exactly: call train_approximate first.")
+        index = self._require_approximate().index
         made = self.config["approximate"]
         # a wrong option must not leave the ones before it set
         empty_approximate(made["index_factory"], self.config["embedding_size"], made["train_size"], **options)
-        set_search_options(self._approximate.index, options)
+        set_search_options(index, options)
         self._search_options.update(options)
         if self._gpu is not None:
             self.to(*self._device_options)
@@ -236,25 +253,43 @@ class SearchableStore(PassageStore):
             `dict[str, float]`: `ann_recall@1` and `ann_recall@k`: mean share of the exact k nearest that were found.
 
         Raises:
-            `ValueError`: if all passages were deleted.
+            `ValueError`: if no approximate index was trained, all passages were deleted, or there is no query.
         """
+        self._require_approximate()
         self._check_not_empty()
         if queries is None:
             num_queries = min(num_queries, self.num_rows)
             rows = np.random.default_rng(seed).choice(self.num_rows, num_queries, replace=False, shuffle=False)
             queries = self._exact.gather(np.sort(rows))
-        queries = check_queries(queries, self.config["embedding_size"], k)
+        queries = self._check_recall_queries(queries, k)
         k = min(k, len(self))
         _, expected = search_without(self._deleted, self._exact, queries, k, self.num_rows)
         _, found = self._search_all(queries, k)
         return {f"ann_recall@{n}": recall(found[:, :n], expected[:, :n]) for n in sorted({1, k})}
+
+    def _check_recall_queries(self, queries: torch.Tensor, k: int = 1) -> torch.Tensor:
+        """Return queries as [`check_queries`]; `ValueError` also if there are none."""
+        queries = check_queries(queries, self.config["embedding_size"], k)
+        if not len(queries):
+            raise ValueError("There is no query to measure the recall with: give at least one.")
+        return queries
+
+    def _require_approximate(self) -> ApproximateSearch:
+        """Return the approximate index; `ValueError` if none was trained."""
+        if self._approximate is None:
+            raise ValueError("This index is searched exactly: call train_approximate first.")
+        return self._approximate
 
     def _check_not_empty(self) -> None:
         if not len(self):
             raise ValueError("All passages of this index were deleted: there is nothing to search approximately.")
 
     def _extend_approximate(self, shards: list[Shard], config: Config) -> ApproximateSearch | None:
-        """Return a copy of the approximate index that includes new shards: FAISS cannot add to a mapped index."""
+        """
+        Return a copy of the approximate index that includes new shards: FAISS cannot add to a mapped index.
+
+        The config loses the recall, which was of the smaller index.
+        """
         if self._approximate is None:
             return None
         stored = config["approximate"]
@@ -263,9 +298,10 @@ class SearchableStore(PassageStore):
         else:
             index = faiss.read_index(str(self.folder / stored["file"]))
         add_to_approximate(index, ExactSearch(shards), self.num_rows)
-        set_search_options(index, self._search_options)
+        config["approximate"] = {name: value for name, value in stored.items() if not name.startswith("ann_recall@")}
         if self.folder is not None:
-            config["approximate"] = {**stored, "file": self._write_approximate(self.folder, config, index)}
+            config["approximate"]["file"] = self._write_approximate(self.folder, config, index)
+        set_search_options(index, self._search_options)
         return ApproximateSearch(index)
 
     def _write_from_memory(self, folder: Path) -> Config:
@@ -333,21 +369,17 @@ def check_candidates(
             pools.append(None)
             continue
         if id(pool) not in arrays:
-            arrays[id(pool)] = _check_pool(np.asarray(pool), f"candidates[{i}]", count_rows)
+            arrays[id(pool)] = _check_pool(pool, f"candidates[{i}]", count_rows)
         pools.append(arrays[id(pool)])
     return pools
 
 
-def _check_pool(pool: NDArray[Any], name: str, count_rows: Callable[[int], int]) -> NDArray[np.int64]:
-    if not pool.size:
-        return np.empty(0, np.int64)
-    if pool.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name} is of {pool.dtype}, expected integers: rows of the index (np.flatnonzero(mask) of a mask)."
-        )
-    pool = pool.reshape(-1)
+def _check_pool(pool: Rows, name: str, count_rows: Callable[[int], int]) -> NDArray[np.int64]:
+    pool = array_of_rows(pool, name)
+    if not len(pool):
+        return pool
     num_rows = count_rows(int(pool.max()))
     if pool.min() < 0 or pool.max() >= num_rows:
         wrong = pool[(pool < 0) | (pool >= num_rows)]
         raise ValueError(f"{name} holds {wrong[:5].tolist()}, which are not rows of this index (0 to {num_rows - 1}).")
-    return np.ascontiguousarray(pool, np.int64)
+    return pool

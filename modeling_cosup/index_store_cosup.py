@@ -15,7 +15,7 @@ from .index_files_cosup import INDEX_FORMAT, METADATA_COLUMN, IdTable, Shard, ma
 from .index_search_cosup import ExactSearch, contains
 from .metadata_cosup import read_metadata
 from .passages_cosup import hash_ids
-from .retriever_cosup import Rows
+from .retriever_cosup import Rows, array_of_rows, list_of_ids
 
 logger = logging.get_logger(__name__)
 
@@ -90,13 +90,14 @@ class PassageStore(FolderStore):
 
         Raises:
             `IndexError`: names rows that the index does not have, or that hold a deleted passage.
+            `ValueError`: for anything but integers, such as ids or a mask.
         """
         places = self._places(self._checked_rows(rows), COLUMNS)
         return [_passage(columns, row) for columns, row in places]
 
     def _checked_rows(self, rows: Rows) -> NDArray[np.int64]:
         """Return rows as an int64 array; `IndexError` names rows that hold no passage."""
-        rows = np.asarray(rows, np.int64).reshape(-1)
+        rows = array_of_rows(rows)
         unknown = rows[(rows < 0) | (rows >= self.num_rows)]
         if len(unknown):
             raise IndexError(f"The index has no rows {unknown[:5].tolist()}; it has 0 to {self.num_rows - 1}.")
@@ -121,9 +122,9 @@ class PassageStore(FolderStore):
         Return the rows of passage ids, in the given order, `(len(ids),)`.
 
         Raises:
-            `ValueError`: names (up to five) ids that the index does not hold.
+            `ValueError`: names (up to five) ids that the index does not hold, or for a single string.
         """
-        ids = list(ids)
+        ids = list_of_ids(ids)
         rows = self.find(ids)
         if (rows < 0).any():
             missing = [ids[i] for i in np.flatnonzero(rows < 0)]
@@ -140,6 +141,7 @@ class PassageStore(FolderStore):
 
         Raises:
             `IndexError`: names rows that hold no passage.
+            `ValueError`: for anything but integers, such as ids or a mask.
         """
         return self._exact.gather(self._checked_rows(rows)).numpy()
 
@@ -151,11 +153,8 @@ class PassageStore(FolderStore):
         return row
 
     def find(self, ids: Iterable[str]) -> NDArray[np.int64]:
-        """Return the rows of passage ids, -1 for unknown ids; `ValueError` if one is not a string."""
-        ids = list(ids)
-        wrong = [id for id in ids if not isinstance(id, str)]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r} is not a passage id, expected a string.")
+        """Return the rows of passage ids, -1 for unknown ids; `ValueError` for anything but a list of strings."""
+        ids = list_of_ids(ids)
         if self._id_table is None:
             self._id_table = make_id_table(self._shards)
         table_hashes, table_rows = self._id_table
@@ -190,7 +189,7 @@ class PassageStore(FolderStore):
             ids (sequence of `str`): ids of passages in the index.
 
         Raises:
-            `ValueError`: names ids that the index does not hold; then none is deleted.
+            `ValueError`: names ids that the index does not hold, or for a single string; then none is deleted.
         """
         deleted = np.union1d(self._deleted, self.rows_of(ids))
         with self._changing():

@@ -174,15 +174,7 @@ class MilvusConnection:
             yield from self.query(f"row in {rows[start : start + step]}", fields)
 
     def rows_of_ids(self, ids: list[str], consistency_level: str = "Session") -> dict[str, int]:
-        """
-        Return the rows of the ids that are in the collection; with `"Strong"`, whichever process wrote them last.
-
-        Raises:
-            `ValueError`: if an id is not a string.
-        """
-        wrong = [id for id in ids if not isinstance(id, str)]
-        if wrong:
-            raise ValueError(f"{wrong[0]!r} is not a passage id, expected a string.")
+        """Return the rows of the ids that are in the collection; with `"Strong"`, whichever process wrote them."""
         rows: dict[str, int] = {}
         quoted = [quote(id) for id in dict.fromkeys(ids)]
         for part in split(quoted, len, MAX_REQUEST_BYTES // 4):  # of characters, up to four bytes each

@@ -26,7 +26,7 @@ from .milvus_upload_cosup import (
     upload,
 )
 from .retrieval_cosup import PassageIndex
-from .retriever_cosup import CoSupModel, Rows, SearchResults, check_fingerprint
+from .retriever_cosup import CoSupModel, Rows, SearchResults, array_of_rows, check_fingerprint, list_of_ids
 
 logger = logging.get_logger(__name__)
 
@@ -271,7 +271,7 @@ class MilvusPassageIndex:
         Raises:
             `IndexError`: names rows that hold no passage.
         """
-        rows = [int(row) for row in rows]
+        rows = array_of_rows(rows).tolist()
         passages = {}
         for hit in self._milvus.query_rows(sorted(set(rows)), ["row", *self._fields], MAX_REQUEST_ROWS):
             passages[hit["row"]] = passage_of(hit)
@@ -287,7 +287,7 @@ class MilvusPassageIndex:
         Raises:
             `IndexError`: names rows that hold no passage.
         """
-        rows = np.asarray(rows, np.int64).reshape(-1)
+        rows = array_of_rows(rows)
         live_rows, embeddings = self._milvus.fetch_embeddings(np.unique(rows), self.embedding_size)
         missing = np.setdiff1d(rows, live_rows).tolist()
         if missing:
@@ -334,12 +334,12 @@ class MilvusPassageIndex:
         Return the rows of passage ids, `numpy.ndarray` of int64, in the given order.
 
         Raises:
-            `ValueError`: names (up to five) ids that the index does not hold.
+            `ValueError`: names (up to five) ids that the index does not hold, or for a single string.
         """
         return self._rows_of(ids, "Session")
 
     def _rows_of(self, ids: Iterable[str], consistency_level: str) -> NDArray[np.int64]:
-        ids = list(ids)
+        ids = list_of_ids(ids)
         rows = self._find(ids, consistency_level)
         missing = dict.fromkeys(ids[i] for i in np.flatnonzero(rows < 0))  # each once
         if missing:
@@ -354,11 +354,11 @@ class MilvusPassageIndex:
         return row
 
     def find(self, ids: Iterable[str]) -> NDArray[np.int64]:
-        """Return the rows of passage ids, -1 for unknown ids; `ValueError` if one is not a string."""
+        """Return the rows of passage ids, -1 for unknown ids; `ValueError` for anything but a list of strings."""
         return self._find(ids, "Session")
 
     def _find(self, ids: Iterable[str], consistency_level: str) -> NDArray[np.int64]:
-        ids = list(ids)
+        ids = list_of_ids(ids)
         rows = self._milvus.rows_of_ids(ids, consistency_level)
         return np.array([rows.get(id, -1) for id in ids], np.int64)
 
@@ -428,7 +428,7 @@ class MilvusPassageIndex:
         Delete passages. Their rows are not reused.
 
         Raises:
-            `ValueError`: names ids that the index does not hold; then none is deleted.
+            `ValueError`: names ids that the index does not hold, or for a single string; then none is deleted.
         """
         self._delete_rows(np.unique(self._rows_of(ids, "Strong")))
         self._size = count_passages(self._milvus)

@@ -11,10 +11,10 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .encoding_cosup import evaluating
-from .folder_store_cosup import find_folder
+from .folder_store_cosup import find_folder, load_unchanged
 from .folders_cosup import Config, check_file, put_in_place, sweep, write_config
 from .hub_cosup import make_repo
-from .index_approximate_cosup import read_approximate
+from .index_approximate_cosup import read_approximate, set_search_options
 from .index_build_cosup import Encoder, Passages, ShardBuilder, read_shards, report_cut
 from .index_files_cosup import Shard, map_shard
 from .index_search_cosup import ApproximateSearch
@@ -101,17 +101,18 @@ class PassageIndex(SearchableStore):
                 `process_index`, `process_index + num_processes`, …
             show_progress_bar (`bool`, *optional*, defaults to `True`): show tqdm bars in process 0, for its passages.
             encoder (`Callable`, *optional*): runs this model's Emb_seq elsewhere. It gets the token ids of the
-                passages of a shard, BOS and EOS included, and yields `(rows, embeddings)`: places in that list, and
-                a `torch.FloatTensor` of shape `(len(rows), h)`, which gets unit length here if the similarity is the
-                cosine.
+                passages of a shard, BOS and EOS included, and yields `(rows, embeddings)`: places in that list, each
+                once in all, and a `torch.FloatTensor` of shape `(len(rows), h)`, which gets unit length here if the
+                similarity is the cosine.
 
         Returns:
             [`PassageIndex`], or `None` with several processes.
 
         Raises:
             `ValueError`: for a passage with a missing field, an empty text or an id that is already in the corpus
-                (names its place); for an embedding that is not finite (names its passage); or if the unfinished build
-                was begun by another model or with other settings (names the differences).
+                (names its place); for an embedding that is not finite (names its passage); if an `encoder` leaves out
+                passages (names them) or gives embeddings of another shape; or if the unfinished build was begun by
+                another model or with other settings (names the differences).
             `OSError`: if the folder cannot be written, or the disk is full.
         """
         require_packages()
@@ -194,7 +195,8 @@ class PassageIndex(SearchableStore):
         shard_size: int = SHARD_SIZE,
     ) -> None:
         """
-        Add passages after the last row. An approximate index is extended, not trained again.
+        Add passages after the last row. An approximate index is extended, not trained again; its recall is no longer
+        known, see [`~PassageIndex.measure_recall`].
 
         A folder changes only when all passages are embedded; if the process dies before, the index is unchanged.
 
@@ -274,6 +276,11 @@ class PassageIndex(SearchableStore):
         if search not in (None, "exact"):
             raise ValueError(f"search is {search!r}, expected None or 'exact'.")
         folder = find_folder(name_or_path, cls.form, allow_faiss_files and search is None, revision, **kwargs)
+        return load_unchanged(folder, cls.form, lambda: cls._open(folder, allow_faiss_files, search, verify))
+
+    @classmethod
+    def _open(cls, folder: Path, allow_faiss_files: bool, search: str | None, verify: bool | None) -> "PassageIndex":
+        """Load the index of a folder, with its approximate index if there is one and it is not ignored."""
         index = cls._load(folder, verify)
         if index.config["approximate"] is None:
             return index
@@ -285,12 +292,14 @@ class PassageIndex(SearchableStore):
             return index
         if not allow_faiss_files:
             raise ValueError(
-                f"{name_or_path} is searched through a FAISS file: pass allow_faiss_files=True if you trust it, or"
+                f"{folder} is searched through a FAISS file: pass allow_faiss_files=True if you trust it, or"
                 " search='exact'."
             )
         check_file(folder / faiss_file, index.config["files"][faiss_file], cls.form, verify)
         faiss_index = read_approximate(folder / faiss_file, index.num_rows, index.config["embedding_size"])
         index._approximate = ApproximateSearch(faiss_index)
+        index._search_options = dict(index.config["approximate"]["search_options"])
+        set_search_options(faiss_index, index._search_options)
         return index
 
     def push_to_hub(

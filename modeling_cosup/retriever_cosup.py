@@ -75,6 +75,7 @@ class Retriever(Protocol):
 
         Raises:
             `IndexError`: names rows that hold no passage.
+            `ValueError`: for anything but integers, such as ids or a mask.
         """
         ...
 
@@ -83,7 +84,7 @@ class Retriever(Protocol):
         Return the rows of passage ids, `(len(ids),)`, in the given order.
 
         Raises:
-            `ValueError`: names (up to five) ids that the index does not hold.
+            `ValueError`: names (up to five) ids that the index does not hold, or for a single string.
         """
         ...
 
@@ -114,6 +115,39 @@ def check_retriever(retriever: object) -> None:
     if missing:
         kind = type(retriever).__name__
         raise TypeError(f"retriever is a {kind}, which has no {', no '.join(missing)}: see Retriever in {__name__}.")
+
+
+def list_of_ids(ids: Iterable[str]) -> list[str]:
+    """Return passage ids as a list; `ValueError` for a single string, or an id that is not a string."""
+    if isinstance(ids, str):
+        raise ValueError(f"ids is the string {ids!r}, expected a list of passage ids: [{ids!r}].")
+    ids = list(ids)
+    wrong = [id for id in ids if not isinstance(id, str)]
+    if wrong:
+        raise ValueError(f"{wrong[0]!r} is not a passage id, expected a string.")
+    return ids
+
+
+def array_of_rows(rows: Rows, name: str = "rows") -> NDArray[np.int64]:
+    """
+    Return rows as an int64 array `(n,)`, whether or not an index has them.
+
+    Args:
+        rows (sequence of `int`): in any shape.
+        name (`str`): of the argument, for the error.
+
+    Raises:
+        `ValueError`: for anything but integers, such as ids or a mask.
+    """
+    array = np.asarray(rows)
+    if not array.size:
+        return np.empty(0, np.int64)
+    if array.dtype.kind not in "iu":
+        raise ValueError(
+            f"{name}: found {array.dtype}, expected integers: rows of the index (index.rows_of(ids) of ids,"
+            " np.flatnonzero(mask) of a mask)."
+        )
+    return np.ascontiguousarray(array.reshape(-1), np.int64)
 
 
 def content_digest(index: Retriever) -> str:

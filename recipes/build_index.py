@@ -14,15 +14,15 @@ already in `output_dir` stays until the new one is complete. With `--encoder_url
 processes: it serves what `save_emb_seq` wrote (`vllm serve emb_seq --runner pooling --convert embed`). The environment
 variable VLLM_API_KEY may hold its key. With `--index_uri` the index is also uploaded to Milvus, and an interrupted
 upload is resumed. Pass the same two options to the other recipes to search that collection. The environment variable
-MILVUS_TOKEN may hold `user:password` or an API key. An index of the same corpus and model that `output_dir` already
-holds is uploaded as it is.
+MILVUS_TOKEN may hold `user:password` or an API key. With `--index_factory` or `--index_uri`, an index of the same
+corpus and model that `output_dir` already holds is not embedded again.
 """
 
 import os
 from itertools import zip_longest
 from pathlib import Path
 
-from shared.cli import check_options, clear_errors, json_object, parse, table
+from shared.cli import check_options, clear_errors, json_object, parse, refuse_given, table
 
 from shared.arguments import IndexArguments
 
@@ -52,7 +52,7 @@ def main() -> None:
         set_cpu_threads(args.num_threads)
         model = CoSupForCausalLM.from_pretrained(args.model, dtype=args.dtype).eval()
         check(args, model.config.embedding_size)
-        was_built = args.index_uri is not None and is_ready_to_upload(args, model, state)
+        was_built = is_built_before(args, model, state)
         if not was_built:
             build(args, model, state)
         state.wait_for_everyone()
@@ -94,23 +94,36 @@ def check(args: IndexArguments, embedding_size: int) -> None:
             raise ValueError(f"{name} is {value}, expected at least 1.")
     if args.index_factory:
         empty_approximate(args.index_factory, embedding_size, args.train_size, **search_options(args))
-    elif search_options(args):
-        raise ValueError("nprobe and ef_search are options of an approximate index: they need an index_factory.")
+    else:
+        options = ("train_size", "nprobe", "ef_search", "seed")
+        refuse_given(args, options, "is for an approximate index: give --index_factory")
+    if args.encoder_url is not None:
+        refuse_given(args, ["max_tokens_per_batch"], "limits a forward of this process, not of --encoder_url")
     check_index_options(args.index, args.index_uri)
     if args.index and args.index_uri is None:
         raise ValueError(
             f"--index {args.index} without --index_uri: name the Milvus server to upload to; the folder is output_dir."
         )
-    if args.index_uri is not None:
+    if args.index_uri is None:
+        options = ("milvus_index_type", "milvus_index_params")
+        refuse_given(args, options, "is for an upload to Milvus: give --index_uri")
+    else:
         milvus_packages()
     json_object(args.milvus_index_params, "milvus_index_params")
 
 
-def is_ready_to_upload(args: IndexArguments, model: CoSupForCausalLM, state: PartialState) -> bool:
-    """Ask Milvus for the collection, and return whether the index was built before; one process does it for all."""
+def is_built_before(args: IndexArguments, model: CoSupForCausalLM, state: PartialState) -> bool:
+    """
+    Return whether an earlier run embedded this corpus, and only what follows is left to do: training or an upload.
+
+    One process does it for all. Before an upload it also asks Milvus for the collection.
+    """
+    if args.index_factory is None and args.index_uri is None:
+        return False
     was_built = [False]
     if state.is_main_process:
-        check_collection(args.index_uri, args.index)
+        if args.index_uri is not None:
+            check_collection(args.index_uri, args.index)
         was_built = [is_built(args, model)]
     return bool(broadcast_object_list(was_built)[0])
 

@@ -8,7 +8,8 @@ Store the tokens of texts as a kNN memory of a CoSup checkpoint, or of another c
 
 Every process stores its share. After a crash the same command resumes at the first incomplete shard. A memory that is
 already in `output_dir` stays until the new one is complete. `recipes/train_memory.py` fits its weight, temperature and
-k on held-out text.
+k on held-out text. If only the training of the approximate index fails, the memory in `output_dir` is complete:
+`KNNMemory.from_pretrained("out/memory").train_approximate("IVF256,PQ64")` does not store the tokens again.
 """
 
 from shared.cli import check_options, clear_errors, parse, refuse_given, table

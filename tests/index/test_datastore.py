@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from modeling_cosup import CoSupForCausalLM, KNNMemory, MemoryConfig, shard_build_cosup
+from modeling_cosup import CoSupForCausalLM, KNNMemory, MemoryConfig, datastore_searchable_cosup, shard_build_cosup
 from modeling_cosup.datastore_build_cosup import KeyBuilder, read_texts
 from modeling_cosup.datastore_files_cosup import keys_file
 from modeling_cosup.fingerprints_cosup import memory_fingerprint
@@ -218,14 +218,40 @@ def test_approximate_search_says_what_it_costs_and_is_saved(tmp_path):
         ("nonsense", {}, "could not parse index string nonsense"),
         ("Flat", {"nprobe": 3}, "has no search option 'nprobe'"),
         ("Flat", {"keys": torch.zeros(1, 24)}, "keys and targets go together"),
+        ("Flat", {"keys": torch.zeros(0, 24), "targets": torch.zeros(0).long()}, "keys are empty"),
+        ("Flat", {"keys": torch.zeros(1, 9), "targets": torch.zeros(1).long()}, r"the memory has keys of 24"),
+        ("Flat", {"keys": torch.zeros(2, 24), "targets": torch.zeros(1).long()}, r"targets are \(1,\)"),
     ],
 )
-def test_a_factory_that_does_not_fit_changes_nothing(factory, options, message):
+def test_a_factory_or_comparison_that_does_not_fit_changes_nothing(factory, options, message, monkeypatch):
     memory = random_memory(count=300)
+    if "keys" in options:  # refused before anything is trained
+        monkeypatch.setattr(datastore_searchable_cosup, "make_approximate", None)
     with pytest.raises(ValueError, match=message):
         memory.train_approximate(factory, **options)
     assert memory._approximate is None
     assert memory.config["approximate"] is None
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_an_approximate_search_of_a_shard_without_entries(dtype):
+    memory = random_memory(count=60, shards=1, dtype=dtype)
+    (whole,) = memory._shards
+    empty = type(whole)(whole.keys[:0], whole.half_norms[:0], whole.values[:0], torch.zeros(1, dtype=torch.long))
+    memory = KNNMemory([whole, empty], {**memory.config, "shards": [60, 0]})
+    expected = memory.search(torch.ones(2, 24), 5)
+    assert memory.train_approximate("Flat")["ann_recall@1"] == 1
+    assert torch.equal(memory.search(torch.ones(2, 24), 5).rows, expected.rows)
+
+
+def test_searches_are_compared_only_where_there_is_something_to_find():
+    memory = random_memory(count=1, shards=1)
+    with pytest.raises(ValueError, match="This memory is searched exactly"):
+        memory.compare_approximate()
+    with pytest.raises(ValueError, match="The only entry of this memory may not find itself"):
+        memory.train_approximate("Flat")
+    figures = memory.train_approximate("Flat", keys=torch.zeros(1, 24), targets=memory.get_values(torch.tensor([0])))
+    assert figures["ann_recall@1"] == 1
 
 
 # ------------------------------------------------------------------ building and files

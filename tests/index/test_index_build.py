@@ -300,6 +300,28 @@ def test_half_precision_storage(model, tmp_path, dtype):
         build(model, dtype="int8")
 
 
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], r"gave 23 of 23 passages no embedding, or more than one: \['m0', 'm1'"),
+        ([(range(22), (22, 32))], r"gave 1 of 23 passages no embedding, or more than one: \['m22'\]"),
+        ([(range(23), (23, 32)), ([4], (1, 32))], r"gave 1 of 23 passages no embedding, or more than one: \['m4'\]"),
+        ([(range(23), (1, 32))], r"embeddings of shape \(1, 32\), expected \(23, 32\)"),
+        ([(range(23), (23, 16))], r"embeddings of shape \(23, 16\), expected \(23, 32\)"),
+        ([([22, 23], (2, 32))], r"gave the rows \[23\], expected 0 to 22"),
+    ],
+)
+def test_an_encoder_that_does_not_embed_every_passage_once_is_an_error(model, tmp_path, batches, message):
+    def encode(token_ids):
+        for rows, shape in batches:
+            yield np.array(rows), torch.ones(shape)
+
+    for folder in (None, tmp_path / "index"):
+        with pytest.raises(ValueError, match=message):
+            build(model, encoder=encode, save_directory=folder)
+    assert not (tmp_path / "index").exists()
+
+
 def test_an_embedding_that_is_not_finite_names_its_passage(model, tmp_path, monkeypatch):
     encode = model.encode_passages
     (bad_ids,) = encode_passages_for_emb_seq(model.tokenizer, MANY[11:12], model.config)
@@ -383,7 +405,8 @@ def test_a_shard_that_is_not_complete_is_made_again(model, tmp_path, monkeypatch
         passages = passages[:10]
         expected = 0
     else:
-        (work / ".shard-00004.json.abc").write_text('{"dig')  # as after a kill between writing and renaming
+        # as after a kill between writing and renaming
+        (work / ".shard-00004.json.0a1b2c3d.unfinished").write_text('{"dig')
         expected = 3
     counts = count_encoded(monkeypatch, model)
     index = build(model, passages, save_directory=tmp_path / "index", shard_size=5)

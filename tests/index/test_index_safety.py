@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from modeling_cosup import PassageIndex, folders_cosup, index_files_cosup
+from modeling_cosup import PassageIndex, folders_cosup, index_files_cosup, index_store_cosup
 from modeling_cosup.files_cosup import locked
 from support.models import PASSAGES
 
@@ -102,6 +102,69 @@ def test_an_index_that_was_replaced_is_not_changed_through_the_old_one(model, tm
         first.delete(["p1"])
 
 
+def test_a_change_during_a_load_or_a_copy_is_noticed(model, tmp_path, monkeypatch):
+    writer = build(model, tmp_path / "index")
+    steps = [lambda: writer.delete(["p1"]), lambda: writer.add(MANY, model, show_progress_bar=False)]
+
+    def change_then(function):
+        def run(*args, **kwargs):
+            if steps:
+                steps.pop(0)()
+            return function(*args, **kwargs)
+
+        return run
+
+    monkeypatch.setattr(index_store_cosup, "read_config", change_then(index_store_cosup.read_config))
+    monkeypatch.setattr(index_store_cosup, "map_id_table", change_then(index_store_cosup.map_id_table))
+    loaded = PassageIndex.from_pretrained(tmp_path / "index")  # the ids of the first state are gone
+    assert not steps
+    assert len(loaded) == len(PASSAGES) - 1 + len(MANY)
+    with pytest.raises(ValueError, match="p1"):
+        loaded.rows_of(["p1"])
+
+    monkeypatch.undo()
+    reader = PassageIndex.from_pretrained(tmp_path / "index")
+    steps.append(lambda: writer.delete(["p3"]))
+    monkeypatch.setattr(shutil, "copyfile", change_then(shutil.copyfile))
+    with pytest.raises(ValueError, match="was changed by another process: load it again"):
+        reader.save_pretrained(tmp_path / "copy")
+    assert not (tmp_path / "copy").exists()
+
+
+@pytest.mark.parametrize("replace", ["save", "build"])
+def test_an_index_is_not_replaced_while_it_is_being_changed(model, tmp_path, replace):
+    """The replacement is the same index, so that the change would not notice it."""
+    folder = tmp_path / "index"
+    index = build(model, folder)
+
+    def passages():
+        yield {"id": "new", "text": "word"}
+        with pytest.raises(ValueError, match="index is being changed by another process"):
+            if replace == "save":
+                PassageIndex.from_pretrained(folder).save_pretrained(folder)
+            else:
+                build(model, folder)
+        yield {"id": "newer", "text": "word"}
+
+    index.add(passages(), model, shard_size=1, show_progress_bar=False)
+    assert len(PassageIndex.from_pretrained(folder, verify=True)) == len(PASSAGES) + 2
+    assert len(build(model, folder)) == len(PASSAGES)  # afterwards it may be replaced
+    assert not (folder / ".lock").exists()
+
+
+def test_a_change_whose_files_are_gone_is_not_committed(model, tmp_path):
+    index = build(model, tmp_path / "index")
+
+    def passages():
+        yield {"id": "new", "text": "word"}
+        (tmp_path / "index" / "embeddings-00001.safetensors").unlink()
+        yield {"id": "newer", "text": "word"}
+
+    with pytest.raises(FileNotFoundError, match="embeddings-00001.safetensors is missing"):
+        index.add(passages(), model, shard_size=1, show_progress_bar=False)
+    assert len(PassageIndex.from_pretrained(tmp_path / "index", verify=True)) == len(PASSAGES)
+
+
 def test_merge_refuses_shards_of_another_corpus(model, tmp_path):
     other = [{**passage, "text": f"{passage['text']} anew"} for passage in MANY]
     for rank in range(2):
@@ -142,7 +205,19 @@ def test_a_snapshot_in_the_cache_of_the_hub_is_read_only(model, tmp_path):
     PassageIndex.from_pretrained(tmp_path / "own").delete(["p1"])
 
 
-@pytest.mark.parametrize("foreign", ["README.md", ".git/config", "model.safetensors"])
+def test_a_change_removes_what_is_left_over_and_no_foreign_file(model, tmp_path):
+    folder = tmp_path / "index"
+    index = build(model, folder)
+    left_over = ["shard-00003.json", "done-00000.json", "passages-00007.arrow", f".{NAME}.0a1b2c3d.unfinished"]
+    foreign = ["shard-notes.json", "passages-old.arrow", "embeddings-1.safetensors", f".{NAME}.old", "README.md"]
+    for name in [*left_over, *foreign]:
+        (folder / name).write_text("mine")
+    index.delete(["p1"])
+    names = {path.name for path in folder.iterdir()}
+    assert names == {NAME, *index.config["files"], *foreign}
+
+
+@pytest.mark.parametrize("foreign", ["README.md", ".git/config", "model.safetensors", "shard-notes.json"])
 def test_foreign_files_are_not_replaced(model, tmp_path, foreign):
     index = build(model, tmp_path / "index")
     path = tmp_path / "index" / foreign

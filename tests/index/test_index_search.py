@@ -13,6 +13,7 @@ import torch
 
 from modeling_cosup import PassageIndex, index_approximate_cosup, index_search_cosup, index_searchable_cosup
 from modeling_cosup.folders_cosup import seal
+from modeling_cosup.index_approximate_cosup import usual_search_options
 from support.forks import run_forked
 from support.indexes import all_scores, check_nearest, in_folder, queries, random_index
 from support.models import PASSAGES, make_model
@@ -53,6 +54,22 @@ def test_a_device_may_hold_half_precision():
     assert scores.dtype == np.float32
     index.to(None)
     check_nearest(index.search(queries(9), 5), all_scores(index, queries(9)))
+
+
+def test_embeddings_that_overflow_on_a_device_are_refused():
+    """Infinite in float16, row 0 would be the last result for this query: in float32 it is the first."""
+    index = random_index(4, size=4, shard_size=2)
+    index._shards[0].embeddings[0] = torch.tensor([1e5, 0, 0, 1])
+    with pytest.raises(ValueError, match="Embeddings overflow float16: copy them with dtype='bfloat16'"):
+        index.to("cpu", dtype="float16")
+    query = torch.tensor([[-1e-6, 0, 0, 10]])
+    for dtype in (None, "bfloat16"):
+        assert index.to("cpu", dtype=dtype).search(query)[1].tolist() == [[0]]
+    with pytest.raises(ValueError, match="dtype is 'int8', expected one of float32, float16, bfloat16"):
+        index.to("cpu", dtype="int8")
+    index.train_approximate("Flat")
+    with pytest.raises(ValueError, match="dtype 'float16' is for a copy of the embeddings"):
+        index.to("cpu", dtype="float16")
 
 
 def test_searching_copies_no_embeddings(tmp_path):
@@ -314,6 +331,29 @@ def test_a_damaged_faiss_file(tmp_path, damage):
 
 
 # ------------------------------------------------------------------ adding
+
+
+@pytest.mark.parametrize("where", ["memory", "files"])
+@pytest.mark.parametrize(
+    ("factory", "options", "name"),
+    [("RR16,IVF8,Flat", {"nprobe": 8}, "nprobe"), ("IVF8,Flat", {}, "nprobe"), ("HNSW16", {}, "efSearch")],
+)
+def test_temporary_search_options_are_never_saved(model, tmp_path, where, factory, options, name):
+    passages = [{"id": f"p{i}", "title": "", "text": f"{i} radium"} for i in range(20)]
+    folder = tmp_path / "index" if where == "files" else None
+    index = PassageIndex.build(passages, model, save_directory=folder, show_progress_bar=False)
+    index.train_approximate(factory, **options)
+    usual = {"nprobe": 1, "efSearch": 16} | options  # FAISS's defaults
+    index.set_search_options(**{name: 3})
+    for change in ("none", "add"):
+        if change == "add":
+            index.add([{"id": "z", "title": "", "text": "zzz"}], model, show_progress_bar=False)
+            assert not [name for name in index.config["approximate"] if name.startswith("ann_recall")]
+        index.save_pretrained(tmp_path / "copy")
+        loaded = PassageIndex.from_pretrained(tmp_path / "copy", allow_faiss_files=True)
+        assert usual_search_options(loaded._approximate.index) == {name: usual[name]}
+        assert loaded.config["approximate"]["search_options"] == {name: usual[name]}
+        assert usual_search_options(index._approximate.index) == {name: 3}
 
 
 @pytest.mark.parametrize("where", ["memory", "files"])

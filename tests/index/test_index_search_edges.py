@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_cosup import index_approximate_cosup, index_search_cosup
+from modeling_cosup import index_approximate_cosup, index_search_cosup, index_searchable_cosup
 from modeling_cosup.index_approximate_cosup import empty_approximate
 from modeling_cosup.index_search_cosup import ApproximateSearch, ExactSearch
 from modeling_cosup.milvus_upload_cosup import _digest
@@ -23,11 +23,11 @@ from support.indexes import all_scores, check_nearest, in_folder, queries, rando
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("n", [1, 5, 70])
-@pytest.mark.parametrize("where", ["files", "device"])
-def test_embeddings_that_are_not_finite_are_an_error(value, n, where):
+def test_embeddings_that_are_not_finite_are_an_error(value, n):
     index = random_index(count=10, shard_size=5)
     index._shards[1].embeddings[2, 3] = value
-    index.to("cpu" if where == "device" else None)
+    with pytest.raises(ValueError, match="The index holds NaN"):
+        index.to("cpu")
     for k in (1, 10):
         with pytest.raises(ValueError, match="The index holds NaN"):
             index.search(queries(n).abs(), k)
@@ -125,7 +125,7 @@ def test_rows_of_one_array_are_separate_pools():
 
 @pytest.mark.parametrize(("pool", "dtype"), [(np.ones(300, bool), "bool"), ([1.0, 2.0], "float64"), (["m1"], "<U2")])
 def test_candidates_are_integers(pool, dtype):
-    with pytest.raises(ValueError, match=rf"candidates\[1\] is of {dtype}, expected integers"):
+    with pytest.raises(ValueError, match=rf"candidates\[1\]: found {dtype}, expected integers"):
         random_index().search(queries(2), candidates=[None, pool])
 
 
@@ -185,7 +185,12 @@ def test_the_recipe_checks_before_it_embeds(monkeypatch):
     for options, message in [
         ({"index_factory": "HNSW8", "nprobe": 3}, "no search option 'nprobe'"),
         ({"index_factory": "Graph"}, "index_factory 'Graph'"),
-        ({"ef_search": 3}, "need an index_factory"),
+        ({"ef_search": 3}, "--ef_search 3 is for an approximate index: give --index_factory"),
+        ({"train_size": 9}, "--train_size 9 is for an approximate index: give --index_factory"),
+        ({"seed": 1}, "--seed 1 is for an approximate index: give --index_factory"),
+        ({"milvus_index_type": "HNSW"}, "--milvus_index_type HNSW is for an upload to Milvus: give --index_uri"),
+        ({"milvus_index_params": {"M": 9}}, "--milvus_index_params .* is for an upload to Milvus"),
+        ({"encoder_url": "http://h", "max_tokens_per_batch": 9}, "limits a forward of this process"),
         ({"batch_size": 0}, "batch_size is 0, expected at least 1"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -206,6 +211,26 @@ def test_the_recall_is_shown_and_needs_passages(monkeypatch):
         index.measure_recall()
     with pytest.raises(ValueError, match="All passages of this index were deleted"):
         index.train_approximate("HNSW8")
+
+
+def test_a_recall_is_of_an_approximate_index_and_at_least_one_query(monkeypatch):
+    index = random_index()
+    with pytest.raises(ValueError, match="This index is searched exactly: call train_approximate first"):
+        index.measure_recall()
+    monkeypatch.setattr(index_searchable_cosup, "make_approximate", None)  # refused before anything is trained
+    for wrong, message in [
+        (torch.empty(0, 16), "There is no query"),
+        (torch.zeros(3, 99), "Queries have 99 dimensions"),
+        (torch.full((2, 16), torch.nan), "NaN or infinite in rows"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            index.train_approximate("HNSW8", queries=wrong)
+    monkeypatch.undo()
+    index.train_approximate("HNSW8")
+    with pytest.raises(ValueError, match="There is no query"):
+        index.measure_recall(torch.empty(0, 16))
+    with pytest.raises(ValueError, match="There is nothing to compare with exact search"):
+        index_approximate_cosup.recall(np.empty((0, 3), int), np.empty((0, 3), int))
 
 
 def test_a_failure_keeps_the_search_options_of_before(tmp_path):

@@ -384,6 +384,25 @@ def test_one_id_and_ids_that_may_be_missing(retriever):
             method(["0", 3])
 
 
+def test_a_single_string_is_not_read_as_its_characters(retriever):
+    """Its characters "1" and "2" are ids too."""
+    for method in (retriever.find, retriever.rows_of, retriever.delete):
+        with pytest.raises(ValueError, match=r"ids is the string '12', expected a list of passage ids: \['12'\]"):
+            method("12")
+    assert retriever.find(["1", "2", "12"]).tolist() == [1, 2, 12]
+
+
+@pytest.mark.parametrize(
+    ("rows", "dtype"), [(["7"], "<U1"), ([1.9], "float64"), (np.array([False, True]), "bool"), ([None], "object")]
+)
+def test_rows_are_integers(retriever, rows, dtype):
+    for method in (retriever.get_passages, retriever.get_embeddings):
+        with pytest.raises(ValueError, match=f"rows: found {dtype}, expected integers"):
+            method(rows)
+    with pytest.raises(ValueError, match=f"rows: found {dtype}, expected integers"):
+        retriever[rows[0]]
+
+
 def test_embeddings_of_rows(name, retriever, embeddings):
     tolerance = {"rtol": TOLERANCES.get(name, 1e-5), "atol": TOLERANCES.get(name, 1e-5)}
     rows = [7, 3, 47, 3]

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -408,10 +409,13 @@ def test_the_benchmark_of_a_step_runs(inputs, tmp_path):
 
 def test_build_index_trains_an_approximate_index_and_prints_its_recall(checkpoint, inputs, tmp_path):
     paths = flags(model=checkpoint, corpus_file=inputs / "corpus.jsonl", output_dir=tmp_path / "index")
-    settings = flags(
-        index_factory="HNSW8", ef_search=32, embedding_dtype="float16", shard_size=4, max_tokens_per_batch=64
-    )
-    result = run_forked("recipes/build_index.py", *paths, *settings)
+    settings = flags(embedding_dtype="float16", shard_size=4, max_tokens_per_batch=64)
+    result = run_forked("recipes/build_index.py", *paths, *settings, *flags(index_factory="IVF7,Flat"))
+    assert "7 lists need at least as many training embeddings" in result.stderr  # known only after embedding
+    embeddings = (tmp_path / "index" / "embeddings-00000.safetensors").stat()
+    result = run_forked("recipes/build_index.py", *paths, *settings, *flags(index_factory="HNSW8", ef_search=32))
+    # nothing was embedded again
+    assert os.path.samestat((tmp_path / "index" / "embeddings-00000.safetensors").stat(), embeddings)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "6 passages in" in result.stdout
     assert "ANN recall@1  100.0 %" in result.stdout
