@@ -29,6 +29,7 @@ class RetrievalCall:
         queue ([`Queue`], *optional*): the prompts of generate_many().
         max_batch_tokens (`int`, *optional*): of generate_many().
         only_settings (`bool`): return the settings; generate nothing.
+        output_device (`torch.device`, *optional*): of the output; defaults to the device of the loop.
     """
 
     retriever: Retriever | None = None
@@ -39,6 +40,7 @@ class RetrievalCall:
     queue: Queue | None = None
     max_batch_tokens: int | None = None
     only_settings: bool = False
+    output_device: torch.device | None = None
 
     @property
     def has_passages(self) -> bool:

@@ -63,7 +63,8 @@ class RetrievalGenerationMixin(RefusalsMixin):
         Args:
             inputs (`torch.LongTensor` of shape `(B, T)`, *optional*): prompts, padded on the left. For a prompt that
                 ends in `[NSP]`, a passage is retrieved first. The output of a tokenizer (`input_ids` and
-                `attention_mask`) may be passed as it is.
+                `attention_mask`) may be passed as it is. They may be on another device than the model; the output is
+                on theirs.
             generation_config (`GenerationConfig`, *optional*): as always. Budgets such as `max_new_tokens` count the
                 decoded tokens of each row. With `cache_implementation="static"` the decode step keeps its shapes; if
                 transformers compiles for a static cache (on a GPU, or with `compile_config`), the step is captured.
@@ -355,6 +356,11 @@ class RetrievalGenerationMixin(RefusalsMixin):
         # the loop has its own cache: transformers gets a placeholder, and must not allocate another
         kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
         kwargs["past_key_values"] = DynamicCache()
+        if kwargs.get("input_ids") is not None:
+            call.output_device = kwargs["input_ids"].device
+        for name in ("input_ids", "attention_mask"):  # transformers prepares processors for the device of the prompts
+            if isinstance(kwargs.get(name), torch.Tensor):
+                kwargs[name] = kwargs[name].to(self._input_device())
         if generation_config is None:
             if self.generation_config.cache_implementation is not None:
                 kwargs["cache_implementation"] = None
@@ -433,4 +439,4 @@ class RetrievalGenerationMixin(RefusalsMixin):
         if queue is not None:
             return queue.answer(self, rows, decoder.run)
         decoder.run(rows)
-        return call_output(decoder, rows, input_ids, attention_mask)
+        return call_output(decoder, rows, input_ids, attention_mask, call.output_device or device)

@@ -154,7 +154,7 @@ class DecodingSettings:
         retrieves (`bool`): rows may retrieve.
         memory_config ([`MemoryConfig`], *optional*): how the memory is mixed in, if there is one.
         num_slots (`int`), num_columns (`int`): the most rows at a time, and columns of the cache to start with.
-        device (`torch.device`): of the prompts.
+        device (`torch.device`): of Gen's inputs.
         context_length (`int`): the most positions that Gen can read.
         pad (`int`), ends (`frozenset[int]`): the id of padding, and the ids that end a row.
         kept_ids (`torch.LongTensor`): control tokens and ends, whose probabilities no memory changes.
