@@ -351,6 +351,9 @@ def test_an_output_file_of_other_prompts_is_refused(model, index, prompts, optio
             model.generate_many(prompts[:2], **of_index)
     with pytest.raises(ValueError, match="line 1: an answer of another model or index"):
         model.generate_many(prompts[:2], **of_index)
+    in_memory = model.build_index(passages, show_progress_bar=False)
+    with pytest.raises(ValueError, match="line 1: an answer of another model or index"):
+        model.generate_many(prompts[:2], **{**same, "retriever": in_memory})
     assert path.read_bytes() == before
     foreign = tmp_path / "results.json"
     foreign.write_text('{"accuracy": 1}')
