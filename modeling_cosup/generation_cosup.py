@@ -162,16 +162,10 @@ class RetrievalGenerationMixin(RefusalsMixin):
         Raises:
             `TypeError`: for prompts that are not token ids, e.g. texts.
             `ValueError`: for prompts that are empty or fill the context (before anything is generated), an
-                `output_file` that holds answers to other prompts, `max_length` and `min_length`, and everything that
-                generate() refuses.
+                `output_file` that holds answers to other prompts, `max_length`, `min_length` and `max_time`, and
+                everything that generate() refuses.
             [`RetrievalError`]: when a search fails; finished answers are in `output_file`.
         """
-        for name in ("streamer", "prefix_allowed_tokens_fn"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} needs rows that keep their places: use generate().")
-        for name in ("input_ids", "attention_mask"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"generate_many takes no {name}: its prompts are lists without padding.")
         for name, limit in (("batch_size", batch_size), ("max_batch_tokens", max_batch_tokens)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} is {limit}, expected at least 1.")
@@ -181,15 +175,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         if call is None:
             call = RetrievalCall()
         prepared = self._check_retrieval_arguments(generation_config, kwargs)
-        configs = [config for config in (generation_config, self.generation_config) if config is not None]
-        for refused, name in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            given = [kwargs.get(refused), *(getattr(config, refused) for config in configs)]
-            if any(given) and getattr(prepared, name) is None:
-                raise ValueError(
-                    f"generate_many takes no {refused}, which would count the longest prompt for all: give {name}."
-                )
-        if prepared.num_return_sequences not in (None, 1):
-            raise ValueError("generate_many answers each prompt once: for num_return_sequences, repeat the prompts.")
+        self._check_queue_arguments(prepared, generation_config, kwargs)
         if not prompt_ids and not kwargs.get("synced_gpus"):
             return []
         settings_hash, keys = "", []

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import BaseStreamer
+from transformers.generation import BaseStreamer, MaxTimeCriteria
 from transformers.generation.configuration_utils import GenerationMode
 
 from .cache_cosup import EMPTY, RowCache, context_length, layer_kinds
@@ -27,6 +27,7 @@ class RefusalsMixin:
     device: torch.device
     training: bool
     forward: Callable[..., Any]
+    generation_config: GenerationConfig
     _prepare_generation_config: Callable[..., tuple[GenerationConfig, dict[str, Any]]]
     # Gen uses the masks and positions that it is given; set once this was checked
     _follows_masks: bool
@@ -40,6 +41,29 @@ class RefusalsMixin:
         self._check_inputs(prepared, kwargs)
         self._check_gen()
         return prepared
+
+    def _check_queue_arguments(
+        self, prepared: GenerationConfig, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Refuse what generate() takes but generate_many() does not: `prepared` is the config of the call."""
+        for name in ("streamer", "prefix_allowed_tokens_fn"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} needs rows that keep their places: use generate().")
+        for name in ("input_ids", "attention_mask"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"generate_many takes no {name}: its prompts are lists without padding.")
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        for refused, name in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            given = [kwargs.get(refused), *(getattr(config, refused) for config in configs)]
+            if any(given) and getattr(prepared, name) is None:
+                raise ValueError(
+                    f"generate_many takes no {refused}, which would count the longest prompt for all: give {name}."
+                )
+        criteria = kwargs.get("stopping_criteria") or ()
+        if prepared.max_time is not None or any(isinstance(criterion, MaxTimeCriteria) for criterion in criteria):
+            raise ValueError("generate_many takes no max_time, which would cut off all prompts that still wait.")
+        if prepared.num_return_sequences not in (None, 1):
+            raise ValueError("generate_many answers each prompt once: for num_return_sequences, repeat the prompts.")
 
     def _check_mode(self, prepared: GenerationConfig, kwargs: dict[str, Any]) -> None:
         mode = prepared.get_generation_mode(kwargs.get("assistant_model"))
