@@ -52,6 +52,13 @@ class RetrievalCall:
         """Whether `[NSP]` retrieves passages."""
         return self.has_passages and not self.retrieval.forbid_nsp
 
+    @property
+    def needs_queries(self) -> bool:
+        """Whether a retrieval needs its query embedding: to search with it, or for the trace."""
+        passages = self.retrieval.passages
+        searches = passages is None or any(entry is None for entry in passages)
+        return self.retrieves and (searches or self.retrieval.output_query_embeds)
+
 
 def call_settings(
     config: CoSupConfig,

@@ -324,9 +324,8 @@ class RetrievalGenerationMixin(RefusalsMixin):
             return RetrievalCall(memory=memory, memory_config=memory_config)
         if retriever is not None:
             retriever.check_model(self)
-            searches = retrieval.passages is None and not retrieval.forbid_nsp
-            if searches and self.config.query_from != "gen":
-                self._query_encoder()  # raises before anything is generated
+        if call.needs_queries and self.config.query_from != "gen":
+            self._query_encoder()  # raises before anything is generated
         return call
 
     def _generate_with_retrieval(
