@@ -12,6 +12,7 @@ from transformers.generation.configuration_utils import GenerationMode
 
 from .cache_cosup import EMPTY, RowCache, context_length, layer_kinds
 from .configuration_cosup import CoSupConfig
+from .encoding_cosup import evaluating
 from .settings_cosup import RetrievalConfig
 
 # arguments of forward() that the loop uses, or that another check refuses
@@ -127,7 +128,8 @@ class RefusalsMixin:
             )
         if not self.gen._supports_attention_backend and not getattr(self, "_follows_masks", False):
             try:
-                self._follows_masks = self._forwards_ragged_rows()
+                with evaluating(self.gen):  # dropout would make any two forwards differ
+                    self._follows_masks = self._forwards_ragged_rows()
             except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
                 problem = f"cannot read rows of different lengths from one cache ({error})"
                 raise ValueError(f"{name} {problem}; use another architecture.") from error

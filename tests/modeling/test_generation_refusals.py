@@ -137,6 +137,13 @@ def test_architectures_that_are_refused(gen, message):
         model.generate(torch.tensor([[5, 6]]), retriever=index, max_new_tokens=2)
 
 
+def test_an_older_architecture_generates_in_training_mode_too():
+    model = make_model("gptj", gen_kwargs={"attn_pdrop": 0.5, "resid_pdrop": 0.5}).train()
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    assert model.generate(IDS, retriever=index, max_new_tokens=2).shape == (1, 5)
+    assert all(module.training for module in model.gen.modules())
+
+
 # ------------------------------------------------------------------ settings
 
 
