@@ -269,6 +269,8 @@ def _fits(cache: RowCache, rows: int, columns: int, device: torch.device, dtype:
     """Return whether a static cache can serve another call."""
     if cache.rows != rows or cache.positions.device != device or cache.dtype != dtype:
         return False
+    if cache.positions.is_inference() != torch.is_inference_mode_enabled():
+        return False  # outside of inference mode, its tensors could not be written
     # attention reads all columns of a static cache: one that is far too large would be slow in every call
     return columns <= cache.columns <= 4 * columns + 64
 

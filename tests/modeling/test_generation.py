@@ -1,5 +1,7 @@
 """Arguments and outputs of generate(); tests/invariant checks that it is exact."""
 
+from functools import partial
+
 import pytest
 import torch
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -426,9 +428,10 @@ def test_the_models_own_config_may_name_a_cache(model, inputs, index, steer, mon
     assert torch.equal(output.sequences, expected.sequences)
 
 
-def test_a_static_cache_serves_calls_with_and_without_autocast(model, inputs, index):
+@pytest.mark.parametrize("mode", [partial(torch.autocast, "cpu", torch.bfloat16), torch.inference_mode])
+def test_a_static_cache_serves_calls_within_a_mode_and_without(model, inputs, index, mode):
     for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16):
+        with mode():
             generate(model, inputs, index, cache_implementation="static")
         generate(model, inputs, index, cache_implementation="static")
 
