@@ -349,6 +349,7 @@ def test_an_output_file_of_other_prompts_is_refused(model, index, prompts, optio
         {"retrieval_config": RetrievalConfig(top_k=2)},
         {"max_retrievals": 1},
         {"do_sample": True},
+        {"sequence_bias": {(7,): -1.0}},
         {"retriever": None},
     ]
     for other in other_settings:
