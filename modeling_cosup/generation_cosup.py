@@ -418,7 +418,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
             decoder.lookup.prepare(rows, call.retrieval, copies=generation_config.num_return_sequences or 1)
             if streamer is not None:
                 rows[0].listener = StreamerListener(streamer, call.retrieval.stream_passages)
-        except ValueError as failure:
+        except Exception as failure:  # a retriever may raise anything
             error = failure
         raise_together(error, synced_gpus, device)
         if queue is not None:

@@ -301,7 +301,7 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> li
     return [ids[kept].tolist() for ids, kept in zip(input_ids, mask, strict=True)]
 
 
-def raise_together(error: ValueError | None, synced_gpus: bool, device: torch.device) -> None:
+def raise_together(error: Exception | None, synced_gpus: bool, device: torch.device) -> None:
     """Raise `error`, if any; with `synced_gpus` raise on all ranks, or the others would wait for this one forever."""
     failed = torch.tensor(int(error is not None), device=device)
     if synced_gpus:
