@@ -63,6 +63,11 @@ class RefusalsMixin:
         criteria = kwargs.get("stopping_criteria") or ()
         if prepared.max_time is not None or any(isinstance(criterion, MaxTimeCriteria) for criterion in criteria):
             raise ValueError("generate_many takes no max_time, which would cut off all prompts that still wait.")
+        for processor in kwargs.get("logits_processor") or ():
+            if getattr(processor, "prompt_ignore_length", None) is not None:
+                raise ValueError(
+                    "generate_many takes no prompt_ignore_length, which would count the same tokens for all prompts."
+                )
         if prepared.num_return_sequences not in (None, 1):
             raise ValueError("generate_many answers each prompt once: for num_return_sequences, repeat the prompts.")
 

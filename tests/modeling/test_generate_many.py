@@ -219,6 +219,9 @@ def test_prompts_and_options_that_are_refused(model, index, options):
     for limit in ({"max_time": 5.0}, {"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(5.0)])}):
         with pytest.raises(ValueError, match="generate_many takes no max_time"):
             model.generate_many([[5]], retriever=index, **options, **limit)
+    penalty = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0, prompt_ignore_length=3)])
+    with pytest.raises(ValueError, match="generate_many takes no prompt_ignore_length"):
+        model.generate_many([[5]], retriever=index, **{**options, "logits_processor": penalty})
     for name in ("input_ids", "attention_mask"):
         with pytest.raises(ValueError, match=f"generate_many takes no {name}"):
             model.generate_many([[5]], retriever=index, **options, **{name: torch.ones(1, 1)})
