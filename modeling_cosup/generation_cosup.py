@@ -421,7 +421,11 @@ class RetrievalGenerationMixin(RefusalsMixin):
         except Exception as failure:  # a retriever may raise anything
             error = failure
         raise_together(error, synced_gpus, device)
-        if queue is not None:
-            return queue.answer(self, rows, decoder.run)
-        decoder.run(rows)
+        try:
+            if queue is not None:
+                return queue.answer(self, rows, decoder.run)
+            decoder.run(rows)
+        finally:
+            if call.static:
+                self._static_row_cache = decoder.cache
         return call_output(decoder, rows, input_ids, attention_mask, call.output_device or device)
