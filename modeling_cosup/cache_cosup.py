@@ -1,5 +1,6 @@
 """The KV cache of the decoding loop, in which rows grow, shrink, enter and leave independently."""
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,6 +15,8 @@ from .settings_cosup import DecodingSettings
 # position of a column that holds no token: later than any query, so nothing attends to it
 EMPTY = torch.iinfo(torch.int64).max
 _BLOCK = 64  # columns are allocated in multiples of this
+_ATTENTION_LOCK = threading.Lock()
+_REPLACED_ATTENTION: dict[int, tuple[int, str]] = {}  # calls, and Gen's own attention, by the id of Gen's config
 
 
 class RowCache(Cache):
@@ -244,23 +247,23 @@ def cache_for(model: Any, settings: DecodingSettings) -> RowCache:
     """
     Return an empty cache for a decoding loop.
 
-    A static cache has all rows from the start, and is kept on the model for the next call: a captured step is bound to
-    its cache, and another cache would mean capturing it again.
+    A static cache has all rows from the start, and comes from the last call, which left it on the model: a captured
+    step is bound to its cache, and another cache would mean capturing it again.
 
     Args:
-        model ([`CoSupForCausalLM`]): keeps the static cache in `_static_row_cache`.
+        model ([`CoSupForCausalLM`]): gives away the static cache in `_static_row_cache`.
         settings ([`DecodingSettings`]): of the loop.
     """
     rows, columns, device, limit = settings.num_slots, settings.num_columns, settings.device, settings.context_length
     if not settings.static:
         return RowCache(1, columns, device, limit, max_rows=rows, max_tokens=settings.max_batch_tokens)
     cache: RowCache | None = getattr(model, "_static_row_cache", None)
+    model._static_row_cache = None  # a call in another thread must not write into it
     dtype = model.gen.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
     if cache is None or not _fits(cache, rows, columns, device, dtype):
         cache = RowCache(rows, columns, device, limit, static=True, dtype=dtype)
-        model._static_row_cache = cache
     cache.positions.fill_(EMPTY)
     return cache
 
@@ -269,6 +272,8 @@ def _fits(cache: RowCache, rows: int, columns: int, device: torch.device, dtype:
     """Return whether a static cache can serve another call."""
     if cache.rows != rows or cache.positions.device != device or cache.dtype != dtype:
         return False
+    if cache.positions.is_inference() != torch.is_inference_mode_enabled():
+        return False  # outside of inference mode, its tensors could not be written
     # attention reads all columns of a static cache: one that is far too large would be slow in every call
     return columns <= cache.columns <= 4 * columns + 64
 
@@ -306,16 +311,27 @@ def attention_mask(
 
 @contextmanager
 def maskable_attention(gen: PreTrainedModel) -> Iterator[None]:
-    """Let Gen use SDPA or eager attention within this context: flash kernels take no mask, which ragged rows need."""
+    """
+    Let Gen use SDPA or eager attention within this context: flash kernels take no mask, which ragged rows need.
+
+    Calls in several threads may be in it at once: the last one to leave restores what the first one found.
+    """
     config = gen.config.get_text_config()
-    implementation = config._attn_implementation
-    if implementation not in ("sdpa", "eager"):
-        can_use_sdpa = gen._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)
-        config._attn_implementation = "sdpa" if can_use_sdpa else "eager"
+    with _ATTENTION_LOCK:
+        num_calls, implementation = _REPLACED_ATTENTION.get(id(config), (0, config._attn_implementation))
+        _REPLACED_ATTENTION[id(config)] = (num_calls + 1, implementation)
+        if implementation not in ("sdpa", "eager"):
+            can_use_sdpa = gen._supports_sdpa and not getattr(config, "attn_logit_softcapping", None)
+            config._attn_implementation = "sdpa" if can_use_sdpa else "eager"
     try:
         yield
     finally:
-        config._attn_implementation = implementation
+        with _ATTENTION_LOCK:
+            num_calls, implementation = _REPLACED_ATTENTION.pop(id(config))
+            if num_calls > 1:
+                _REPLACED_ATTENTION[id(config)] = (num_calls - 1, implementation)
+            else:
+                config._attn_implementation = implementation
 
 
 def layer_kinds(config: PreTrainedConfig) -> list[str]:

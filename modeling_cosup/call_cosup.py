@@ -29,6 +29,7 @@ class RetrievalCall:
         queue ([`Queue`], *optional*): the prompts of generate_many().
         max_batch_tokens (`int`, *optional*): of generate_many().
         only_settings (`bool`): return the settings; generate nothing.
+        output_device (`torch.device`, *optional*): of the output; defaults to the device of the loop.
     """
 
     retriever: Retriever | None = None
@@ -39,6 +40,7 @@ class RetrievalCall:
     queue: Queue | None = None
     max_batch_tokens: int | None = None
     only_settings: bool = False
+    output_device: torch.device | None = None
 
     @property
     def has_passages(self) -> bool:
@@ -49,6 +51,13 @@ class RetrievalCall:
     def retrieves(self) -> bool:
         """Whether `[NSP]` retrieves passages."""
         return self.has_passages and not self.retrieval.forbid_nsp
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether a retrieval needs its query embedding: to search with it, or for the trace."""
+        passages = self.retrieval.passages
+        searches = passages is None or any(entry is None for entry in passages)
+        return self.retrieves and (searches or self.retrieval.output_query_embeds)
 
 
 def call_settings(

@@ -13,7 +13,7 @@ import json
 import os
 import secrets
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,11 @@ def replacing_file(path: str | Path) -> Iterator[Path]:
 
 
 def digest(value: Any) -> str:
-    """Return the SHA-256 (hex) of a JSON value, whatever the order of its keys. Other objects count as their `str`."""
+    """
+    Return the SHA-256 (hex) of a JSON value, whatever the order of its keys.
+
+    Other objects count as their `str`, and so do keys that JSON does not know.
+    """
     return hashlib.sha256(_canonical(value)).hexdigest()
 
 
@@ -124,7 +128,18 @@ def digest_file(path: str | Path) -> str:
 
 
 def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, default=str).encode()
+    try:
+        return json.dumps(value, sort_keys=True, default=str).encode()
+    except TypeError:  # keys that JSON does not know, or that cannot be sorted
+        return json.dumps(_with_text_keys(value), sort_keys=True, default=str).encode()
+
+
+def _with_text_keys(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _with_text_keys(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_text_keys(entry) for entry in value]
+    return value
 
 
 # ---------------------------------------------------------------------- locks

@@ -63,7 +63,8 @@ class RetrievalGenerationMixin(RefusalsMixin):
         Args:
             inputs (`torch.LongTensor` of shape `(B, T)`, *optional*): prompts, padded on the left. For a prompt that
                 ends in `[NSP]`, a passage is retrieved first. The output of a tokenizer (`input_ids` and
-                `attention_mask`) may be passed as it is.
+                `attention_mask`) may be passed as it is. They may be on another device than the model; the output is
+                on theirs.
             generation_config (`GenerationConfig`, *optional*): as always. Budgets such as `max_new_tokens` count the
                 decoded tokens of each row. With `cache_implementation="static"` the decode step keeps its shapes; if
                 transformers compiles for a static cache (on a GPU, or with `compile_config`), the step is captured.
@@ -161,16 +162,10 @@ class RetrievalGenerationMixin(RefusalsMixin):
         Raises:
             `TypeError`: for prompts that are not token ids, e.g. texts.
             `ValueError`: for prompts that are empty or fill the context (before anything is generated), an
-                `output_file` that holds answers to other prompts, `max_length` and `min_length`, and everything that
-                generate() refuses.
+                `output_file` that holds answers to other prompts, `max_length`, `min_length` and `max_time`, and
+                everything that generate() refuses.
             [`RetrievalError`]: when a search fails; finished answers are in `output_file`.
         """
-        for name in ("streamer", "prefix_allowed_tokens_fn"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"{name} needs rows that keep their places: use generate().")
-        for name in ("input_ids", "attention_mask"):
-            if kwargs.get(name) is not None:
-                raise ValueError(f"generate_many takes no {name}: its prompts are lists without padding.")
         for name, limit in (("batch_size", batch_size), ("max_batch_tokens", max_batch_tokens)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} is {limit}, expected at least 1.")
@@ -180,15 +175,7 @@ class RetrievalGenerationMixin(RefusalsMixin):
         if call is None:
             call = RetrievalCall()
         prepared = self._check_retrieval_arguments(generation_config, kwargs)
-        configs = [config for config in (generation_config, self.generation_config) if config is not None]
-        for refused, name in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-            given = [kwargs.get(refused), *(getattr(config, refused) for config in configs)]
-            if any(given) and getattr(prepared, name) is None:
-                raise ValueError(
-                    f"generate_many takes no {refused}, which would count the longest prompt for all: give {name}."
-                )
-        if prepared.num_return_sequences not in (None, 1):
-            raise ValueError("generate_many answers each prompt once: for num_return_sequences, repeat the prompts.")
+        self._check_queue_arguments(prepared, generation_config, kwargs)
         if not prompt_ids and not kwargs.get("synced_gpus"):
             return []
         settings_hash, keys = "", []
@@ -337,9 +324,8 @@ class RetrievalGenerationMixin(RefusalsMixin):
             return RetrievalCall(memory=memory, memory_config=memory_config)
         if retriever is not None:
             retriever.check_model(self)
-            searches = retrieval.passages is None and not retrieval.forbid_nsp
-            if searches and self.config.query_from != "gen":
-                self._query_encoder()  # raises before anything is generated
+        if call.needs_queries and self.config.query_from != "gen":
+            self._query_encoder()  # raises before anything is generated
         return call
 
     def _generate_with_retrieval(
@@ -355,6 +341,11 @@ class RetrievalGenerationMixin(RefusalsMixin):
         # the loop has its own cache: transformers gets a placeholder, and must not allocate another
         kwargs = {name: value for name, value in kwargs.items() if name != "cache_implementation"}
         kwargs["past_key_values"] = DynamicCache()
+        if kwargs.get("input_ids") is not None:
+            call.output_device = kwargs["input_ids"].device
+        for name in ("input_ids", "attention_mask"):  # transformers prepares processors for the device of the prompts
+            if isinstance(kwargs.get(name), torch.Tensor):
+                kwargs[name] = kwargs[name].to(self._input_device())
         if generation_config is None:
             if self.generation_config.cache_implementation is not None:
                 kwargs["cache_implementation"] = None
@@ -427,10 +418,14 @@ class RetrievalGenerationMixin(RefusalsMixin):
             decoder.lookup.prepare(rows, call.retrieval, copies=generation_config.num_return_sequences or 1)
             if streamer is not None:
                 rows[0].listener = StreamerListener(streamer, call.retrieval.stream_passages)
-        except ValueError as failure:
+        except Exception as failure:  # a retriever may raise anything
             error = failure
         raise_together(error, synced_gpus, device)
-        if queue is not None:
-            return queue.answer(self, rows, decoder.run)
-        decoder.run(rows)
-        return call_output(decoder, rows, input_ids, attention_mask)
+        try:
+            if queue is not None:
+                return queue.answer(self, rows, decoder.run)
+            decoder.run(rows)
+        finally:
+            if call.static:
+                self._static_row_cache = decoder.cache
+        return call_output(decoder, rows, input_ids, attention_mask, call.output_device or device)

@@ -1,5 +1,6 @@
 """The contents of an index: shards, rows, ids, deletions, and the folder that holds them."""
 
+import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,6 +95,13 @@ class PassageStore(FolderStore):
         """
         places = self._places(self._checked_rows(rows), COLUMNS)
         return [_passage(columns, row) for columns, row in places]
+
+    def _passages_digest(self) -> str:
+        """Return the SHA-256 (hex) of all passages and of the rows of deleted ones."""
+        total = hashlib.sha256(self._deleted.tobytes())
+        for shard in self._shards:
+            total.update(shard.passages.serialize())
+        return total.hexdigest()
 
     def _checked_rows(self, rows: Rows) -> NDArray[np.int64]:
         """Return rows as an int64 array; `IndexError` names rows that hold no passage."""

@@ -37,7 +37,11 @@ class CoSupGenerateOutput(ModelOutput):
 
 
 def call_output(
-    decoder: Decoder, rows: list[Row], input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    decoder: Decoder,
+    rows: list[Row],
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    device: torch.device,
 ) -> torch.Tensor | CoSupGenerateOutput:
     """
     Return the prompts, padded on the left, and the continuations, padded on the right.
@@ -46,9 +50,10 @@ def call_output(
         decoder ([`Decoder`]), rows (`list[Row]`): of the call, finished.
         input_ids (`torch.LongTensor` of shape `(B, T)`), attention_mask (`torch.LongTensor` of shape `(B, T)`,
             *optional*): the prompts, padded on either side.
+        device (`torch.device`): of the output.
     """
-    width, device, pad = input_ids.shape[1], input_ids.device, decoder.settings.pad
-    prompts = input_ids
+    width, pad = input_ids.shape[1], decoder.settings.pad
+    prompts = input_ids.to(device)
     if attention_mask is not None and (attention_mask[:, -1] == 0).any():
         # the prompts are padded on the right, where the continuations belong
         padded_prompts = [[pad] * (width - len(row.prompt)) + row.prompt for row in rows]

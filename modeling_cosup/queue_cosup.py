@@ -31,6 +31,8 @@ class Completion:
         retrievals (`list[Retrieval]`): the trace; positions count from the first token of the prompt.
         neighbors (`list[TokenNeighbors]`): of each decoded token, with `MemoryConfig(output_neighbors=n)`; positions
             likewise.
+        finish_reason (`str`): `"stop"` for an end token or a stopping criterion, `"length"` for a used budget or a
+            full context; empty if it comes from the output file of an earlier release.
     """
 
     index: int
@@ -40,6 +42,7 @@ class Completion:
     num_generated_tokens: int
     retrievals: list[Retrieval]
     neighbors: list[TokenNeighbors] = field(default_factory=list)
+    finish_reason: str = ""
 
 
 @dataclass
@@ -98,6 +101,7 @@ class Queue:
             num_generated_tokens=row.num_generated_tokens,
             retrievals=row.retrievals,
             neighbors=row.neighbors,
+            finish_reason=row.finish_reason,
         )
         self.results[row.number] = completion
         if file is not None:
@@ -170,7 +174,8 @@ def _read_completion(line: bytes, where: str, keys: list[str], settings_hash: st
     if stored["settings"] != settings_hash:
         problem = "an answer of another model or index, or with other settings"
         raise ValueError(f"{where}: {problem}; choose another output_file.")
-    stored.setdefault("neighbors", [])  # a file of an earlier release
+    for name, default in (("neighbors", []), ("finish_reason", "")):
+        stored.setdefault(name, default)  # a file of an earlier release
     values = {field.name: stored[field.name] for field in fields(Completion)}
     values["retrievals"] = []
     for trace in stored["retrievals"]:

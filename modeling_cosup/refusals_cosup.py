@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from transformers import GenerationConfig, PreTrainedModel
-from transformers.generation import BaseStreamer
+from transformers.generation import BaseStreamer, MaxTimeCriteria
 from transformers.generation.configuration_utils import GenerationMode
 
 from .cache_cosup import EMPTY, RowCache, context_length, layer_kinds
 from .configuration_cosup import CoSupConfig
+from .encoding_cosup import evaluating
 from .settings_cosup import RetrievalConfig
 
 # arguments of forward() that the loop uses, or that another check refuses
@@ -27,6 +28,7 @@ class RefusalsMixin:
     device: torch.device
     training: bool
     forward: Callable[..., Any]
+    generation_config: GenerationConfig
     _prepare_generation_config: Callable[..., tuple[GenerationConfig, dict[str, Any]]]
     # Gen uses the masks and positions that it is given; set once this was checked
     _follows_masks: bool
@@ -40,6 +42,34 @@ class RefusalsMixin:
         self._check_inputs(prepared, kwargs)
         self._check_gen()
         return prepared
+
+    def _check_queue_arguments(
+        self, prepared: GenerationConfig, generation_config: GenerationConfig | None, kwargs: dict[str, Any]
+    ) -> None:
+        """Refuse what generate() takes but generate_many() does not: `prepared` is the config of the call."""
+        for name in ("streamer", "prefix_allowed_tokens_fn"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"{name} needs rows that keep their places: use generate().")
+        for name in ("input_ids", "attention_mask"):
+            if kwargs.get(name) is not None:
+                raise ValueError(f"generate_many takes no {name}: its prompts are lists without padding.")
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        for refused, name in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+            given = [kwargs.get(refused), *(getattr(config, refused) for config in configs)]
+            if any(given) and getattr(prepared, name) is None:
+                raise ValueError(
+                    f"generate_many takes no {refused}, which would count the longest prompt for all: give {name}."
+                )
+        criteria = kwargs.get("stopping_criteria") or ()
+        if prepared.max_time is not None or any(isinstance(criterion, MaxTimeCriteria) for criterion in criteria):
+            raise ValueError("generate_many takes no max_time, which would cut off all prompts that still wait.")
+        for processor in kwargs.get("logits_processor") or ():
+            if getattr(processor, "prompt_ignore_length", None) is not None:
+                raise ValueError(
+                    "generate_many takes no prompt_ignore_length, which would count the same tokens for all prompts."
+                )
+        if prepared.num_return_sequences not in (None, 1):
+            raise ValueError("generate_many answers each prompt once: for num_return_sequences, repeat the prompts.")
 
     def _check_mode(self, prepared: GenerationConfig, kwargs: dict[str, Any]) -> None:
         mode = prepared.get_generation_mode(kwargs.get("assistant_model"))
@@ -103,7 +133,8 @@ class RefusalsMixin:
             )
         if not self.gen._supports_attention_backend and not getattr(self, "_follows_masks", False):
             try:
-                self._follows_masks = self._forwards_ragged_rows()
+                with evaluating(self.gen):  # dropout would make any two forwards differ
+                    self._follows_masks = self._forwards_ragged_rows()
             except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
                 problem = f"cannot read rows of different lengths from one cache ({error})"
                 raise ValueError(f"{name} {problem}; use another architecture.") from error
@@ -275,7 +306,7 @@ def unpadded(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> li
     return [ids[kept].tolist() for ids, kept in zip(input_ids, mask, strict=True)]
 
 
-def raise_together(error: ValueError | None, synced_gpus: bool, device: torch.device) -> None:
+def raise_together(error: Exception | None, synced_gpus: bool, device: torch.device) -> None:
     """Raise `error`, if any; with `synced_gpus` raise on all ranks, or the others would wait for this one forever."""
     failed = torch.tensor(int(error is not None), device=device)
     if synced_gpus:

@@ -20,6 +20,7 @@ from transformers.generation import (
     MinLengthLogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
     SuppressTokensAtBeginLogitsProcessor,
     SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
@@ -104,6 +105,7 @@ class RowScores:
         self._groups: list[_Group] = []
         self._drawn_alone: list[tuple[int, torch.Generator]] = []  # slots of rows with a generator, and the generators
         self._with_logprobs: list[Row] = []  # rows that keep log-probabilities
+        self._prompt_lengths_on_device: torch.Tensor | None = None  # by slot, once a processor needs them
 
     def decision_scores(self, logits: torch.Tensor) -> torch.Tensor:
         """
@@ -195,6 +197,7 @@ class RowScores:
         self._version = self.slots.version
         self._drawn_alone = []
         self._with_logprobs = []
+        self._prompt_lengths_on_device = None
         slots_of: dict[DecisionSettings, list[int]] = {}
         for slot, row in enumerate(self.slots.rows):
             if row is None:
@@ -239,16 +242,33 @@ class RowScores:
 
     @contextlib.contextmanager
     def _leaving_out_padding(self, processor: Any, group: _Group, history: torch.Tensor) -> Iterator[None]:
-        """Let a repetition penalty leave out the padding before each row; a number that a caller chose stays."""
-        ignored = getattr(processor, "prompt_ignore_length", 0)
-        if ignored is not None and not isinstance(ignored, torch.Tensor):
+        """
+        Let a repetition penalty leave out the padding before each row.
+
+        A number of columns that it shall leave out counts from the first column of the prompts, as the caller sees
+        them: padded on the left to `prompt_length`. Here the padding of a row changes.
+        """
+        if not isinstance(processor, RepetitionPenaltyLogitsProcessor):
             yield
             return
-        processor.prompt_ignore_length = history.shape[1] - self._to_batch(group.of(self.slots.lengths()))
+        ignored = processor.prompt_ignore_length
+        padding = history.shape[1] - self._to_batch(group.of(self.slots.lengths()))  # (B,)
+        if ignored is not None:
+            prompt_padding = group.decision.prompt_length - self._to_batch(group.of(self._prompt_lengths()))
+            ignored_tokens = torch.as_tensor(ignored, device=padding.device) - prompt_padding
+            padding = padding + ignored_tokens.clamp(min=0)
+        processor.prompt_ignore_length = padding
         try:
             yield
         finally:
             processor.prompt_ignore_length = ignored
+
+    def _prompt_lengths(self) -> torch.Tensor:
+        """Return the number of prompt tokens in each slot `(n,)`; 0 in a slot without a row."""
+        if self._prompt_lengths_on_device is None:
+            lengths = [0 if row is None else len(row.prompt) for row in self.slots.rows[: len(self.slots)]]
+            self._prompt_lengths_on_device = torch.tensor(lengths, device=self.slots.device)
+        return self._prompt_lengths_on_device
 
     def _process_by_count(self, processor: LogitsProcessor, group: _Group, scores: torch.Tensor) -> None:
         """Run a processor that depends only on the length of a row on `scores` `(R, V)`, in place."""

@@ -26,12 +26,13 @@ class RetrievalConfig:
         forbid_nsp (`bool`): `[NSP]` is never emitted: parametric space only.
         candidates (`list[list[str] | None]`, *optional*): for each prompt, the ids of the passages that it may
             retrieve; `None` for all passages.
-        passages (`list[list[str | dict]]`, *optional*): an oracle: for each prompt, the passages of its `[NSP]`s, in
-            order, in place of a search. Each is an id of the index, or a `dict` with `text` and perhaps `title` and
-            `id`. When they are used up, `[NSP]` cannot be emitted.
+        passages (`list[list[str | dict] | None]`, *optional*): an oracle: for each prompt, the passages of its
+            `[NSP]`s, in order, in place of a search; `None` to search. Each is an id of the index, or a `dict` with
+            `text` and perhaps `title` and `id`. When they are used up, `[NSP]` cannot be emitted. `min_score` and
+            `no_repeat_passages` do not apply to them.
         min_score (`float`, *optional*): the lowest score of a passage that is retrieved. A row for which nothing is
             found takes its `[NSP]` back and decides again without it; the `[NSP]` at the end of a prompt stays.
-        no_repeat_passages (`bool`): a row never gets the same passage twice.
+        no_repeat_passages (`bool`): a search never gives a row the same passage twice.
         forget_passages (`str`, *optional*): what happens to a passage after its `[CE]`. `None`: it stays in view.
             `"recompute"`: `[Cs]`…`[CE]` is forwarded again without it, and the row continues as if the passage had
             never been there. `"mask"`: its keys and values are dropped and nothing else changes: tokens that were
@@ -76,6 +77,13 @@ class RetrievalConfig:
             raise ValueError(
                 "RetrievalConfig: candidates are searched, passages are given without a search; set one of them."
             )
+        searches = self.passages is None or any(entry is None for entry in self.passages)
+        of_a_search = {"min_score": self.min_score is not None, "no_repeat_passages": self.no_repeat_passages}
+        for name, is_set in of_a_search.items():
+            if is_set and not searches:
+                raise ValueError(
+                    f"RetrievalConfig.{name} is for passages that are searched, but all prompts have given passages."
+                )
         if self.forget_passages not in (None, "recompute", "mask"):
             raise ValueError(
                 f"RetrievalConfig.forget_passages is {self.forget_passages!r}, expected None, 'recompute' or 'mask'."
@@ -154,7 +162,7 @@ class DecodingSettings:
         retrieves (`bool`): rows may retrieve.
         memory_config ([`MemoryConfig`], *optional*): how the memory is mixed in, if there is one.
         num_slots (`int`), num_columns (`int`): the most rows at a time, and columns of the cache to start with.
-        device (`torch.device`): of the prompts.
+        device (`torch.device`): of Gen's inputs.
         context_length (`int`): the most positions that Gen can read.
         pad (`int`), ends (`frozenset[int]`): the id of padding, and the ids that end a row.
         kept_ids (`torch.LongTensor`): control tokens and ends, whose probabilities no memory changes.

@@ -76,11 +76,15 @@ def check_an_error_ends_every_rank(model, index, rank, wrong_settings, message):
         settings |= wrong_settings
     try:
         answer(model, index, rank, settings, synced_gpus=True)
-    except (ValueError, RetrievalError) as error:
+    except (ValueError, ConnectionError, RetrievalError) as error:
         expected = message if rank == 1 else "nother rank"
         assert expected in str(error), error
     else:
         raise AssertionError("nothing was raised")
+
+
+def unreachable(ids):
+    raise ConnectionError("the server is gone")
 
 
 def main():
@@ -96,9 +100,12 @@ def main():
     fully_shard(model, mesh=mesh)
     answers = answer_all(model, index, rank, synced_gpus=True)
     check_a_rank_without_prompts(model, index, rank)
+    check_an_error_ends_every_rank(model, index, rank, {"candidates": [["nowhere"]] * len(PROMPTS[rank])}, "nowhere")
+    if rank == 1:
+        index.rows_of = unreachable
+    check_an_error_ends_every_rank(model, index, rank, {"candidates": [["p0"]] * len(PROMPTS[rank])}, "is gone")
     if rank == 1:
         index.search = None  # its search fails: every rank ends, none waits
-    check_an_error_ends_every_rank(model, index, rank, {"candidates": [["nowhere"]] * len(PROMPTS[rank])}, "nowhere")
     check_an_error_ends_every_rank(model, index, rank, {}, "search")
     Path(sys.argv[1], f"rank-{rank}.json").write_text(json.dumps([expected, answers]))
     dist.barrier()

@@ -622,4 +622,11 @@ def test_contents_of_indexes_are_told_apart(tmp_path):
     assert content_digest(exact) == digests[0]
     index.delete(["p1"])
     digests.append(content_digest(index))
-    assert len(set(digests)) == 4
+    other_text = {**PASSAGES[2], "text": "Another text."}
+    for passages in (PASSAGES, [*PASSAGES[1:], PASSAGES[0]], [*PASSAGES[:2], other_text, *PASSAGES[3:]]):
+        in_memory, same = [model.build_index(passages, show_progress_bar=False) for _ in range(2)]
+        digests.append(content_digest(in_memory))
+        assert content_digest(same) == digests[-1]
+    in_memory.delete(["p1"])
+    digests.append(content_digest(in_memory))
+    assert len(set(digests)) == 8

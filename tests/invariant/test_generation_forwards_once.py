@@ -1,12 +1,13 @@
 """No token is forwarded twice; Emb_seq is never called while generating and need not be in memory."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import LogitsProcessorList
 
-from modeling_cosup import CoSupForCausalLM
+from modeling_cosup import CoSupForCausalLM, RetrievalConfig
 from modeling_cosup.cache_cosup import EMPTY
 from modeling_cosup.tokenization_cosup import encode_prompt
 from support.generation import Steer, assert_same_retrievals, left_pad, real_tokens
@@ -124,8 +125,12 @@ def test_queries_from_emb_seq_need_it_in_memory(tmp_path):
     model, index, prompts = setup(query_from="emb_seq")
     model.save_pretrained(tmp_path)
     light = CoSupForCausalLM.from_pretrained(tmp_path, load_emb_seq=False)
-    with pytest.raises(ValueError, match="query_from='emb_seq'"):
-        generate(light, index, prompts)
+    some_given = RetrievalConfig(passages=[["p0"]] * (len(prompts) - 1) + [None])
+    all_given = RetrievalConfig(passages=[["p0"]] * len(prompts))
+    for settings in (None, some_given, replace(all_given, output_query_embeds=True)):
+        with pytest.raises(ValueError, match="query_from='emb_seq'"):
+            light.generate_many(prompts, retriever=index, retrieval_config=settings, max_new_tokens=2)
+    assert len(light.generate_many(prompts, retriever=index, retrieval_config=all_given, max_new_tokens=2)) == 3
 
 
 def test_a_query_encoder_stays_without_emb_seq(tmp_path):

@@ -111,6 +111,9 @@ def test_digests(tmp_path):
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1})
     assert digest({"a": 1, "b": [2]}) != digest({"a": 1, "b": [3]})
     assert len(digest(ROWS)) == 64
+    # as in sequence_bias of transformers
+    assert digest([{(7,): -1.0, (7, 8): 2.0}]) == digest([{"(7, 8)": 2.0, "(7,)": -1.0}])
+    assert digest([{(7,): -1.0}]) != digest([{(8,): -1.0}])
     assert digest_all(iter(ROWS)) == digest_all(ROWS)
     assert digest_all(ROWS) != digest_all(ROWS[::-1])
     assert digest_all(["a", "b"]) != digest_all(["ab"])

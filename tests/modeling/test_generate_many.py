@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LogitsProcessorList, StoppingCriteriaList, TextStreamer
-from transformers.generation import RepetitionPenaltyLogitsProcessor
+from transformers.generation import MaxTimeCriteria, RepetitionPenaltyLogitsProcessor
 
 from modeling_cosup import Completion, RetrievalConfig, RetrievalError, decoding_cosup, room_cosup
 from modeling_cosup.cache_cosup import rounded
@@ -215,6 +216,12 @@ def test_prompts_and_options_that_are_refused(model, index, options):
     for settings in ({"max_length": 30, "max_new_tokens": None}, {"min_length": 20}):
         with pytest.raises(ValueError, match=f"takes no {next(iter(settings))}, which would count the longest prompt"):
             model.generate_many([[5]], retriever=index, **{**options, **settings})
+    for limit in ({"max_time": 5.0}, {"stopping_criteria": StoppingCriteriaList([MaxTimeCriteria(5.0)])}):
+        with pytest.raises(ValueError, match="generate_many takes no max_time"):
+            model.generate_many([[5]], retriever=index, **options, **limit)
+    penalty = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(2.0, prompt_ignore_length=3)])
+    with pytest.raises(ValueError, match="generate_many takes no prompt_ignore_length"):
+        model.generate_many([[5]], retriever=index, **{**options, "logits_processor": penalty})
     for name in ("input_ids", "attention_mask"):
         with pytest.raises(ValueError, match=f"generate_many takes no {name}"):
             model.generate_many([[5]], retriever=index, **options, **{name: torch.ones(1, 1)})
@@ -285,6 +292,7 @@ def test_a_stopping_criterion_may_return_one_bool(model, index, prompts, options
 
 def test_the_output_file_holds_every_answer(model, index, prompts, options, tmp_path):
     path = tmp_path / "answers.jsonl"
+    options["max_new_tokens"] = 8  # some rows end before
     completions = model.generate_many(prompts, retriever=index, output_file=path, **options)
     lines = {}
     for text in path.read_text(encoding="utf-8").splitlines():
@@ -296,6 +304,8 @@ def test_the_output_file_holds_every_answer(model, index, prompts, options, tmp_
         assert line["token_ids"] == completion.token_ids
         assert line["text"] == completion.text
         assert line["cited_text"] == completion.cited_text
+        ended = completion.token_ids[-1] in model.generation_config.eos_token_id
+        assert line["finish_reason"] == completion.finish_reason == ("stop" if ended else "length")
         assert [trace["passages"] for trace in line["retrievals"]] == [r.passages for r in completion.retrievals]
 
     before = path.read_bytes()
@@ -304,6 +314,14 @@ def test_the_output_file_holds_every_answer(model, index, prompts, options, tmp_
     assert again == completions
     assert path.read_bytes() == before
     assert isinstance(again[0], Completion)
+    reasons = [completion.finish_reason for completion in completions]
+    assert set(reasons) == {"stop", "length"}
+    of_an_earlier_release = before.decode()
+    for reason in set(reasons):
+        of_an_earlier_release = of_an_earlier_release.replace(f', "finish_reason": "{reason}"', "")
+    path.write_text(of_an_earlier_release, encoding="utf-8")
+    earlier = model.generate_many(prompts, retriever=index, output_file=path, **options)
+    assert earlier == [replace(completion, finish_reason="") for completion in completions]
 
 
 def test_an_interrupted_call_can_be_resumed(model, index, prompts, options, tmp_path):
@@ -334,6 +352,7 @@ def test_an_output_file_of_other_prompts_is_refused(model, index, prompts, optio
         {"retrieval_config": RetrievalConfig(top_k=2)},
         {"max_retrievals": 1},
         {"do_sample": True},
+        {"sequence_bias": {(7,): -1.0}},
         {"retriever": None},
     ]
     for other in other_settings:
@@ -351,6 +370,9 @@ def test_an_output_file_of_other_prompts_is_refused(model, index, prompts, optio
             model.generate_many(prompts[:2], **of_index)
     with pytest.raises(ValueError, match="line 1: an answer of another model or index"):
         model.generate_many(prompts[:2], **of_index)
+    in_memory = model.build_index(passages, show_progress_bar=False)
+    with pytest.raises(ValueError, match="line 1: an answer of another model or index"):
+        model.generate_many(prompts[:2], **{**same, "retriever": in_memory})
     assert path.read_bytes() == before
     foreign = tmp_path / "results.json"
     foreign.write_text('{"accuracy": 1}')

@@ -1,5 +1,8 @@
 """Arguments and outputs of generate(); tests/invariant checks that it is exact."""
 
+import contextlib
+from functools import partial
+
 import pytest
 import torch
 from transformers import CompileConfig, GenerationConfig, LogitsProcessorList, StoppingCriteriaList
@@ -11,6 +14,7 @@ from transformers.generation import (
 )
 
 from modeling_cosup import CoSupGenerateOutput, Retrieval, RetrievalConfig
+from modeling_cosup.cache_cosup import maskable_attention
 from modeling_cosup.tokenization_cosup import encode_prompt, encode_texts
 from support.generation import (
     QUESTIONS,
@@ -19,6 +23,7 @@ from support.generation import (
     generate,
     left_pad,
     num_retrievals,
+    question_steer,
     question_that_retrieves,
     rows_of,
 )
@@ -426,9 +431,10 @@ def test_the_models_own_config_may_name_a_cache(model, inputs, index, steer, mon
     assert torch.equal(output.sequences, expected.sequences)
 
 
-def test_a_static_cache_serves_calls_with_and_without_autocast(model, inputs, index):
+@pytest.mark.parametrize("mode", [partial(torch.autocast, "cpu", torch.bfloat16), torch.inference_mode])
+def test_a_static_cache_serves_calls_within_a_mode_and_without(model, inputs, index, mode):
     for _ in range(2):
-        with torch.autocast("cpu", torch.bfloat16):
+        with mode():
             generate(model, inputs, index, cache_implementation="static")
         generate(model, inputs, index, cache_implementation="static")
 
@@ -448,6 +454,34 @@ def test_a_static_cache_is_used_again(model, inputs, index, steer):
     in_double = generate(model.double(), inputs, index, steer, cache_implementation="static")
     assert model._static_row_cache is not cache
     assert in_double.sequences.shape[0] == 5
+
+
+def test_a_call_does_not_write_into_the_static_cache_of_another(model, inputs, index, monkeypatch):
+    """The second call begins and ends while the first one searches."""
+    expected = generate(model, inputs, index, question_steer(model))
+    search, others = index.search, []
+
+    def search_during_another_call(*args, **kwargs):
+        if not others:
+            others.append(None)
+            others[0] = generate(model, inputs, index, question_steer(model), cache_implementation="static")
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(index, "search", search_during_another_call)
+    output = generate(model, inputs, index, question_steer(model), cache_implementation="static")
+    assert torch.equal(output.sequences, expected.sequences)
+    assert torch.equal(others[0].sequences, expected.sequences)
+
+
+def test_the_last_of_several_calls_restores_gens_own_attention(model, monkeypatch):
+    config = model.gen.config
+    monkeypatch.setattr(config, "_attn_implementation_internal", "flash_attention_2")
+    with contextlib.ExitStack() as second:
+        with maskable_attention(model.gen):
+            second.enter_context(maskable_attention(model.gen))
+            assert config._attn_implementation == "sdpa"
+        assert config._attn_implementation == "sdpa"
+    assert config._attn_implementation == "flash_attention_2"
 
 
 @pytest.mark.slow

@@ -137,6 +137,13 @@ def test_architectures_that_are_refused(gen, message):
         model.generate(torch.tensor([[5, 6]]), retriever=index, max_new_tokens=2)
 
 
+def test_an_older_architecture_generates_in_training_mode_too():
+    model = make_model("gptj", gen_kwargs={"attn_pdrop": 0.5, "resid_pdrop": 0.5}).train()
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    assert model.generate(IDS, retriever=index, max_new_tokens=2).shape == (1, 5)
+    assert all(module.training for module in model.gen.modules())
+
+
 # ------------------------------------------------------------------ settings
 
 
@@ -156,6 +163,11 @@ def test_architectures_that_are_refused(gen, message):
         ({"force_nsp_first": True, "forbid_nsp": True}, "exclude each other"),
         ({"force_nsp_first": True, "max_retrievals": 0}, "force_nsp_first and max_retrievals=0 exclude each other"),
         ({"candidates": [], "passages": []}, "set one of them"),
+        (
+            {"passages": [["p0", "p0"]], "no_repeat_passages": True},
+            "no_repeat_passages is for passages that are searched",
+        ),
+        ({"passages": [["p0"]], "min_score": 0.0}, "min_score is for passages that are searched"),
         ({"forget_passages": "yes"}, "'recompute' or 'mask'"),
     ],
 )

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from transformers import LogitsProcessor, StoppingCriteria, StoppingCriteriaList
+from transformers.generation import RepetitionPenaltyLogitsProcessor
 
 from modeling_cosup import RetrievalConfig, RetrievalError
 from modeling_cosup.tokenization_cosup import encode_prompt, encode_texts
@@ -127,6 +128,24 @@ def test_processors_that_count_do_not_count_passages(model, inputs, index, steer
         assert min(counts) > 9
     without_option = generate(model, inputs, index, *processors)
     assert rows != rows_of(model, inputs, without_option)
+
+
+@pytest.mark.parametrize("ignored", [None, 0, 15, 23, torch.tensor([23, 15, 20, 0, 22])], ids=str)
+def test_a_repetition_penalty_leaves_out_the_same_as_of_the_row_alone(model, inputs, index, steer, ignored):
+    """`ignored` counts columns of the padded prompts, of which there are 23."""
+    assert inputs["input_ids"].shape == (5, 23)
+    penalty = RepetitionPenaltyLogitsProcessor(3.0, prompt_ignore_length=ignored)
+    rows = rows_of(model, inputs, generate(model, inputs, index, steer, penalty))
+    assert penalty.prompt_ignore_length is ignored  # as it was given
+    columns = torch.zeros(5, dtype=torch.long) if ignored is None else torch.as_tensor(ignored).expand(5)
+    num_tokens = (columns - (inputs["attention_mask"] == 0).sum(1)).clamp(min=0).tolist()
+    for row, count in enumerate(num_tokens):
+
+        def reference(ids, scores, count=count):
+            return RepetitionPenaltyLogitsProcessor(3.0)(ids[:, count:], scores)
+
+        alone = generate(model, prompt_of(inputs, row), index, steer, reference)
+        assert alone.sequences[0].tolist() == rows[row]
 
 
 def test_prefix_allowed_tokens_know_their_row(model, inputs, index, steer):

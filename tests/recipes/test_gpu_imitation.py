@@ -30,6 +30,30 @@ for mistake in (
     except (RuntimeError, TypeError) as error:
         print(error)
 """
+PROMPTS_ON_ANY_DEVICE = """
+import torch
+
+from support.generation import generate, question_inputs, question_steer
+from support.models import PASSAGES, make_model, make_tokenizer
+
+for query_from in ("gen", "emb_seq"):
+    model = make_model(tokenizer=make_tokenizer(), query_from=query_from).eval()
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    inputs, steer = question_inputs(model), question_steer(model)
+    expected = generate(model, inputs, index, steer, repetition_penalty=1.5)
+    assert sum(map(len, expected.retrievals)) > 3
+    model.to("cuda")
+    for ids_device, mask_device in (("cpu", "cpu"), ("cuda", "cuda"), ("cpu", "cuda"), ("cuda", "cpu")):
+        prompts = {
+            "input_ids": inputs["input_ids"].to(ids_device),
+            "attention_mask": inputs["attention_mask"].to(mask_device),
+        }
+        out = generate(model, prompts, index, steer, repetition_penalty=1.5)
+        for found in (out.sequences, out.num_generated_tokens):
+            assert found.device.type == ids_device, found.device
+        assert torch.equal(out.sequences.cpu(), expected.sequences)
+        assert out.num_generated_tokens.tolist() == expected.num_generated_tokens.tolist()
+"""
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +69,13 @@ def test_mixing_devices_is_an_error_as_on_a_gpu(variables):
     assert len(lines) == 5
     assert sum("same device" in line for line in lines) == 4
     assert "Tensor.cpu()" in lines[-1]
+
+
+def test_prompts_may_be_on_another_device_than_the_model(variables):
+    """As in transformers' generate(): the output is on the device of the prompts."""
+    command = [sys.executable, "-c", PROMPTS_ON_ANY_DEVICE]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, cwd=ROOT / "tests", timeout=300)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("part", ["correctness", "speed", "training"])
