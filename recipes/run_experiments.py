@@ -69,6 +69,7 @@ def main() -> None:
     (args,) = parse([RunnerArguments], __doc__)
     with clear_errors():
         experiment = load_experiment(args.experiment, args.override)
+        planned_seeds = experiment.seeds
         if args.seeds:
             experiment.seeds = parse_seeds(args.seeds)
         if unknown := sorted(set(args.only or []) - set(experiment.arms)):
@@ -93,7 +94,7 @@ def main() -> None:
         except Failed as failure:
             fail(run, failure)
     with clear_errors():
-        report(experiment, runs, notes, args.output_dir)
+        report(experiment, runs, notes, args.output_dir, planned_seeds)
     sys.exit(1 if any(run.failure for run in runs) else 0)
 
 
@@ -423,8 +424,10 @@ def evaluate(run: Run, experiment: Experiment, cache: Path, accelerate_config: s
 # ---------------------------------------------------------------------- reporting
 
 
-def report(experiment: Experiment, runs: list[Run], notes: list[str], output_dir: str) -> None:
-    """Write experiment.json and the report. The report covers all runs that are done."""
+def report(
+    experiment: Experiment, runs: list[Run], notes: list[str], output_dir: str, planned_seeds: list[int]
+) -> None:
+    """Write experiment.json and the report. The report covers all runs that are done, of the seeds of `--seeds`."""
     rows = []
     for run in runs:
         row = run_facts(run)
@@ -439,6 +442,7 @@ def report(experiment: Experiment, runs: list[Run], notes: list[str], output_dir
             notes.append(f"not all models were {stage} by the same version of this package")
     command = shlex.join(["python", "recipes/run_experiments.py", *sys.argv[1:]])
     fields = {**asdict(experiment), "evaluation": {**experiment.evaluation, "modes": experiment.modes}}
+    fields["planned_seeds"] = planned_seeds
     results = Results(fields, rows, runs[0].meaning, notes, command)
     write_experiment_report(results, output_dir)
     print(f"\nReport: {Path(output_dir) / 'report.html'}   Numbers: {Path(output_dir) / 'experiment.json'}")

@@ -85,7 +85,7 @@ class Results:
 
     Args:
         experiment (`dict`): the fields of its file: `title`, `about`, `arms`, `baseline`, `seeds`, `evaluation`,
-            `axis`, `corpus_sizes`, ...
+            `axis`, `corpus_sizes`, ...; and `planned_seeds`, those of the file, if `seeds` may be others.
         runs (`list[dict]`): one per arm and seed: `arm`, `seed`, `options`, `failure`, `trained` and `evaluated`
             (`None` until done), `evaluation` (the folder in which recipes/run_evaluation.py wrote `results/`), and
             `questions` (task -> a string that identifies its set of questions).
