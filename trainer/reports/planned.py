@@ -7,7 +7,7 @@ import numpy as np
 
 from ..judging.figures import MISSING, MODES, figure, shown, shown_interval
 from ..judging.hierarchical import LEVEL, RESAMPLES, compare_over_seeds, holm
-from .cells import shown_p
+from .cells import direction, shown_p
 from .document import Block, Cell, Heading, Table, Text
 from .experiment_figures import ALL, GROUP_TITLES, Results
 from .experiment_scores import ScoresById, plain_mean, scores_of
@@ -126,10 +126,7 @@ def _verdict(comparison: dict[str, Any]) -> str:
         return "none: one question"
     if comparison["adjusted_p"] > LEVEL:
         return "not shown"
-    is_count = figure(comparison["figure"]).scale == "count"
-    if comparison["difference"] > 0:
-        return "more" if is_count else "ahead"
-    return "fewer" if is_count else "behind"
+    return direction(comparison["figure"], comparison["difference"])
 
 
 # ---------------------------------------------------------------------- the section of the report
