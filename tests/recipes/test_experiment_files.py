@@ -186,12 +186,21 @@ def test_planned_comparisons_of_a_world_name_its_tasks():
         ("figure: eval_ret", "comparison 2: figure is 'eval_ret', which has no value for each question"),
         ("figure: 'query_recall@k'", "figure is 'query_recall@k', expected one with a number in place of k"),
         ("figure: null", "comparison 2: figure is missing."),
-        ("mode: forced", "comparison 2: mode is 'forced', expected one of retrieval, gold."),
+        ("mode: forced", "comparison 2: mode is 'forced', expected one of retrieval, gold, off."),
         ("mode: gold, figure: ret", "ret is not measured in mode gold, expected mode retrieval or forced."),
         ("figure: cor_success", "cor_success is a figure of the evaluate module correctness, not of an evaluation."),
         ("figure: gr", "gr needs an NLI model: set evaluation.nli_model."),
         ("mode: gold, figure: kilt_em", "kilt_em is not measured in mode gold, expected mode retrieval or forced."),
         ("mode: gold, figure: mrr", "mrr is not measured in mode gold, expected mode retrieval or query."),
+        ("figure: query_recall@10", "'query_recall@10', expected one of query_recall@1, query_recall@5, "),
+        ("figure: query_recall@01", "figure is 'query_recall@01', expected one of query_recall@1, "),
+        ("figure: hit_rate@0", "figure is 'hit_rate@0', expected one of hit_rate@1, "),
+        ("figure: ndcg@5", "figure is 'ndcg@5', expected one of ndcg@10."),
+        ("figure: kilt_recall@20", "figure is 'kilt_recall@20', expected one of kilt_recall@1, kilt_recall@5."),
+        ("figure: ann_recall@5", "figure is 'ann_recall@5', which no evaluation measures."),
+        ("figure: query_recall@5, setting: Top-4", "query_recall@5 is not measured in setting Top-4, which"),
+        ("mode: gold, figure: em_not_needed", "em_not_needed is not measured in mode gold, expected mode "),
+        ("mode: off, figure: k_precision", "k_precision is not measured in mode off, expected mode retrieval or "),
         ("group: others", "group is 'others', expected one of all, in-domain, out-of-domain, known, other."),
         ("setting: null", "comparison 2: setting is missing, expected one of Top-2, Top-4."),
         ("setting: Top-3", "comparison 2: setting is 'Top-3', expected one of Top-2, Top-4."),
@@ -201,7 +210,7 @@ def test_planned_comparisons_of_a_world_name_its_tasks():
 )
 def test_errors_of_planned_comparisons_name_what_was_expected(inputs, changes, message):
     changed = yaml.safe_dump(yaml.safe_load(PLAN) | yaml.safe_load(f"{{{changes}}}"), default_flow_style=True)
-    overrides = ["evaluation.modes=[retrieval, gold]", f"comparisons=[{PLAN}, {changed.strip()}]"]
+    overrides = ["evaluation.modes=[retrieval, gold, off]", f"comparisons=[{PLAN}, {changed.strip()}]"]
     with pytest.raises(ValueError, match=re.escape(message)):
         load_experiment(inputs / "experiment.yaml", overrides)
 
