@@ -72,6 +72,7 @@ class Planned(Protocol):
     task_options: dict[str, Any]
     pools: list[int | str]
     corpus_sizes: list[int | str] | None
+    pools_only: bool
     comparisons: list[dict[str, Any]]
     evaluation: dict[str, Any]
 

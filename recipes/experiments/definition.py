@@ -19,7 +19,7 @@ The definition of an experiment: what its file holds, and which trainings and ev
     corpus_sizes        in place of pools: search the full corpus, cut to this many passages. The gold passages are
                         always among them. `full` is the whole corpus
     pools_only          embed only the passages in the pools of the questions, not whole corpora: for large corpora on
-                        a slow machine
+                        a slow machine. No task may search the full corpus then
     evaluation          other options of recipes/run_evaluation.py
     comparisons         the comparisons that count, planned before the first run: a list of arm, against and figure,
                         and optionally name, mode, group and setting, see `PlannedComparison`

@@ -434,6 +434,22 @@ def test_corpora_that_cannot_be_cut(inputs, tmp_path):
         load_experiment(inputs / "experiment.yaml", ["pools=[full]", "pools_only=true"])
 
 
+@pytest.mark.parametrize(
+    ("fields", "settings", "message"),
+    [
+        ({"pool": "full"}, "pools_only=true", "Task t searches the full corpus, of which pools_only leaves out"),
+        ({"pools": ["full", 2]}, "pools_only=true", "Task t searches the full corpus, of which pools_only leaves out"),
+        ({"pool": 2}, "corpus_sizes=[8]", "Task t sets its own pool, which corpus_sizes replaces"),
+        ({"pools": [2, 4]}, "corpus_sizes=[8]", "Task t sets its own pool, which corpus_sizes replaces"),
+    ],
+)
+def test_a_task_cannot_set_a_pool_against_the_experiment(inputs, fields, settings, message):
+    """Its figures over a cut corpus would be called figures over the full corpus, and be better."""
+    task = {"name": "t", "eval_file": str(inputs / "eval.jsonl"), "corpus_file": "c", **fields}
+    with pytest.raises(ValueError, match=message):
+        load_experiment(inputs / "experiment.yaml", [f"tasks={json.dumps([task])}", settings])
+
+
 def test_the_number_of_processes_is_part_of_the_key_of_a_training(tmp_path):
     configs = ROOT / "recipes" / "accelerate_configs"
     options = {"gen": "g", "train_file": "t", "max_steps": 3}
