@@ -278,11 +278,15 @@ def _is_size(value: Any) -> bool:
 
 
 def _check_options(experiment: Experiment, where: str) -> None:
+    _check_runner_options("base", experiment.base, where)
     for arm, options in experiment.arms.items():
         if options is None:
             options = experiment.arms[arm] = {}
         if not isinstance(options, dict):
             raise ValueError(f"{where}: arm {arm} is {options!r}, expected options.")
+        _check_runner_options(f"arm {arm}", options, where)
+        if experiment.options(arm).get("hub_token"):
+            raise ValueError(f"{where}: arm {arm}: the report would publish hub_token: log in, or set HF_TOKEN.")
         # A config of train.py may hold options that the runner sets itself.
         if unknown := sorted(set(experiment.options(arm)) - TRAIN_OPTIONS - NOT_OPTIONS):
             raise ValueError(f"{where}: arm {arm}: train.py has no option {unknown[0]!r}.")
@@ -303,6 +307,13 @@ def _check_options(experiment: Experiment, where: str) -> None:
         )
     if experiment.axis is not None and experiment.axis not in TRAIN_OPTIONS:
         raise ValueError(f"{where}: axis is {experiment.axis!r}, expected an option of train.py.")
+
+
+def _check_runner_options(place: str, options: dict[str, Any], where: str) -> None:
+    """Check that an option which the runner sets itself is not set in vain. Only a `config` may hold one."""
+    for name in sorted(NOT_OPTIONS - {"corpus_file"}):
+        if options.get(name) is not None:
+            raise ValueError(f"{where}: {place}: {name} has no effect, the runner sets it.")
 
 
 def _check_tasks_and_axis(experiment: Experiment, where: str) -> None:

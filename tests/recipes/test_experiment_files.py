@@ -107,6 +107,11 @@ def test_shipped_experiments_share_trainings(tmp_path):
     ("overrides", "message"),
     [
         (["learning_rat=1"], "train.py has no option 'learning_rat'"),
+        (["seed=7"], "base: seed has no effect, the runner sets it"),
+        (["index=folder"], "base: index has no effect, the runner sets it"),
+        (["arms.co.eval_file=eval.jsonl"], "arm co: eval_file has no effect, the runner sets it"),
+        (["hub_token=hf_x"], "arm co: the report would publish hub_token: log in, or set HF_TOKEN."),
+        (["arms.separate.hub_token=hf_x"], "arm separate: the report would publish hub_token"),
         (["evaluation.pools=1"], "run_evaluation.py has no option 'pools'"),
         (["tasks=null"], "there are no tasks"),
         (["baseline=other"], "baseline is 'other', expected one of co, separate"),
