@@ -274,6 +274,31 @@ def test_answers_of_other_settings_are_refused(model, world, forced, tmp_path):
         evaluate_tasks(model, [Task("t", **world, **SHORT)], output, ["forced"], index_cache=tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value", "setting", "modes"),
+    [
+        ("generation_config", "repetition_penalty", 3.0, "generation config", ["forced"]),
+        ("tokenizer", "chat_template", "{{ messages[-1]['content'] }}", "prompts", ["query", "forced"]),
+        ("config", "query_prompt", "Q: ", "model config", ["query", "forced"]),
+    ],
+)
+def test_answers_with_another_config_or_template_are_refused(
+    model, world, forced, tmp_path, monkeypatch, part, name, value, setting, modes
+):
+    """The weights are the same, but the answers would not be. An older run.json lacks the setting, and is accepted."""
+    output, _ = forced
+    tasks, cache = [Task("t", **world, **SHORT)], tmp_path / "cache"
+    monkeypatch.setattr(getattr(model, part), name, value)
+    for mode in modes:
+        with pytest.raises(ValueError, match=f"(?s)t/{mode} holds answers of other settings.*  {setting}: then"):
+            evaluate_tasks(model, tasks, output, ["forced"], index_cache=cache)
+        run_file = output / "t" / mode / "run.json"
+        settings = json.loads(run_file.read_text())
+        del settings[setting]
+        run_file.write_text(json.dumps(settings))
+    evaluate_tasks(model, tasks, output, ["forced"], index_cache=cache)
+
+
 def test_an_index_in_place_of_a_corpus(model, world, tmp_path):
     model.build_index(CORPUS, show_progress_bar=False).save_pretrained(tmp_path / "index")
     task = Task("t", world["eval_file"], index=str(tmp_path / "index"), **SHORT)
