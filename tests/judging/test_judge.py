@@ -11,7 +11,7 @@ from support.evaluation_world import CORPUS, FREE, IDS, QUESTIONS, UNKNOWN, writ
 from support.models import make_model
 from trainer.judging.answers import embed_queries
 from trainer.judging.figures import figure
-from trainer.judging.judge import evaluate_tasks
+from trainer.judging.judge import _notes_on_empty_answers, evaluate_tasks
 from trainer.judging.matching import retrieved_ids
 from trainer.judging.results import read_results
 from trainer.judging.runs import Clock
@@ -472,6 +472,23 @@ def test_questions_without_a_usable_answer_are_counted_and_left_out(model, tmp_p
     value, n, notes = measured[True]
     assert (value, n) == (pytest.approx(2 / 3), 3)
     assert notes == ["2 of 3 questions have answers that normalise to nothing, e.g. 'The': every output contains them"]
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        (
+            [["Alpha", "The"]],
+            "questions have answers that normalise to nothing, e.g. 'The': these are not compared with",
+        ),
+        ([["The"]], "questions have only answers that normalise to nothing, e.g. 'The': they do not count in Cor"),
+    ],
+)
+def test_aliases_that_normalise_to_nothing_are_noted(lists, message):
+    """They need not be among the answers, in which the example was looked for."""
+    question = changed(QUESTIONS[0], answers=["Alpha"], meta={"answers": lists})
+    (note,) = _notes_on_empty_answers([question], counted=False)
+    assert note.startswith(f"1 of 1 {message}")
 
 
 def test_an_index_of_gold_passages_alone_is_noted(model, tmp_path):
