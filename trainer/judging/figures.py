@@ -265,7 +265,7 @@ _GROUNDING = (
     Figure(
         "citation_recall",
         "citation recall",
-        "ALCE's: share of the sentences that follow from the passages they cite",
+        "ALCE's: share of the sentences, or items of a list, that follow from the passages they cite",
         needs=_JUDGE,
     ),
     Figure(
