@@ -16,7 +16,6 @@ still run, the report says why it failed, and the next call tries it again.
 """
 
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -42,15 +41,12 @@ from experiments.definition import (
     NOT_OPTIONS,
     WORLD_FILES,
     Experiment,
-    code_digest,
-    evaluation_key,
-    key_of,
-    launch_settings,
+    fill,
     load_experiment,
     parse_seeds,
     retrieves_candidates,
-    scoring,
 )
+from experiments.keys import code_digest, evaluation_key, launch_settings, scoring, training_key
 from experiments.launching import Failed, Run, hardware, launch, locked_folder, say, training_facts
 from experiments.task_files import Entry, cut_corpora, cut_to_pools, digest_of_content, expand_tasks
 from shared.model_options import MODEL_OPTIONS
@@ -140,13 +136,6 @@ def plan_seed(
     return [runs[arm] for arm in experiment.arms]
 
 
-def training_key(options: dict[str, Any], start_key: str | None, launched: dict[str, Any] | None = None) -> str:
-    """Return the key of a training; `start_key` is that of the training whose model it starts from, if any."""
-    if start_key is None:
-        return key_of(options, launched)
-    return key_of({**options, "model_name_or_path": start_key}, launched)
-
-
 def world_folder(experiment: Experiment, seed: int, cache: Path) -> Path:
     """Return the folder of the world of a seed: worlds with other options have other folders."""
     options = [experiment.world_options, experiment.task_options, experiment.model_options]
@@ -228,26 +217,6 @@ def complete(options: dict[str, Any], seed: int, world: dict[str, str]) -> dict[
 
 def _has_gen(options: dict[str, Any]) -> bool:
     return bool(options.get("gen") or options.get("model_name_or_path"))
-
-
-def fill(value: Any, folders: dict[str, str]) -> Any:
-    """
-    Replace `{data}`, `{world}` and `{models}` in all strings of a value with the paths of these folders.
-
-    Raises:
-        `ValueError`: if `folders` lacks one of them.
-    """
-    if isinstance(value, dict):
-        return {key: fill(item, folders) for key, item in value.items()}
-    if isinstance(value, list):
-        return [fill(item, folders) for item in value]
-    if isinstance(value, str):
-        for name in re.findall(r"\{(data|world|models)\}", value):
-            if name not in folders:
-                missing = "data=FOLDER is missing" if name == "data" else "it needs world: quickstart"
-                raise ValueError(f"{value!r} names a folder that is not set: {missing}.")
-            value = value.replace("{" + name + "}", folders[name])
-    return value
 
 
 def show_plan(experiment: Experiment, cache: Path, launched: dict[str, Any] | None = None) -> None:

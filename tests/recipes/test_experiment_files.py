@@ -14,10 +14,12 @@ from support.experiments import write_experiment
 from support.models import PASSAGES
 from support.recipes import write
 from trainer import CoSupTrainingArguments, load_corpus, load_evaluation_set
+from trainer.judging.results import FORMAT
 from trainer.judging.tasks import read_tasks
 
 from experiments import definition, task_files
-from experiments.definition import evaluation_key, key_of, launch_settings, load_experiment
+from experiments.definition import load_experiment
+from experiments.keys import evaluation_key, key_of, launch_settings
 from experiments.task_files import cut_corpora, expand_tasks
 from shared.arguments import ScriptArguments
 
@@ -71,7 +73,7 @@ def test_shipped_experiments_are_valid(path, tmp_path, monkeypatch):
     for arm in experiment.arms:
         options = run_experiments.fill(experiment.options(arm), {"world": "W", "models": "M", "data": "D"})
         arms.append(run_experiments.complete(options, 0, world))
-    assert len({definition.key_of(options) for options in arms}) == len(arms)  # no two arms are the same training
+    assert len({key_of(options) for options in arms}) == len(arms)  # no two arms are the same training
     config = tmp_path / "options.yaml"
     for options in arms:
         if "{arm:" in str(options.get("model_name_or_path")):
@@ -99,7 +101,7 @@ def test_shipped_experiments_share_trainings(tmp_path):
     keys = set()
     for name, arm in arms.items():
         options = load_experiment(ROOT / "recipes" / "experiments" / f"{name}.yaml").options(arm)
-        keys.add(definition.key_of(run_experiments.complete(options, 0, {"gen": "G", "train_file": "T"})))
+        keys.add(key_of(run_experiments.complete(options, 0, {"gen": "G", "train_file": "T"})))
     assert len(keys) == 1
 
 
@@ -254,16 +256,16 @@ def test_a_training_is_identified_by_its_options_and_data(tmp_path):
     (tmp_path / "train.jsonl").write_text("a")
     (tmp_path / "copy.jsonl").write_text("a")
     options = {"train_file": str(tmp_path / "train.jsonl"), "learning_rate": 0.1, "seed": 0}
-    key = definition.key_of(options)
+    key = key_of(options)
     same_result = {"train_file": str(tmp_path / "copy.jsonl"), "num_threads": 3, "logging_steps": 1}
-    assert key == definition.key_of({**options, **same_result})
-    assert key != definition.key_of({**options, "seed": 1})
+    assert key == key_of({**options, **same_result})
+    assert key != key_of({**options, "seed": 1})
     # without a similarity, the files of Emb_seq may decide it, and with it the default of the temperature
-    assert key != definition.key_of({**options, "temperature": 0.05})
+    assert key != key_of({**options, "temperature": 0.05})
     cosine = {**options, "similarity": "cosine"}
-    assert definition.key_of(cosine) == definition.key_of({**cosine, "temperature": 0.05})
+    assert key_of(cosine) == key_of({**cosine, "temperature": 0.05})
     (tmp_path / "train.jsonl").write_text("b")
-    assert key != definition.key_of(options)
+    assert key != key_of(options)
 
 
 def test_an_arm_is_identified_by_the_training_that_it_starts_from(inputs, tmp_path):
@@ -299,7 +301,7 @@ def test_arms_that_retrieve_candidates_get_a_corpus(tmp_path):
         keys = []
         for passages in ("a", "b"):
             (tmp_path / "corpus.jsonl").write_text(passages)
-            keys.append(definition.key_of(complete))
+            keys.append(key_of(complete))
         assert keys[0] != keys[1]
         with pytest.raises(ValueError, match="retrieve candidates from: set corpus_file"):
             run_experiments.complete({**options, "corpus_file": None}, 0, {})
@@ -308,10 +310,10 @@ def test_arms_that_retrieve_candidates_get_a_corpus(tmp_path):
 
 def test_results_of_another_format_have_another_key(monkeypatch):
     """The results of another version are in another folder, so they do not block the report."""
-    before = definition.evaluation_key("model", [], {"modes": ["off"]})
-    assert before == definition.evaluation_key("model", [], {"modes": ["off"], "num_threads": 3})
-    monkeypatch.setattr(definition, "FORMAT", definition.FORMAT + 1)
-    assert before != definition.evaluation_key("model", [], {"modes": ["off"]})
+    before = evaluation_key("model", [], {"modes": ["off"]})
+    assert before == evaluation_key("model", [], {"modes": ["off"], "num_threads": 3})
+    monkeypatch.setattr("experiments.keys.FORMAT", FORMAT + 1)
+    assert before != evaluation_key("model", [], {"modes": ["off"]})
 
 
 def test_a_plan_names_the_trainings_of_a_world_that_is_not_made(inputs, tmp_path):
@@ -336,7 +338,7 @@ def test_a_plan_names_the_trainings_of_a_world_that_is_not_made(inputs, tmp_path
     assert not list(tmp_path.iterdir())
     runs = run_experiments.plan_seed(experiment, 3, tmp_path, [])
     assert {run.arm: run.options for run in runs} == before
-    assert [run.folder.name for run in runs] == [definition.key_of(options) for options in before.values()]
+    assert [run.folder.name for run in runs] == [key_of(options) for options in before.values()]
 
 
 def test_a_missing_folder_is_an_error(inputs):
