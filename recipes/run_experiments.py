@@ -16,7 +16,6 @@ still run, the report says why it failed, and the next call tries it again.
 """
 
 import json
-import re
 import shlex
 import shutil
 import sys
@@ -42,15 +41,12 @@ from experiments.definition import (
     NOT_OPTIONS,
     WORLD_FILES,
     Experiment,
-    code_digest,
-    evaluation_key,
-    key_of,
-    launch_settings,
+    fill,
     load_experiment,
     parse_seeds,
     retrieves_candidates,
-    scoring,
 )
+from experiments.keys import code_digest, evaluation_key, launch_settings, scoring, training_key
 from experiments.launching import Failed, Run, hardware, launch, locked_folder, say, training_facts
 from experiments.task_files import Entry, cut_corpora, cut_to_pools, digest_of_content, expand_tasks
 from shared.model_options import MODEL_OPTIONS
@@ -69,6 +65,7 @@ def main() -> None:
     (args,) = parse([RunnerArguments], __doc__)
     with clear_errors():
         experiment = load_experiment(args.experiment, args.override)
+        planned_seeds = experiment.seeds
         if args.seeds:
             experiment.seeds = parse_seeds(args.seeds)
         if unknown := sorted(set(args.only or []) - set(experiment.arms)):
@@ -93,7 +90,7 @@ def main() -> None:
         except Failed as failure:
             fail(run, failure)
     with clear_errors():
-        report(experiment, runs, notes, args.output_dir)
+        report(experiment, runs, notes, args.output_dir, planned_seeds)
     sys.exit(1 if any(run.failure for run in runs) else 0)
 
 
@@ -137,13 +134,6 @@ def plan_seed(
         evaluation = cache / "evaluations" / evaluation_key(folder.name, entries, experiment.evaluation)
         runs[arm] = Run(arm, seed, arm_options, folder, evaluation, entries, meaning, start)
     return [runs[arm] for arm in experiment.arms]
-
-
-def training_key(options: dict[str, Any], start_key: str | None, launched: dict[str, Any] | None = None) -> str:
-    """Return the key of a training; `start_key` is that of the training whose model it starts from, if any."""
-    if start_key is None:
-        return key_of(options, launched)
-    return key_of({**options, "model_name_or_path": start_key}, launched)
 
 
 def world_folder(experiment: Experiment, seed: int, cache: Path) -> Path:
@@ -227,26 +217,6 @@ def complete(options: dict[str, Any], seed: int, world: dict[str, str]) -> dict[
 
 def _has_gen(options: dict[str, Any]) -> bool:
     return bool(options.get("gen") or options.get("model_name_or_path"))
-
-
-def fill(value: Any, folders: dict[str, str]) -> Any:
-    """
-    Replace `{data}`, `{world}` and `{models}` in all strings of a value with the paths of these folders.
-
-    Raises:
-        `ValueError`: if `folders` lacks one of them.
-    """
-    if isinstance(value, dict):
-        return {key: fill(item, folders) for key, item in value.items()}
-    if isinstance(value, list):
-        return [fill(item, folders) for item in value]
-    if isinstance(value, str):
-        for name in re.findall(r"\{(data|world|models)\}", value):
-            if name not in folders:
-                missing = "data=FOLDER is missing" if name == "data" else "it needs world: quickstart"
-                raise ValueError(f"{value!r} names a folder that is not set: {missing}.")
-            value = value.replace("{" + name + "}", folders[name])
-    return value
 
 
 def show_plan(experiment: Experiment, cache: Path, launched: dict[str, Any] | None = None) -> None:
@@ -423,8 +393,10 @@ def evaluate(run: Run, experiment: Experiment, cache: Path, accelerate_config: s
 # ---------------------------------------------------------------------- reporting
 
 
-def report(experiment: Experiment, runs: list[Run], notes: list[str], output_dir: str) -> None:
-    """Write experiment.json and the report. The report covers all runs that are done."""
+def report(
+    experiment: Experiment, runs: list[Run], notes: list[str], output_dir: str, planned_seeds: list[int]
+) -> None:
+    """Write experiment.json and the report. The report covers all runs that are done, of the seeds of `--seeds`."""
     rows = []
     for run in runs:
         row = run_facts(run)
@@ -439,6 +411,7 @@ def report(experiment: Experiment, runs: list[Run], notes: list[str], output_dir
             notes.append(f"not all models were {stage} by the same version of this package")
     command = shlex.join(["python", "recipes/run_experiments.py", *sys.argv[1:]])
     fields = {**asdict(experiment), "evaluation": {**experiment.evaluation, "modes": experiment.modes}}
+    fields["planned_seeds"] = planned_seeds
     results = Results(fields, rows, runs[0].meaning, notes, command)
     write_experiment_report(results, output_dir)
     print(f"\nReport: {Path(output_dir) / 'report.html'}   Numbers: {Path(output_dir) / 'experiment.json'}")

@@ -5,6 +5,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Protocol
 
 from trainer.judging.figures import (
+    GIVEN,
     MODES,
     QUERY,
     QUERY_FIGURES,
@@ -14,8 +15,10 @@ from trainer.judging.figures import (
     SPLITS,
     figure,
 )
+from trainer.judging.judge import KS
+from trainer.judging.retrieval import KILT_KS, NDCG_K
 
-from experiments.task_files import expand_tasks
+from experiments.task_files import Entry, Meaning, expand_tasks
 from shared import quickstart_tasks
 
 ALL = "all"
@@ -24,6 +27,15 @@ GATED_BY_RETRIEVAL = (
     *("cor_minus", "gr_success", "gr_failure"),
     *("kilt_accuracy", "kilt_em", "kilt_f1", "kilt_rouge_l"),
 )
+WITHOUT_PASSAGE = ("cor_not_needed", "em_not_needed")  # of questions that need no passage
+OF_RETRIEVED_TEXT = ("gr", "k_precision", "citation_recall", "citation_precision")
+MEASURED_KS = {  # the k that an evaluation measures
+    "query_recall": KS,
+    "hit_rate": KS,
+    "ndcg": (NDCG_K,),
+    "kilt_recall": KILT_KS,
+    "ann_recall": (),
+}
 
 
 @dataclass
@@ -60,6 +72,7 @@ class Planned(Protocol):
     task_options: dict[str, Any]
     pools: list[int | str]
     corpus_sizes: list[int | str] | None
+    pools_only: bool
     comparisons: list[dict[str, Any]]
     evaluation: dict[str, Any]
 
@@ -81,7 +94,7 @@ def complete_comparisons(experiment: Planned, where: str) -> list[dict[str, Any]
     tasks = experiment.tasks
     if tasks is None:  # those of the quickstart's world, which is not made yet
         tasks = [{"name": name, "eval_file": name, "split": split} for name, split in quickstart_tasks.SPLITS.items()]
-    _, meaning = expand_tasks(experiment, tasks)
+    entries, meaning = expand_tasks(experiment, tasks)
     comparisons: list[dict[str, Any]] = []
     for number, values in enumerate(experiment.comparisons, start=1):
         place = f"{where}: comparison {number}"
@@ -93,6 +106,7 @@ def complete_comparisons(experiment: Planned, where: str) -> list[dict[str, Any]
         _check_one_of("mode", comparison.mode, experiment.modes, place)
         _check_figure(comparison, experiment.evaluation.get("nli_model"), place)
         _set_setting(comparison, list(dict.fromkeys(about["setting"] for about in meaning.values())), place)
+        _check_num_passages(comparison, entries, meaning, place)
         _check_group(comparison, list(meaning.values()), place)
         fields_that_count = {**vars(comparison), "name": None}
         for earlier, other in enumerate(comparisons, start=1):
@@ -137,6 +151,10 @@ def _check_figure(comparison: PlannedComparison, nli_model: str | None, place: s
     stem, at, k = entry.name.partition("@")
     if at and not k.isdigit():
         raise ValueError(f"{place}: figure is {name!r}, expected one with a number in place of k.")
+    measured = [f"{stem}@{measured_k}" for measured_k in MEASURED_KS.get(stem, ())]
+    if at and name not in measured:
+        expected = f"expected one of {', '.join(measured)}" if measured else "which no evaluation measures"
+        raise ValueError(f"{place}: figure is {name!r}, {expected}.")
     table_name = f"{stem}@k" if at else stem
     if entry.name != name or table_name not in question_figures:
         raise ValueError(
@@ -152,6 +170,10 @@ def _check_figure(comparison: PlannedComparison, nli_model: str | None, place: s
         modes = ["retrieval", QUERY]
     elif table_name in [searched.name for searched in RETRIEVAL_WHILE_GENERATING] or name in GATED_BY_RETRIEVAL:
         modes = list(SEARCHING)
+    elif name in WITHOUT_PASSAGE:
+        modes = [known for known in modes if known not in GIVEN]
+    elif name in OF_RETRIEVED_TEXT:
+        modes.remove("off")
     if mode not in modes:
         raise ValueError(f"{place}: {name} is not measured in mode {mode}, expected mode {' or '.join(modes)}.")
 
@@ -161,6 +183,21 @@ def _set_setting(comparison: PlannedComparison, settings: Sequence[str], place: 
         raise ValueError(f"{place}: setting is missing, expected one of {', '.join(settings)}.")
     comparison.setting = comparison.setting or settings[0]
     _check_one_of("setting", comparison.setting, settings, place)
+
+
+def _check_num_passages(comparison: PlannedComparison, entries: Sequence[Entry], meaning: Meaning, place: str) -> None:
+    """Check that a ranking has more than k passages: among fewer nothing is missed, so that nothing is measured."""
+    stem, _, k = comparison.figure.partition("@")
+    if stem not in ("query_recall", "hit_rate"):
+        return
+    for entry in entries:
+        about = meaning[entry["name"]]
+        searched = str(about["size"] or entry["pool"])
+        if about["setting"] == comparison.setting and searched != "full" and int(k) >= int(searched):
+            raise ValueError(
+                f"{place}: {comparison.figure} is not measured in setting {comparison.setting}, which searches "
+                f"{searched} passages, expected more than {k}."
+            )
 
 
 def _check_group(comparison: PlannedComparison, tasks: Sequence[dict[str, Any]], place: str) -> None:

@@ -1,5 +1,5 @@
 """
-The definition of an experiment: what its file holds, and which trainings and evaluations follow from it.
+The definition of an experiment: what its file holds.
 
     title, about        title of the report, and what the experiment is about
     world               quickstart: use the data and models of recipes/prepare_quickstart*.py, with another world for
@@ -19,7 +19,7 @@ The definition of an experiment: what its file holds, and which trainings and ev
     corpus_sizes        in place of pools: search the full corpus, cut to this many passages. The gold passages are
                         always among them. `full` is the whole corpus
     pools_only          embed only the passages in the pools of the questions, not whole corpora: for large corpora on
-                        a slow machine
+                        a slow machine. No task may search the full corpus then
     evaluation          other options of recipes/run_evaluation.py
     comparisons         the comparisons that count, planned before the first run: a list of arm, against and figure,
                         and optionally name, mode, group and setting, see `PlannedComparison`
@@ -31,21 +31,18 @@ Arms that retrieve candidates while they train search `corpus_file`, by default 
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from modeling_cosup.configuration_cosup import SIMILARITY_DEFAULTS
-from modeling_cosup.files_cosup import digest, digest_file
 from trainer import CoSupTrainingArguments
 from trainer.distillation_args import DISTILLATIONS
-from trainer.judging.results import FORMAT
 
 from experiments.comparisons import complete_comparisons
-from experiments.task_files import digest_of_content, expand_tasks
+from experiments.task_files import expand_tasks
 from shared.arguments import EvaluationArguments, ScriptArguments
 from shared.model_options import MODEL_OPTIONS
 
@@ -76,32 +73,6 @@ NOT_EVALUATION_OPTIONS = {  # options of run_evaluation.py that the runner or a 
     "pool",
 }
 EVALUATION_OPTIONS = {option.name for option in fields(EvaluationArguments)} - NOT_EVALUATION_OPTIONS
-NO_PART_OF_A_RESULT = {  # options of train.py that do not change the trained model
-    "num_threads",
-    "logging_steps",
-    "logging_strategy",
-    "logging_first_step",
-    "report_to",
-    "save_strategy",
-    "save_steps",
-    "save_total_limit",
-    "disable_tqdm",
-    "dataloader_num_workers",
-    "dataset_num_proc",
-    "num_examples",
-    "per_device_eval_batch_size",
-    "run_name",
-    "license",
-}
-CONFIG_FILES = ("deepspeed", "fsdp_config", "accelerator_config")  # a path or a dictionary
-ONE_PROCESS = {"num_processes": 1, "num_machines": 1, "mixed_precision": "no", "distributed_type": "NO"}
-NO_PART_OF_A_LAUNCH = {  # of accelerate's config
-    *("compute_environment", "debug", "gpu_ids", "machine_rank", "main_process_ip", "main_process_port"),
-    *("main_training_function", "rdzv_backend", "same_network"),
-}
-# Options of an evaluation or a task that say how answers are judged. They do not change the answers.
-SCORING = ("nli_model", "gr_hypothesis", "metric", "count_empty_answers", "split")
-NO_PART_OF_AN_ANSWER = ("num_threads", "batch_size", "nli_batch_size", "num_examples", *SCORING)
 WORLD_FILES = {  # option of train.py -> file or folder of the world
     "gen": "gen",
     "emb_seq": "emb_seq",
@@ -278,11 +249,15 @@ def _is_size(value: Any) -> bool:
 
 
 def _check_options(experiment: Experiment, where: str) -> None:
+    _check_runner_options("base", experiment.base, where)
     for arm, options in experiment.arms.items():
         if options is None:
             options = experiment.arms[arm] = {}
         if not isinstance(options, dict):
             raise ValueError(f"{where}: arm {arm} is {options!r}, expected options.")
+        _check_runner_options(f"arm {arm}", options, where)
+        if experiment.options(arm).get("hub_token"):
+            raise ValueError(f"{where}: arm {arm}: the report would publish hub_token: log in, or set HF_TOKEN.")
         # A config of train.py may hold options that the runner sets itself.
         if unknown := sorted(set(experiment.options(arm)) - TRAIN_OPTIONS - NOT_OPTIONS):
             raise ValueError(f"{where}: arm {arm}: train.py has no option {unknown[0]!r}.")
@@ -303,6 +278,13 @@ def _check_options(experiment: Experiment, where: str) -> None:
         )
     if experiment.axis is not None and experiment.axis not in TRAIN_OPTIONS:
         raise ValueError(f"{where}: axis is {experiment.axis!r}, expected an option of train.py.")
+
+
+def _check_runner_options(place: str, options: dict[str, Any], where: str) -> None:
+    """Check that an option which the runner sets itself is not set in vain. Only a `config` may hold one."""
+    for name in sorted(NOT_OPTIONS - {"corpus_file"}):
+        if options.get(name) is not None:
+            raise ValueError(f"{where}: {place}: {name} has no effect, the runner sets it.")
 
 
 def _check_tasks_and_axis(experiment: Experiment, where: str) -> None:
@@ -346,7 +328,7 @@ def _check_baseline(experiment: Experiment, where: str) -> None:
         raise ValueError(f"{where}: baseline is {experiment.baseline!r}, expected one of {', '.join(lines)}.")
 
 
-# ---------------------------------------------------------------------- files, and what identifies a result
+# ---------------------------------------------------------------------- files
 
 
 def find(name: str | Path) -> Path:
@@ -374,86 +356,26 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def fill(value: Any, folders: dict[str, str]) -> Any:
+    """
+    Replace `{data}`, `{world}` and `{models}` in all strings of a value with the paths of these folders.
+
+    Raises:
+        `ValueError`: if `folders` lacks one of them.
+    """
+    if isinstance(value, dict):
+        return {key: fill(item, folders) for key, item in value.items()}
+    if isinstance(value, list):
+        return [fill(item, folders) for item in value]
+    if isinstance(value, str):
+        for name in re.findall(r"\{(data|world|models)\}", value):
+            if name not in folders:
+                missing = "data=FOLDER is missing" if name == "data" else "it needs world: quickstart"
+                raise ValueError(f"{value!r} names a folder that is not set: {missing}.")
+            value = value.replace("{" + name + "}", folders[name])
+    return value
+
+
 def retrieves_candidates(options: dict[str, Any]) -> bool:
     """Return whether a training with these options retrieves candidates, so that it needs a corpus."""
     return options.get("candidates_from") is not None or options.get("supervision") in DISTILLATIONS
-
-
-def launch_settings(accelerate_config: str | Path) -> dict[str, Any]:
-    """Return what a config of `accelerate launch` decides about a training; nothing for one process."""
-    values = read_yaml(Path(accelerate_config))
-    decisive = {name: values.get(name, default) for name, default in ONE_PROCESS.items()}
-    if decisive == ONE_PROCESS:
-        return {}
-    return {name: value for name, value in values.items() if name not in NO_PART_OF_A_LAUNCH}
-
-
-def key_of(options: dict[str, Any], launched: dict[str, Any] | None = None) -> str:
-    """
-    Return the key of a training: a hash of the options that decide its result. For files and models, their content
-    counts.
-
-    An option that is set to train.py's default does not change the key, nor does one that is set to the default of a
-    given similarity. Without one, the files of Emb_seq may decide it. `launched` is from [`launch_settings`].
-    """
-    models = ("gen", "emb_seq", "query_encoder", "model_name_or_path")
-    file_options = (*models, "train_file", "validation_file", "corpus_file", *CONFIG_FILES)
-    ignored = NO_PART_OF_A_RESULT - decisive_for_checkpoints(options)
-    settings: dict[str, Any] = dict(SIMILARITY_DEFAULTS.get(options.get("similarity"), {}))
-    settings |= {name: value for name, value in options.items() if value is not None}
-    hashed = {}
-    for name, value in settings.items():
-        if name in ignored or value == TRAIN_DEFAULTS.get(name):
-            continue
-        is_file = name in file_options and isinstance(value, str | Path)
-        hashed[name] = digest_of_content(value) if is_file else str(value)
-    if launched:
-        hashed["accelerate"] = str(sorted(launched.items()))
-    return digest(hashed)[:12]
-
-
-def decisive_for_checkpoints(options: dict[str, Any]) -> set[str]:
-    """Return the options that decide which checkpoint becomes the model, or at which steps a training evaluates."""
-    decisive: set[str] = set()
-    if options.get("load_best_model_at_end"):
-        decisive |= {"save_strategy", "save_steps"}
-    if options.get("eval_strategy") == "steps" and options.get("eval_steps") is None:
-        decisive.add("logging_steps")  # which transformers takes for eval_steps
-    return decisive
-
-
-def code_digest() -> str:
-    """Return a hash of the code that trains and judges."""
-    files = [*sorted((ROOT / "modeling_cosup").glob("*.py")), *sorted((ROOT / "trainer").rglob("*.py"))]
-    return digest([[file.name, digest_file(file)] for file in files])[:12]
-
-
-def scoring(evaluation: dict[str, Any], entries: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return what decides how answers are scored: the `SCORING` options of an evaluation and of each task."""
-    settings = _present(evaluation, SCORING)
-    if "nli_model" in settings:
-        settings["nli_model"] = digest_of_content(settings["nli_model"])
-    return {**settings, "tasks": {entry["name"]: _present(entry, SCORING) for entry in entries}}
-
-
-def _present(options: dict[str, Any], names: Collection[str]) -> dict[str, Any]:
-    return {name: options[name] for name in names if options.get(name) is not None}
-
-
-def evaluation_key(model_key: str, entries: Sequence[dict[str, Any]], evaluation: dict[str, Any]) -> str:
-    """
-    Return the key of a model's answers. For the files of tasks, their content counts.
-
-    How the answers are judged (`SCORING`) does not change the key. Another format of results does.
-    """
-    tasks = []
-    for entry in entries:
-        task = {name: value for name, value in entry.items() if name not in SCORING}
-        for name in ("eval_file", "corpus_file"):
-            if name in task:
-                task[name] = digest_of_content(task[name])
-        if task.get("index") and not task.get("index_uri") and Path(task["index"]).is_dir():
-            task["index"] = digest_of_content(Path(task["index"]) / "index_config.json")  # holds all checksums
-        tasks.append(task)
-    options = {name: value for name, value in evaluation.items() if name not in NO_PART_OF_AN_ANSWER}
-    return digest([FORMAT, model_key, tasks, options])[:12]

@@ -20,6 +20,7 @@ class Settings(Protocol):
 
     pools: list[int | str]
     corpus_sizes: list[int | str] | None
+    pools_only: bool
 
 
 def expand_tasks(experiment: Settings, entries: Sequence[Entry]) -> tuple[list[Entry], Meaning]:
@@ -27,7 +28,7 @@ def expand_tasks(experiment: Settings, entries: Sequence[Entry]) -> tuple[list[E
     Return each task in each of its settings.
 
     Args:
-        experiment (`Experiment`): sets `pools` or `corpus_sizes`.
+        experiment (`Experiment`): sets `pools` or `corpus_sizes`, and `pools_only`.
         entries (`Sequence[dict]`): the tasks, which may set another `pool` or other `pools`.
 
     Returns:
@@ -35,7 +36,7 @@ def expand_tasks(experiment: Settings, entries: Sequence[Entry]) -> tuple[list[E
         "size", "split"}`. `size` is an item of `corpus_sizes`, or `None`.
 
     Raises:
-        `ValueError`: see `read_tasks`.
+        `ValueError`: if a task sets a pool that the experiment cannot give it; see `read_tasks` too.
     """
     expanded: list[Entry] = []
     meaning: Meaning = {}
@@ -46,6 +47,7 @@ def expand_tasks(experiment: Settings, entries: Sequence[Entry]) -> tuple[list[E
             pools = [entry["pool"]]
         if entry.get("pools"):
             pools = entry["pools"]
+        _check_pools(experiment, entry, pools)
         settings: list[tuple[int | str, int | str | None]] = [(pool, None) for pool in pools]
         if experiment.corpus_sizes is not None:
             settings = [("full", size) for size in experiment.corpus_sizes]
@@ -65,6 +67,15 @@ def expand_tasks(experiment: Settings, entries: Sequence[Entry]) -> tuple[list[E
             }
     read_tasks(expanded)
     return expanded, meaning
+
+
+def _check_pools(experiment: Settings, entry: Entry, pools: list[int | str]) -> None:
+    if experiment.corpus_sizes is not None and (entry.get("pools") or entry.get("pool", "full") != "full"):
+        raise ValueError(f"Task {entry.get('name')} sets its own pool, which corpus_sizes replaces: leave out one.")
+    if experiment.pools_only and "full" in pools:
+        raise ValueError(
+            f"Task {entry.get('name')} searches the full corpus, of which pools_only leaves out passages."
+        )
 
 
 def _setting_label(pool: int | str, size: int | str | None) -> str:

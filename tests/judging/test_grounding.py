@@ -200,6 +200,23 @@ def test_citations_of_all_outputs_are_judged_together():
     assert third["citation_precision"] == 1.0
 
 
+def test_each_item_of_a_list_is_judged_after_its_question():
+    """As ALCE judges QAMPARI, whose items its code makes into `question + " " + item.strip()`."""
+    judge = Judge(which=["A", "B"])
+    outputs = ["Rhine [1], Elbe [2], Oder [3], Po.", "", "Night fell [1]."]
+    passages = [[A, B, C, D]] * 3
+    first, empty, text = citation_scores(outputs, passages, judge, list_questions=["Which rivers?"] * 2 + [None])
+    assert judge.asked[0] == [
+        ("Title: A\ntext A", "Which rivers? Rhine"),
+        ("Title: B\ntext B", "Which rivers? Elbe"),
+        ("Title: C\ntext C", "Which rivers? Oder"),
+        ("Title: A\ntext A", "Night fell."),
+    ]
+    assert recall_and_precision(first) == (2 / 4, 2 / 3)
+    assert recall_and_precision(empty) == (0.0, 0.0)  # one item without a citation
+    assert text["sentences"] == 1
+
+
 def test_claim_recall():
     judge = Judge(night=["A"], radium=["B"])
     outputs = ["text A [1].\ntext B", "text A and text B"]  # of the first output only the first line counts

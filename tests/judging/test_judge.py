@@ -11,7 +11,7 @@ from support.evaluation_world import CORPUS, FREE, IDS, QUESTIONS, UNKNOWN, writ
 from support.models import make_model
 from trainer.judging.answers import embed_queries
 from trainer.judging.figures import figure
-from trainer.judging.judge import evaluate_tasks
+from trainer.judging.judge import _notes_on_empty_answers, evaluate_tasks
 from trainer.judging.matching import retrieved_ids
 from trainer.judging.results import read_results
 from trainer.judging.runs import Clock
@@ -274,6 +274,31 @@ def test_answers_of_other_settings_are_refused(model, world, forced, tmp_path):
         evaluate_tasks(model, [Task("t", **world, **SHORT)], output, ["forced"], index_cache=tmp_path / "cache")
 
 
+@pytest.mark.parametrize(
+    ("part", "name", "value", "setting", "modes"),
+    [
+        ("generation_config", "repetition_penalty", 3.0, "generation config", ["forced"]),
+        ("tokenizer", "chat_template", "{{ messages[-1]['content'] }}", "prompts", ["query", "forced"]),
+        ("config", "query_prompt", "Q: ", "model config", ["query", "forced"]),
+    ],
+)
+def test_answers_with_another_config_or_template_are_refused(
+    model, world, forced, tmp_path, monkeypatch, part, name, value, setting, modes
+):
+    """The weights are the same, but the answers would not be. An older run.json lacks the setting, and is accepted."""
+    output, _ = forced
+    tasks, cache = [Task("t", **world, **SHORT)], tmp_path / "cache"
+    monkeypatch.setattr(getattr(model, part), name, value)
+    for mode in modes:
+        with pytest.raises(ValueError, match=f"(?s)t/{mode} holds answers of other settings.*  {setting}: then"):
+            evaluate_tasks(model, tasks, output, ["forced"], index_cache=cache)
+        run_file = output / "t" / mode / "run.json"
+        settings = json.loads(run_file.read_text())
+        del settings[setting]
+        run_file.write_text(json.dumps(settings))
+    evaluate_tasks(model, tasks, output, ["forced"], index_cache=cache)
+
+
 def test_an_index_in_place_of_a_corpus(model, world, tmp_path):
     model.build_index(CORPUS, show_progress_bar=False).save_pretrained(tmp_path / "index")
     task = Task("t", world["eval_file"], index=str(tmp_path / "index"), **SHORT)
@@ -447,6 +472,23 @@ def test_questions_without_a_usable_answer_are_counted_and_left_out(model, tmp_p
     value, n, notes = measured[True]
     assert (value, n) == (pytest.approx(2 / 3), 3)
     assert notes == ["2 of 3 questions have answers that normalise to nothing, e.g. 'The': every output contains them"]
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        (
+            [["Alpha", "The"]],
+            "questions have answers that normalise to nothing, e.g. 'The': these are not compared with",
+        ),
+        ([["The"]], "questions have only answers that normalise to nothing, e.g. 'The': they do not count in Cor"),
+    ],
+)
+def test_aliases_that_normalise_to_nothing_are_noted(lists, message):
+    """They need not be among the answers, in which the example was looked for."""
+    question = changed(QUESTIONS[0], answers=["Alpha"], meta={"answers": lists})
+    (note,) = _notes_on_empty_answers([question], counted=False)
+    assert note.startswith(f"1 of 1 {message}")
 
 
 def test_an_index_of_gold_passages_alone_is_noted(model, tmp_path):

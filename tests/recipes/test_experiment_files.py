@@ -14,10 +14,12 @@ from support.experiments import write_experiment
 from support.models import PASSAGES
 from support.recipes import write
 from trainer import CoSupTrainingArguments, load_corpus, load_evaluation_set
+from trainer.judging.results import FORMAT
 from trainer.judging.tasks import read_tasks
 
 from experiments import definition, task_files
-from experiments.definition import evaluation_key, key_of, launch_settings, load_experiment
+from experiments.definition import load_experiment
+from experiments.keys import evaluation_key, key_of, launch_settings
 from experiments.task_files import cut_corpora, expand_tasks
 from shared.arguments import ScriptArguments
 
@@ -71,7 +73,7 @@ def test_shipped_experiments_are_valid(path, tmp_path, monkeypatch):
     for arm in experiment.arms:
         options = run_experiments.fill(experiment.options(arm), {"world": "W", "models": "M", "data": "D"})
         arms.append(run_experiments.complete(options, 0, world))
-    assert len({definition.key_of(options) for options in arms}) == len(arms)  # no two arms are the same training
+    assert len({key_of(options) for options in arms}) == len(arms)  # no two arms are the same training
     config = tmp_path / "options.yaml"
     for options in arms:
         if "{arm:" in str(options.get("model_name_or_path")):
@@ -99,7 +101,7 @@ def test_shipped_experiments_share_trainings(tmp_path):
     keys = set()
     for name, arm in arms.items():
         options = load_experiment(ROOT / "recipes" / "experiments" / f"{name}.yaml").options(arm)
-        keys.add(definition.key_of(run_experiments.complete(options, 0, {"gen": "G", "train_file": "T"})))
+        keys.add(key_of(run_experiments.complete(options, 0, {"gen": "G", "train_file": "T"})))
     assert len(keys) == 1
 
 
@@ -107,6 +109,11 @@ def test_shipped_experiments_share_trainings(tmp_path):
     ("overrides", "message"),
     [
         (["learning_rat=1"], "train.py has no option 'learning_rat'"),
+        (["seed=7"], "base: seed has no effect, the runner sets it"),
+        (["index=folder"], "base: index has no effect, the runner sets it"),
+        (["arms.co.eval_file=eval.jsonl"], "arm co: eval_file has no effect, the runner sets it"),
+        (["hub_token=hf_x"], "arm co: the report would publish hub_token: log in, or set HF_TOKEN."),
+        (["arms.separate.hub_token=hf_x"], "arm separate: the report would publish hub_token"),
         (["evaluation.pools=1"], "run_evaluation.py has no option 'pools'"),
         (["tasks=null"], "there are no tasks"),
         (["baseline=other"], "baseline is 'other', expected one of co, separate"),
@@ -186,12 +193,21 @@ def test_planned_comparisons_of_a_world_name_its_tasks():
         ("figure: eval_ret", "comparison 2: figure is 'eval_ret', which has no value for each question"),
         ("figure: 'query_recall@k'", "figure is 'query_recall@k', expected one with a number in place of k"),
         ("figure: null", "comparison 2: figure is missing."),
-        ("mode: forced", "comparison 2: mode is 'forced', expected one of retrieval, gold."),
+        ("mode: forced", "comparison 2: mode is 'forced', expected one of retrieval, gold, off."),
         ("mode: gold, figure: ret", "ret is not measured in mode gold, expected mode retrieval or forced."),
         ("figure: cor_success", "cor_success is a figure of the evaluate module correctness, not of an evaluation."),
         ("figure: gr", "gr needs an NLI model: set evaluation.nli_model."),
         ("mode: gold, figure: kilt_em", "kilt_em is not measured in mode gold, expected mode retrieval or forced."),
         ("mode: gold, figure: mrr", "mrr is not measured in mode gold, expected mode retrieval or query."),
+        ("figure: query_recall@10", "'query_recall@10', expected one of query_recall@1, query_recall@5, "),
+        ("figure: query_recall@01", "figure is 'query_recall@01', expected one of query_recall@1, "),
+        ("figure: hit_rate@0", "figure is 'hit_rate@0', expected one of hit_rate@1, "),
+        ("figure: ndcg@5", "figure is 'ndcg@5', expected one of ndcg@10."),
+        ("figure: kilt_recall@20", "figure is 'kilt_recall@20', expected one of kilt_recall@1, kilt_recall@5."),
+        ("figure: ann_recall@5", "figure is 'ann_recall@5', which no evaluation measures."),
+        ("figure: query_recall@5, setting: Top-4", "query_recall@5 is not measured in setting Top-4, which"),
+        ("mode: gold, figure: em_not_needed", "em_not_needed is not measured in mode gold, expected mode "),
+        ("mode: off, figure: k_precision", "k_precision is not measured in mode off, expected mode retrieval or "),
         ("group: others", "group is 'others', expected one of all, in-domain, out-of-domain, known, other."),
         ("setting: null", "comparison 2: setting is missing, expected one of Top-2, Top-4."),
         ("setting: Top-3", "comparison 2: setting is 'Top-3', expected one of Top-2, Top-4."),
@@ -201,7 +217,7 @@ def test_planned_comparisons_of_a_world_name_its_tasks():
 )
 def test_errors_of_planned_comparisons_name_what_was_expected(inputs, changes, message):
     changed = yaml.safe_dump(yaml.safe_load(PLAN) | yaml.safe_load(f"{{{changes}}}"), default_flow_style=True)
-    overrides = ["evaluation.modes=[retrieval, gold]", f"comparisons=[{PLAN}, {changed.strip()}]"]
+    overrides = ["evaluation.modes=[retrieval, gold, off]", f"comparisons=[{PLAN}, {changed.strip()}]"]
     with pytest.raises(ValueError, match=re.escape(message)):
         load_experiment(inputs / "experiment.yaml", overrides)
 
@@ -240,16 +256,16 @@ def test_a_training_is_identified_by_its_options_and_data(tmp_path):
     (tmp_path / "train.jsonl").write_text("a")
     (tmp_path / "copy.jsonl").write_text("a")
     options = {"train_file": str(tmp_path / "train.jsonl"), "learning_rate": 0.1, "seed": 0}
-    key = definition.key_of(options)
+    key = key_of(options)
     same_result = {"train_file": str(tmp_path / "copy.jsonl"), "num_threads": 3, "logging_steps": 1}
-    assert key == definition.key_of({**options, **same_result})
-    assert key != definition.key_of({**options, "seed": 1})
+    assert key == key_of({**options, **same_result})
+    assert key != key_of({**options, "seed": 1})
     # without a similarity, the files of Emb_seq may decide it, and with it the default of the temperature
-    assert key != definition.key_of({**options, "temperature": 0.05})
+    assert key != key_of({**options, "temperature": 0.05})
     cosine = {**options, "similarity": "cosine"}
-    assert definition.key_of(cosine) == definition.key_of({**cosine, "temperature": 0.05})
+    assert key_of(cosine) == key_of({**cosine, "temperature": 0.05})
     (tmp_path / "train.jsonl").write_text("b")
-    assert key != definition.key_of(options)
+    assert key != key_of(options)
 
 
 def test_an_arm_is_identified_by_the_training_that_it_starts_from(inputs, tmp_path):
@@ -285,7 +301,7 @@ def test_arms_that_retrieve_candidates_get_a_corpus(tmp_path):
         keys = []
         for passages in ("a", "b"):
             (tmp_path / "corpus.jsonl").write_text(passages)
-            keys.append(definition.key_of(complete))
+            keys.append(key_of(complete))
         assert keys[0] != keys[1]
         with pytest.raises(ValueError, match="retrieve candidates from: set corpus_file"):
             run_experiments.complete({**options, "corpus_file": None}, 0, {})
@@ -294,10 +310,10 @@ def test_arms_that_retrieve_candidates_get_a_corpus(tmp_path):
 
 def test_results_of_another_format_have_another_key(monkeypatch):
     """The results of another version are in another folder, so they do not block the report."""
-    before = definition.evaluation_key("model", [], {"modes": ["off"]})
-    assert before == definition.evaluation_key("model", [], {"modes": ["off"], "num_threads": 3})
-    monkeypatch.setattr(definition, "FORMAT", definition.FORMAT + 1)
-    assert before != definition.evaluation_key("model", [], {"modes": ["off"]})
+    before = evaluation_key("model", [], {"modes": ["off"]})
+    assert before == evaluation_key("model", [], {"modes": ["off"], "num_threads": 3})
+    monkeypatch.setattr("experiments.keys.FORMAT", FORMAT + 1)
+    assert before != evaluation_key("model", [], {"modes": ["off"]})
 
 
 def test_a_plan_names_the_trainings_of_a_world_that_is_not_made(inputs, tmp_path):
@@ -322,7 +338,7 @@ def test_a_plan_names_the_trainings_of_a_world_that_is_not_made(inputs, tmp_path
     assert not list(tmp_path.iterdir())
     runs = run_experiments.plan_seed(experiment, 3, tmp_path, [])
     assert {run.arm: run.options for run in runs} == before
-    assert [run.folder.name for run in runs] == [definition.key_of(options) for options in before.values()]
+    assert [run.folder.name for run in runs] == [key_of(options) for options in before.values()]
 
 
 def test_a_missing_folder_is_an_error(inputs):
@@ -423,6 +439,22 @@ def test_corpora_that_cannot_be_cut(inputs, tmp_path):
         cut_corpora(entries, {}, tmp_path / "cut")
     with pytest.raises(ValueError, match="pools_only leaves out"):
         load_experiment(inputs / "experiment.yaml", ["pools=[full]", "pools_only=true"])
+
+
+@pytest.mark.parametrize(
+    ("fields", "settings", "message"),
+    [
+        ({"pool": "full"}, "pools_only=true", "Task t searches the full corpus, of which pools_only leaves out"),
+        ({"pools": ["full", 2]}, "pools_only=true", "Task t searches the full corpus, of which pools_only leaves out"),
+        ({"pool": 2}, "corpus_sizes=[8]", "Task t sets its own pool, which corpus_sizes replaces"),
+        ({"pools": [2, 4]}, "corpus_sizes=[8]", "Task t sets its own pool, which corpus_sizes replaces"),
+    ],
+)
+def test_a_task_cannot_set_a_pool_against_the_experiment(inputs, fields, settings, message):
+    """Its figures over a cut corpus would be called figures over the full corpus, and be better."""
+    task = {"name": "t", "eval_file": str(inputs / "eval.jsonl"), "corpus_file": "c", **fields}
+    with pytest.raises(ValueError, match=message):
+        load_experiment(inputs / "experiment.yaml", [f"tasks={json.dumps([task])}", settings])
 
 
 def test_the_number_of_processes_is_part_of_the_key_of_a_training(tmp_path):

@@ -51,6 +51,28 @@ def test_an_average_says_in_how_many_tasks_it_exists(tmp_path):
     assert "2 of 2 tasks" not in text
 
 
+def test_a_seed_that_lacks_a_task_does_not_count_in_an_average(tmp_path):
+    """Otherwise the mean of seed 1 would be that of the easy task alone: better because something is missing."""
+    easy, hard = {str(i): 1 for i in range(4)}, {str(i): 0 for i in range(4)}
+    whole, partial = {"a": easy, "b": hard}, {"a": easy, "b": dict.fromkeys(hard)}
+    results = make(tmp_path, {"old": {0: {"a": hard, "b": hard}, 1: whole}, "new": {0: whole, 1: partial}})
+    new = results.figure("new", ["a", "b"], "ret")
+    assert (new["value"], new["seeds"], new["n"]) == (0.5, {0: 0.5}, 8)
+    assert (new["tasks"], new["of_seeds"], new["deviation"]) == (2, 2, None)
+    assert results.figure("new", ["a"], "ret")["seeds"] == {0: 1.0, 1: 1.0}
+    difference = results.compare("new", ["a", "b"], "ret")
+    assert (difference["difference"], difference["seeds"], difference["rate"]) == (0.5, {0: 0.5}, None)
+    assert "n = 8, 1 of 2 seeds" in write_report(results, tmp_path / "out")
+
+
+def test_an_average_that_no_seed_has_in_all_tasks_has_no_value(tmp_path):
+    scores = {0: {"a": {"1": 1}, "b": {"1": None}}, 1: {"a": {"1": None}, "b": {"1": 1}}}
+    results = make(tmp_path, {"old": scores, "new": scores})
+    assert results.figure("old", ["a", "b"], "ret") is None
+    assert results.compare("new", ["a", "b"], "ret") is None
+    assert results.figure("old", ["a"], "ret")["seeds"] == {0: 1.0}
+
+
 def test_the_caution_counts_the_seeds_that_were_evaluated(tmp_path):
     """Not those of the file, of which some may have failed."""
     complete = write_report(make(tmp_path / "a", SCORES), tmp_path / "a" / "out")

@@ -95,6 +95,29 @@ def test_one_seed_gives_no_verdict(tmp_path):
     assert "none: one seed" in write_report(results, tmp_path / "report")
 
 
+@pytest.mark.parametrize(
+    ("planned", "expected"),
+    [
+        ([0, 1, 2], None),
+        ([0, 1, 2, 3, 4], "without the planned seeds 3, 4"),
+        ([0, 1], "with the unplanned seeds 2"),
+        ([1, 2, 3], "without the planned seeds 3 and with the unplanned seeds 0"),
+    ],
+)
+def test_other_seeds_than_planned_are_named_next_to_the_verdict(tmp_path, planned, expected):
+    """Otherwise one could add seeds until a difference is shown, and the report would look as planned."""
+    arms = {"old": scores(40), "new": scores(60)}
+    results = make(tmp_path, arms, comparisons=[PLAN], seeds=[0, 1, 2], planned_seeds=planned)
+    text = write_report(results, tmp_path / "report")
+    (row,) = [line for line in text.splitlines() if "new against old" in line and line.startswith("|")]
+    assert "ahead" in row
+    if expected is None:
+        assert "planned seeds" not in text
+    else:
+        assert expected in row
+        assert f"not those of the plan: {expected}." in text
+
+
 def test_each_mode_is_compared_in_itself(tmp_path):
     arms = {"old": scores(40), "new": scores(60)}
     (comparison,) = compared(tmp_path, arms, {"mode": "forced"}, modes=("retrieval", "forced"))

@@ -37,7 +37,7 @@ def embed_queries(model: CoSupForCausalLM, questions: list[dict], batch_size: in
     Returns:
         `torch.FloatTensor` of shape `(len(questions), h)` on the CPU.
     """
-    prompts = [[*_prompt(model, question), cast(int, model.config.nsp_token_id)] for question in questions]
+    prompts = [[*prompt_ids(model, question), cast(int, model.config.nsp_token_id)] for question in questions]
     return model.embed_prompts(prompts, batch_size, show_progress_bar=True)
 
 
@@ -121,7 +121,7 @@ def answer(
     Returns:
         `list[dict]`: one prediction per question, see [`as_prediction`], with its `mode`.
     """
-    prompts = [_prompt(model, question) for question in questions]
+    prompts = [prompt_ids(model, question) for question in questions]
     settings = retrieval_settings(mode, questions, index, candidates, top_k, max_retrievals, seed)
     with evaluating(model), torch.no_grad():
         completions = model.generate_many(
@@ -330,7 +330,8 @@ def reference_instances(questions: list[dict], corpus: list[dict]) -> list[dict]
 # ---------------------------------------------------------------------- helpers
 
 
-def _prompt(model: CoSupForCausalLM, question: dict) -> list[int]:
+def prompt_ids(model: CoSupForCausalLM, question: dict) -> list[int]:
+    """Return the token ids of a question, as the chat template renders it."""
     return list(encode_prompt(model.tokenizer, question["input"], question["instruction"]))
 
 

@@ -303,6 +303,11 @@ def str_em(output: str, qa_pairs: list[dict]) -> tuple[float, float]:
     return share, float(share == 1)
 
 
+def listed_items(output: str) -> list[str]:
+    """Return what is between the commas of an output, as ALCE splits the lists of QAMPARI; `""` has one empty item."""
+    return output.rstrip().rstrip(".").rstrip(",").split(",")
+
+
 def list_f1(output: str, answer_lists: list[list[str]]) -> float:
     """
     Return ALCE's correctness on QAMPARI, whose questions have many answers: the F1 of precision and recall-5.
@@ -320,8 +325,7 @@ def list_f1(output: str, answer_lists: list[list[str]]) -> float:
     """
     if not answer_lists:
         raise ValueError("An instance has no lists of answers: list_f1 is for QAMPARI.")
-    output = remove_citations(alce_output(output))
-    listed = [normalize_answer(item) for item in output.rstrip().rstrip(".").rstrip(",").split(",")]
+    listed = [normalize_answer(item) for item in listed_items(remove_citations(alce_output(output)))]
     listed = [item for item in listed if item]
     aliases_of_answers = [{normalize_answer(alias) for alias in aliases} for aliases in answer_lists]
     all_aliases = set().union(*aliases_of_answers)

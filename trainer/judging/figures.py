@@ -265,7 +265,7 @@ _GROUNDING = (
     Figure(
         "citation_recall",
         "citation recall",
-        "ALCE's: share of the sentences that follow from the passages they cite",
+        "ALCE's: share of the sentences, or items of a list, that follow from the passages they cite",
         needs=_JUDGE,
     ),
     Figure(
@@ -324,6 +324,7 @@ QUESTION_FIGURES = (*RETRIEVAL_WHILE_GENERATING, *QUERY_FIGURES, *_ANSWERS, *_GR
 FIGURES: dict[str, Figure] = {entry.name: entry for entry in _TABLE}
 
 COR_FIGURES = ("cor", "cor_minus", "cor_success", "cor_failure", "cor_not_needed")  # by the metric of the dataset
+NEUTRAL = ("nsp_not_needed",)  # shares of which more is no better, like counts and losses
 MAIN = ("ret", "ret_precision", "cor", "cor_minus", "gr", "k_precision")  # the columns of main tables
 
 # How an evaluation answers its questions -> its label in tables.

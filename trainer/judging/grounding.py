@@ -8,11 +8,11 @@ A function that needs an NLI model takes `entail`, which maps each pair (premise
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from string import Formatter
 
 from ..questions import normalize_answer
-from .correctness import alce_output, fever_verdict, remove_citations
+from .correctness import alce_output, fever_verdict, listed_items, remove_citations
 
 Judge = Callable[[list[tuple[str, str]]], list[bool]]  # pairs (premise, hypothesis) -> whether each premise entails it
 
@@ -176,6 +176,7 @@ def citation_scores(
     entail: Judge,
     at_most_citations: int = 3,
     split: Callable[[str], list[str]] = split_sentences,
+    list_questions: Sequence[str | None] | None = None,
 ) -> list[dict[str, float] | None]:
     """
     Return ALCE's citation recall and precision of each output.
@@ -187,6 +188,8 @@ def citation_scores(
     is unneeded if its passage alone does not entail the sentence, but the other cited passages do. In any other
     sentence, no citation is needed.
 
+    Of an output that is a list, as for QAMPARI, each item after its question counts as a sentence.
+
     Args:
         outputs (`list[str]`): with `[n]` before the end of a sentence; only the first line counts. `[1]` is the first
             passage; `[0]` is out of range.
@@ -194,9 +197,12 @@ def citation_scores(
         entail (`Callable`): `list[(premise, hypothesis)]` -> `list[bool]`; called three times.
         at_most_citations (`int`): further citations of a sentence are ignored.
         split (`Callable`): splits a text into its sentences.
+        list_questions (`list[str | None]`, *optional*): for each output that is a list, its question; `None` for any
+            other.
 
     Returns:
-        `list[dict | None]`: for each output its scores, or `None` if it is empty, because ALCE leaves it out then:
+        `list[dict | None]`: for each output its scores, or `None` if it is empty, because ALCE leaves it out then. An
+        empty list counts as one item without a citation, as in ALCE:
 
         - `citation_recall` and `citation_precision`.
         - `sentences`, `several`, `supported`: the number of sentences, of those with several citations, and of those
@@ -205,8 +211,10 @@ def citation_scores(
     """
     sentences = []
     for row, output in enumerate(outputs):
-        for text in split(alce_output(output)):
-            sentences.append(_Sentence(text, row, passages[row], at_most_citations))
+        question = None if list_questions is None else list_questions[row]
+        text = alce_output(output)
+        for sentence_text in split(text) if question is None else _list_sentences(question, text):
+            sentences.append(_Sentence(sentence_text, row, passages[row], at_most_citations))
 
     citing = [sentence for sentence in sentences if sentence.citations]
     together = _ask(entail, [(sentence.premise_of(sentence.citations), sentence.claim) for sentence in citing])
@@ -229,6 +237,11 @@ def citation_scores(
     for sentence in sentences:
         by_output[sentence.row].append(sentence)
     return [_summarize(output_sentences) for output_sentences in by_output]
+
+
+def _list_sentences(question: str, output: str) -> list[str]:
+    """Return each item of a list with the question before it: the item alone states nothing."""
+    return [f"{question} {item.strip()}" for item in listed_items(output)]
 
 
 class _Sentence:

@@ -33,7 +33,7 @@ from .correctness import worded
 from .figures import MODES, QUERY, added_figures, figure, figures_needing, in_order
 from .grounding import HYPOTHESIS, Judge, check_hypothesis
 from .nli import SharedJudge
-from .references import readings, without_empty_answers
+from .references import answer_lists, readings, without_empty_answers
 from .results import FORMAT
 from .retrieval import Scores
 from .runs import TaskRun, memory_settings
@@ -316,11 +316,16 @@ def _notes_on_empty_answers(questions: list[dict], counted: bool) -> list[str]:
         kept = without_empty_answers(question)
         if kept == question:
             continue
-        answers = question["answers"] + [answer for pair in readings(question) for answer in pair["short_answers"]]
+        answers = list(question["answers"])
+        for pair in readings(question):
+            answers += pair["short_answers"]
+        for aliases in answer_lists(question):
+            answers += aliases
         example = next(answer for answer in answers if not worded([answer]))
         nothing_left = bool(question["answers"]) and not kept["answers"]
         no_reading_left = bool(readings(question)) and not readings(kept)
-        if (nothing_left or no_reading_left) and not counted:
+        no_list_left = bool(answer_lists(question)) and not answer_lists(kept)
+        if (nothing_left or no_reading_left or no_list_left) and not counted:
             left_out.append(example)
         else:
             affected.append(example)

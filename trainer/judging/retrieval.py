@@ -13,6 +13,8 @@ from typing import NamedTuple
 from ..questions import evidence_sets, has_answer
 from .intervals import Mean
 
+KILT_KS = (1, 5)  # the k of kilt_recall@k
+NDCG_K = 10  # the k of ndcg@k
 Provenance = Sequence[Sequence[str]]
 Scores = list[float | None]  # one per question; None if the figure does not apply
 
@@ -99,7 +101,9 @@ def kilt_recall_at_k(retrieved: Sequence[str], provenance: Provenance, k: int) -
     return len(complete) / len(missing)
 
 
-def retrieval_scores(retrieved: Sequence[str], provenance: Provenance, ks: Iterable[int] = (1, 5)) -> dict[str, float]:
+def retrieval_scores(
+    retrieved: Sequence[str], provenance: Provenance, ks: Iterable[int] = KILT_KS
+) -> dict[str, float]:
     """
     Return all scores of the passages that were retrieved for one question during generation.
 
@@ -177,7 +181,7 @@ def hit_rate_at_k(answer_place: int, k: int) -> float:
 
 
 def ranking_scores(
-    ranking: Sequence[str], provenance: Provenance, ks: Iterable[int] = (1, 5, 20), ndcg_at: int = 10
+    ranking: Sequence[str], provenance: Provenance, ks: Iterable[int] = (1, 5, 20), ndcg_at: int = NDCG_K
 ) -> dict[str, float]:
     """
     Return all scores of one question's ranking of passages by the query embedding.

@@ -16,7 +16,7 @@ from modeling_cosup.lines_cosup import read_lines, write_lines
 
 from ..distributed import barrier, rank, world_size
 from ..questions import gold_ids, ranking_can_be_judged
-from .answers import answer, rank_passages, wrong_passages
+from .answers import answer, prompt_ids, rank_passages, wrong_passages
 from .correctness import exact_match, worded
 from .figures import GIVEN, QUERY, SCOPES, figure, shown
 from .matching import match_by_id
@@ -25,6 +25,11 @@ from .retrieval import Ranking
 from .scoring import check_questions
 from .tasks import Task, check_ids, open_index
 
+NOT_IN_OLD_RUNS = ("prompts", "model config", "generation config")  # settings that an older run.json lacks
+READ_WHILE_ANSWERING = (  # fields of CoSupConfig that decide queries, and how passages are read
+    *("nsp_token_id", "cs_token_id", "ce_token_id"),
+    *("query_from", "query_prompt", "passage_template", "max_passage_length"),
+)
 PREDICTIONS_FILE, RANKING_FILE, RUN_FILE = "predictions.jsonl", "ranking.jsonl", "run.json"
 
 
@@ -165,6 +170,7 @@ class TaskRun:
 
     def _settings(self, mode: str) -> dict:
         """Return everything that decides the answers or the ranking, in the form in which `run.json` is read."""
+        config = self.model.config
         settings = {
             "format": FORMAT,
             "mode": mode,
@@ -173,6 +179,8 @@ class TaskRun:
             "index": None if mode == "off" else self.index_name,
             "weights": self.model.hash_weights(None, ("gen.", "query_encoder.")),
             "dtype": str(self.model.gen.dtype),
+            "prompts": digest([prompt_ids(self.model, question) for question in self.asked(mode)]),
+            "model config": {name: getattr(config, name) for name in READ_WHILE_ANSWERING},
         }
         for name in ("pool", "gold_in_pool", "top_k", "max_retrievals", "max_new_tokens"):
             settings[name] = getattr(self.task, name)
@@ -180,6 +188,9 @@ class TaskRun:
             settings["seed"] = self.seed
         if mode != QUERY:
             settings["memory"] = memory_settings(self.memory, self.memory_config)
+            generation_config = self.model.generation_config.to_diff_dict()
+            generation_config.pop("transformers_version", None)
+            settings["generation config"] = generation_config
         return json.loads(json.dumps(settings))
 
     def _begin(self, mode: str, file_name: str) -> tuple[Path, bool]:
@@ -196,7 +207,8 @@ class TaskRun:
         settings = self._settings(mode)
         if (folder / RUN_FILE).exists():
             previous = read_json(folder / RUN_FILE)
-            different = [key for key in settings if previous.get(key) != settings[key]]
+            compared = [key for key in settings if key in previous or key not in NOT_IN_OLD_RUNS]
+            different = [key for key in compared if previous.get(key) != settings[key]]
             if different:
                 lines = [f"  {key}: then {previous.get(key)!r}, now {settings[key]!r}" for key in different]
                 raise ValueError(

@@ -311,7 +311,9 @@ def _nli_scores(
     gr = grounding(predictions, entail, hypothesis=gr_hypothesis)
     scores: dict[str, Scores] = {"gr": gr, **by_retrieval("gr", gr, hits)}
     outputs = [prediction["output_with_citations"] for prediction in predictions]
-    citations = citation_scores(outputs, [cited_passages(prediction) for prediction in predictions], entail)
+    passages = [cited_passages(prediction) for prediction in predictions]
+    list_questions = [question["input"] if answer_lists(question) else None for question in questions]
+    citations = citation_scores(outputs, passages, entail, list_questions=list_questions)
     if not any(prediction["retrievals"] for prediction in predictions):
         citations = [None] * len(predictions)  # without anything to cite, missing citations mean nothing
     for name in ("citation_recall", "citation_precision"):

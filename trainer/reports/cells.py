@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
-from ..judging.figures import MISSING, Measured, figure, shown, shown_interval
+from ..judging.figures import MISSING, NEUTRAL, Measured, figure, shown, shown_interval
 from .document import Cell
 
 Verdict: TypeAlias = Literal["ahead", "behind", "more", "fewer", "within noise"]
@@ -20,19 +20,28 @@ def verdict(name: str, interval: Sequence[float] | None, differences: Iterable[f
         differences (`Iterable[float]`, *optional*): the difference on each seed, if there are several seeds.
 
     Returns:
-        `str`: `"ahead"` or `"behind"` (for a count: `"more"` or `"fewer"`) if the interval excludes 0 and all seeds
-        agree on the sign. Otherwise `"within noise"`.
+        `str`: `"ahead"` or `"behind"` (`"more"` or `"fewer"`, see [`direction`]) if the interval excludes 0 and all
+        seeds agree on the sign. Otherwise `"within noise"`.
     """
     if interval is None:
         return "within noise"
-    is_count = figure(name).scale == "count"
     low, high = interval
     changes = list(differences)
     if low > 0 and all(change > 0 for change in changes):
-        return "more" if is_count else "ahead"
+        return direction(name, low)
     if high < 0 and all(change < 0 for change in changes):
-        return "fewer" if is_count else "behind"
+        return direction(name, high)
     return "within noise"
+
+
+def direction(name: str, difference: float) -> Verdict:
+    """
+    Return `"ahead"` or `"behind"` for a difference of a figure of which more is better. For any other, such as a
+    count, a loss or the share of needless retrievals, return `"more"` or `"fewer"`.
+    """
+    if figure(name).scale != "share" or name in NEUTRAL:
+        return "more" if difference > 0 else "fewer"
+    return "ahead" if difference > 0 else "behind"
 
 
 def figure_cell(measured: Measured | None, name: str, with_n: bool = False) -> Cell:

@@ -2,8 +2,9 @@
 The figures of an experiment: its arms on each task and seed, averaged and compared with the baseline.
 
 A line is what a table shows in one row: an arm or, if the experiment has several modes, an arm in a mode. A question
-counts once: its scores are averaged over the seeds that asked it. Intervals come from resampling the questions within
-each task. They do not cover the variation over seeds, so the standard deviation over seeds is shown next to them.
+counts once: its scores are averaged over the seeds that asked it. An average over tasks leaves out a seed that lacks
+the figure in one of them, if other seeds have it there. Intervals come from resampling the questions within each task.
+They do not cover the variation over seeds, so the standard deviation over seeds is shown next to them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,11 +19,12 @@ from .experiment_scores import (
     ScoresById,
     TaskScores,
     mean_over_tasks,
-    over_seeds,
     plain_mean,
+    question_means,
     read_task_scores,
     results_folder,
     scores_of,
+    seeds_with_all_tasks,
 )
 
 COLUMNS = (*MAIN, "query_recall@1", "hit_rate@5")
@@ -50,7 +52,7 @@ class MeasuredOverSeeds(Measured):
     tasks: int  # number of tasks to which the figure applies
     of_tasks: int  # number of all tasks
     deviation: float | None  # over seeds; None for a single seed
-    seeds: dict[int, float]
+    seeds: dict[int, float]  # seeds that lack a task are left out
     of_seeds: int  # number of seeds of the experiment
 
 
@@ -70,10 +72,10 @@ class DifferenceOverSeeds(TypedDict):
 
 @dataclass
 class _PairedScores:
-    """The scores of a line and of the baseline on those questions of a task for which both have a value."""
+    """The scores of a line and of the baseline with one seed, on the questions for which both have a value."""
 
-    differences: dict[int, ScoresById] = field(default_factory=dict)  # by seed, line minus baseline
-    baseline_values: list[float] = field(default_factory=list)
+    differences: list[ScoresById] = field(default_factory=list)  # line minus baseline, of each task
+    baseline_values: list[list[float]] = field(default_factory=list)  # of each task
     left_out: int = 0
 
 
@@ -83,7 +85,7 @@ class Results:
 
     Args:
         experiment (`dict`): the fields of its file: `title`, `about`, `arms`, `baseline`, `seeds`, `evaluation`,
-            `axis`, `corpus_sizes`, ...
+            `axis`, `corpus_sizes`, ...; and `planned_seeds`, those of the file, if `seeds` may be others.
         runs (`list[dict]`): one per arm and seed: `arm`, `seed`, `options`, `failure`, `trained` and `evaluated`
             (`None` until done), `evaluation` (the folder in which recipes/run_evaluation.py wrote `results/`), and
             `questions` (task -> a string that identifies its set of questions).
@@ -236,7 +238,8 @@ class Results:
             name (`str`): name of the figure.
 
         Returns:
-            [`MeasuredOverSeeds`], or `None` if the figure does not apply.
+            [`MeasuredOverSeeds`], or `None` if the figure does not apply, or if no seed has it in all of the tasks in
+            which it applies.
         """
         key = (line, tuple(tasks), name)
         if key not in self._figures:
@@ -244,19 +247,14 @@ class Results:
         return self._figures[key]
 
     def _figure(self, line: str, tasks: tuple[str, ...], name: str) -> MeasuredOverSeeds | None:
-        by_seed = self.scores.get(line, {})
-        columns = []
-        for task in tasks:
-            question_means = over_seeds([scores_of(by_task, task, name) for by_task in by_seed.values()])
-            columns.append(list(question_means.values()))
-        measured = average(columns)
+        by_seed = {}
+        for seed, by_task in self.scores.get(line, {}).items():
+            by_seed[seed] = [scores_of(by_task, task, name) for task in tasks]
+        by_seed = seeds_with_all_tasks(by_seed)
+        measured = average(question_means(by_seed))
         if measured is None:
             return None
-        seeds = {}
-        for seed, by_task in by_seed.items():
-            mean = mean_over_tasks([scores_of(by_task, task, name) for task in tasks])
-            if mean is not None:
-                seeds[seed] = mean
+        seeds = {seed: mean_over_tasks(scores_of_tasks) for seed, scores_of_tasks in by_seed.items()}
         value, deviation = mean_and_deviation(list(seeds.values()))
         return {
             "value": value,
@@ -285,27 +283,23 @@ class Results:
         return self._comparisons[key]
 
     def _compare(self, line: str, tasks: tuple[str, ...], name: str) -> DifferenceOverSeeds | None:
-        all_pairs = [self._paired_scores(line, task, name) for task in tasks]
-        pairs_by_task = [pairs for pairs in all_pairs if pairs.baseline_values]
-        columns = []
-        for pairs in pairs_by_task:
-            question_means = over_seeds(pairs.differences.values())
-            columns.append(list(question_means.values()))
-        measured = average(columns)
+        pairs = {seed: self._paired_scores(line, tasks, name, seed) for seed in self._shared_seeds(line)}
+        by_seed = seeds_with_all_tasks({seed: paired.differences for seed, paired in pairs.items()})
+        measured = average(question_means(by_seed))
         if measured is None:
             return None
         difference = measured["value"]
-        baseline = plain_mean(plain_mean(pairs.baseline_values) for pairs in pairs_by_task)
-        seeds = {}
-        for seed in self._shared_seeds(line):
-            mean = mean_over_tasks([pairs.differences[seed] for pairs in pairs_by_task])
-            if mean is not None:
-                seeds[seed] = mean
+        baseline_values: list[list[float]] = [[] for _ in tasks]
+        for seed in by_seed:
+            for values, values_of_seed in zip(baseline_values, pairs[seed].baseline_values, strict=True):
+                values += values_of_seed
+        baseline = plain_mean(plain_mean(values) for values in baseline_values if values)
+        seeds = {seed: mean_over_tasks(differences) for seed, differences in by_seed.items()}
         return {
             "difference": difference,
             "interval": measured["interval"],
             "n": measured["n"],
-            "left_out": sum(pairs.left_out for pairs in all_pairs),
+            "left_out": sum(paired.left_out for paired in pairs.values()),
             "seeds": seeds,
             "tasks": measured["tasks"],
             "of_tasks": len(tasks),
@@ -313,15 +307,14 @@ class Results:
             "verdict": verdict(name, measured["interval"], seeds.values()),
         }
 
-    def _paired_scores(self, line: str, task: str, name: str) -> _PairedScores:
+    def _paired_scores(self, line: str, tasks: Sequence[str], name: str, seed: int) -> _PairedScores:
         pairs = _PairedScores()
-        baseline_by_seed = self._baseline_scores(line)
-        for seed in self._shared_seeds(line):
+        for task in tasks:
             new = scores_of(self.scores[line][seed], task, name)
-            old = scores_of(baseline_by_seed[seed], task, name)
+            old = scores_of(self._baseline_scores(line)[seed], task, name)
             shared = [question for question in old if question in new]
-            pairs.differences[seed] = {question: new[question] - old[question] for question in shared}
-            pairs.baseline_values += [old[question] for question in shared]
+            pairs.differences.append({question: new[question] - old[question] for question in shared})
+            pairs.baseline_values.append([old[question] for question in shared])
             pairs.left_out += len(old.keys() ^ new.keys())
         return pairs
 

@@ -1,6 +1,6 @@
 """The scores of an experiment's questions, read from the results folders of its runs."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TypeAlias
 
@@ -61,13 +61,31 @@ def scores_of(by_task: TaskScores, task: str, name: str) -> ScoresById:
     return by_task.get(task, {}).get(name, {})
 
 
-def over_seeds(scores_of_seeds: Iterable[ScoresById]) -> ScoresById:
-    """Return the mean score of each question over the seeds that have one."""
-    values_by_question: dict[str, list[float]] = {}
-    for scores in scores_of_seeds:
-        for question, value in scores.items():
-            values_by_question.setdefault(question, []).append(value)
-    return {question: sum(values) / len(values) for question, values in values_by_question.items()}
+def seeds_with_all_tasks(by_seed: Mapping[int, list[ScoresById]]) -> dict[int, list[ScoresById]]:
+    """
+    Leave out the seeds that have no scores in a task in which another seed has some.
+
+    Args:
+        by_seed (`dict[int, list[dict]]`): seed -> the scores of each task, in the same order for each seed.
+    """
+    measured = [any(scores_of_seeds) for scores_of_seeds in zip(*by_seed.values(), strict=True)]
+    complete = {}
+    for seed, scores_of_tasks in by_seed.items():
+        if [bool(scores) for scores in scores_of_tasks] == measured:
+            complete[seed] = scores_of_tasks
+    return complete
+
+
+def question_means(by_seed: Mapping[int, list[ScoresById]]) -> list[list[float]]:
+    """Return, for each task, the mean score of each question over the seeds that have one."""
+    means = []
+    for scores_of_seeds in zip(*by_seed.values(), strict=True):
+        values_by_question: dict[str, list[float]] = {}
+        for scores in scores_of_seeds:
+            for question, value in scores.items():
+                values_by_question.setdefault(question, []).append(value)
+        means.append([sum(values) / len(values) for values in values_by_question.values()])
+    return means
 
 
 def plain_mean(values: Iterable[float]) -> float:
@@ -75,10 +93,9 @@ def plain_mean(values: Iterable[float]) -> float:
     return float(np.mean(list(values)))
 
 
-def mean_over_tasks(scores_of_tasks: Iterable[ScoresById]) -> float | None:
-    """Return the plain mean of the means of the tasks with scores, or `None` if no task has any."""
-    task_means = [plain_mean(scores.values()) for scores in scores_of_tasks if scores]
-    return plain_mean(task_means) if task_means else None
+def mean_over_tasks(scores_of_tasks: Iterable[ScoresById]) -> float:
+    """Return the plain mean of the means of the tasks with scores, of which there is at least one."""
+    return plain_mean(plain_mean(scores.values()) for scores in scores_of_tasks if scores)
 
 
 def _read_rows(path: Path) -> list[dict]:

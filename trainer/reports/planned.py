@@ -7,7 +7,7 @@ import numpy as np
 
 from ..judging.figures import MISSING, MODES, figure, shown, shown_interval
 from ..judging.hierarchical import LEVEL, RESAMPLES, compare_over_seeds, holm
-from .cells import shown_p
+from .cells import direction, shown_p
 from .document import Block, Cell, Heading, Table, Text
 from .experiment_figures import ALL, GROUP_TITLES, Results
 from .experiment_scores import ScoresById, plain_mean, scores_of
@@ -126,10 +126,7 @@ def _verdict(comparison: dict[str, Any]) -> str:
         return "none: one question"
     if comparison["adjusted_p"] > LEVEL:
         return "not shown"
-    is_count = figure(comparison["figure"]).scale == "count"
-    if comparison["difference"] > 0:
-        return "more" if is_count else "ahead"
-    return "fewer" if is_count else "behind"
+    return direction(comparison["figure"], comparison["difference"])
 
 
 # ---------------------------------------------------------------------- the section of the report
@@ -141,10 +138,11 @@ def planned_blocks(results: Results, comparisons: list[dict[str, Any]]) -> list[
         return []
     header = ["", "arm", "against", "difference", "p", "p, Holm", "n", "seeds", "verdict"]
     table = Table(header, [], text_columns=frozenset([len(header) - 1]))
+    other_seeds = _other_seeds_than_planned(results)
     for number, comparison in enumerate(comparisons):
         if comparison["verdict"] in ("ahead", "behind", "more", "fewer"):
             table.strong.add(number)
-        table.rows.append(_row(results, comparison))
+        table.rows.append(_row(results, comparison, other_seeds))
     count = f"{len(comparisons)} comparisons" if len(comparisons) > 1 else "one comparison"
     note = (
         f"Planned before the first run: {count}, and Holm's correction for all of them, so that the chance of any "
@@ -154,10 +152,29 @@ def planned_blocks(results: Results, comparisons: list[dict[str, Any]]) -> list[
         "too much, and the t-test takes the questions as given. Seeds: above / equal / below. Not shown does not mean "
         "equal. All other comparisons of this report were not planned, and are not corrected."
     )
+    if other_seeds:
+        note += (
+            f" The seeds are not those of the plan: {other_seeds}. Whoever chooses seeds after seeing results raises "
+            "the chance of a false verdict."
+        )
     return [Heading("Planned comparisons"), table, Text(note, note=True)]
 
 
-def _row(results: Results, comparison: dict[str, Any]) -> list[Cell]:
+def _other_seeds_than_planned(results: Results) -> str:
+    """Return which planned seeds were left out and which seeds were added, or `""` if the seeds are as planned."""
+    seeds = results.experiment["seeds"]
+    planned = results.experiment.get("planned_seeds", seeds)
+    left_out = ", ".join(str(seed) for seed in planned if seed not in seeds)
+    added = ", ".join(str(seed) for seed in seeds if seed not in planned)
+    parts = []
+    if left_out:
+        parts.append(f"without the planned seeds {left_out}")
+    if added:
+        parts.append(f"with the unplanned seeds {added}")
+    return " and ".join(parts)
+
+
+def _row(results: Results, comparison: dict[str, Any], other_seeds: str) -> list[Cell]:
     name = comparison["figure"]
     group = GROUP_TITLES.get(comparison["group"], comparison["group"])
     where = f"{MODES[comparison['mode']]}, {group}"
@@ -179,5 +196,5 @@ def _row(results: Results, comparison: dict[str, Any]) -> list[Cell]:
         (shown_p(comparison["adjusted_p"]), f"bootstrap {shown_p(comparison['adjusted_bootstrap_p'])}"),
         (f"{comparison['n']:,}", left_out),
         " / ".join(map(str, comparison["seeds"])),
-        comparison["verdict"],
+        (comparison["verdict"], other_seeds),
     ]
