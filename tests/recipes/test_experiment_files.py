@@ -69,6 +69,8 @@ def test_shipped_experiments_are_valid(path, tmp_path, monkeypatch):
     Path("D").mkdir()
     for kind in ("title", "sentence", "span", "all", "supervised", "train", "validation"):
         Path("D", f"{kind}.jsonl").write_text(kind)
+    Path("D", "long").mkdir()
+    Path("D", "long", "train.jsonl").write_text("long")
     arms = []
     for arm in experiment.arms:
         options = run_experiments.fill(experiment.options(arm), {"world": "W", "models": "M", "data": "D"})
