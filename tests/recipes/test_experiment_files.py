@@ -84,7 +84,8 @@ def test_shipped_experiments_are_valid(path, tmp_path, monkeypatch):
         argv = ["--config", str(config), "--output_dir", str(tmp_path)]
         script, args = parse([ScriptArguments, CoSupTrainingArguments], "", argv)
         gen = "W/gen" if experiment.world else options["gen"]
-        assert (script.gen == gen) != bool(script.model_name_or_path)
+        assert script.model_name_or_path == options.get("model_name_or_path")  # if given, Gen is that model's
+        assert script.model_name_or_path or script.gen == gen
         assert args.seed == 0
         assert args.gradient_accumulation_steps * args.train_batch_size in (16, 32, 64, 128, 512)
 
