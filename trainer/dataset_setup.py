@@ -196,7 +196,7 @@ def no_duplicates_sampler(
     columns = [name for name in names if name in dataset.column_names]
     passages = []
     for row in dataset.select_columns(columns):
-        values = itertools.chain.from_iterable(row[name] for name in columns)
+        values = itertools.chain.from_iterable(row[name] or () for name in columns)
         passages.append({_passage_key(value) for value in values if value is not None})
     seed = args.seed if args.data_seed is None else args.data_seed
     return NoDuplicatesSampler(passages, batch_size, seed)
