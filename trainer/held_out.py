@@ -83,10 +83,17 @@ class HeldOutMixin(HeldOutSetsMixin):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Run `Trainer.evaluate`; `eval_dataset` may also hold instances that are not tokenized."""
+        """
+        Run `Trainer.evaluate`; `eval_dataset` may also hold instances that are not tokenized.
+
+        Raises:
+            `TypeError`: for a name that is none of the sets that the trainer was given.
+        """
         dataset: Any = eval_dataset
-        if dataset is not None and not isinstance(dataset, str | dict):
-            dataset = self._prepared_evaluation_set(dataset)
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        is_name = isinstance(dataset, str) and dataset in sets
+        if dataset is not None and not is_name and not isinstance(dataset, dict):
+            dataset = self._prepared_evaluation_set(dataset)  # raises for the name of a file
         with self._fresh_candidates():
             return super().evaluate(dataset, ignore_keys, metric_key_prefix)
 

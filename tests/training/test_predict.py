@@ -135,6 +135,9 @@ def test_an_evaluation_counts_the_instances_that_were_too_long(tmp_path, instanc
         assert metrics["eval_long_num_left_out"] == 2
         assert "eval_short_num_left_out" not in metrics
     assert trainer.evaluate(held_out)["eval_num_left_out"] == 2
+    assert trainer.evaluate("long")["eval_num_left_out"] == 2
+    with pytest.raises(TypeError, match=r"evaluation set is the name 'eval.jsonl'.*load_instances\('eval.jsonl'\)"):
+        trainer.evaluate("eval.jsonl")
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_free": True}, {"supervision": "separate"}, {"supervision": "ntp"}])
