@@ -113,7 +113,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, LoadingMixin, Mo
             fit the model.
         `FloatingPointError`: while training, for a loss that is NaN or infinite, naming the step, the loss and the
             instances.
-        `torch.OutOfMemoryError`: while training, naming the arguments that would lower the memory of a step.
+        `torch.OutOfMemoryError`: while training or evaluating, naming the arguments that would lower the memory.
         `FullDiskError`: while saving; what was written of that checkpoint is removed.
     """
 

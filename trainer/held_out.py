@@ -156,7 +156,6 @@ class HeldOutMixin(HeldOutSetsMixin):
         if world_size() > 1 and self.args.candidates_from is None:
             self._share_facts([inputs])  # a sharded model needs the same calls on all ranks
         with (
-            explained_memory_errors(self.args),
             torch.no_grad(),
             cpu_attention(self.args),
             self.compute_loss_context_manager(),
@@ -245,7 +244,7 @@ class HeldOutMixin(HeldOutSetsMixin):
         self._evaluated_batches = []
         start = time.time()
         random_state = RandomState(self.args.device)
-        with self._kept_weights(), self._without_inputs():
+        with explained_memory_errors(self.args, evaluates=True), self._kept_weights(), self._without_inputs():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         random_state.restore()
         batches: list[EvaluatedBatch] = []
