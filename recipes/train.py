@@ -50,7 +50,7 @@ from trainer.watch import is_full_disk
 
 from shared.indexes import check_index_options, close_index, open_index
 from shared.model_options import check_tied_options, load_model, lora
-from shared.processes import end_processes, set_cpu_threads
+from shared.processes import end_processes, set_cpu_threads, waiting_for_the_slowest
 from shared.quickstart import WorldArguments, prepare_world
 from shared.training_run import Run, evaluate, held_out, read_questions
 
@@ -102,8 +102,10 @@ def train(run: Run) -> CoSupForCausalLM | None:
             run.corpus = check_index(trainer, run)
 
     run.results = {"format": FORMAT, "seed": args.seed}
-    if run.questions is not None and script.eval_before_training and trainer.is_world_process_zero():
-        run.results["before"] = measure_before(trainer, run)
+    if run.questions is not None and script.eval_before_training:
+        with waiting_for_the_slowest():
+            if trainer.is_world_process_zero():
+                run.results["before"] = measure_before(trainer, run)
     resume: str | bool | None = args.resume_from_checkpoint
     if resume in ("True", "true"):
         resume = True

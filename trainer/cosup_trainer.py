@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import datasets
 import torch
@@ -37,12 +38,7 @@ from .batching import CoSupDataCollator
 from .candidate_refresh import check_given_index
 from .candidate_watch import FLATNESS, UNTAUGHT
 from .control_tokens import set_control_token_lr
-from .dataset_setup import (
-    PATIENCE,
-    AnyDataset,
-    report_no_query,
-    tokenize_dataset,
-)
+from .dataset_setup import PATIENCE, AnyDataset, LongInstances, report_no_query
 from .distillation_step import running_figures
 from .distributed import gather_objects, host_group, world_size
 from .gradient_cosine import GradientCosineMixin
@@ -51,7 +47,6 @@ from .hub import HubMixin
 from .loading import LoadingMixin
 from .model_init import ModelInitMixin
 from .model_setup import without_peft
-from .positions import check_positions
 from .running import CLOCK_FILE, peak_memory
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses, explained_full_disk, explained_memory_errors, last_complete_checkpoint
@@ -83,7 +78,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, LoadingMixin, Mo
 
     `evaluate()` returns `eval_loss`, each loss by name (`eval_ntp_loss`, `eval_nsp_loss`), `eval_query_recall@1`,
     `eval_query_recall@5`, and `eval_nsp_predicted`: how often Gen would write the `[NSP]` of the reference. The NSP
-    loss and recall are over all distinct passages of the evaluation set, not over a batch. `predict()` returns the
+    loss and recall are over all distinct passages of the evaluation set, not over a batch. `eval_num_left_out` counts
+    its instances that are longer than `max_length`, if there are any: no figure is over them. `predict()` returns the
     embeddings as well. `bf16_full_eval` and `fp16_full_eval` leave the weights as they were.
 
     Args:
@@ -117,7 +113,7 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, LoadingMixin, Mo
             fit the model.
         `FloatingPointError`: while training, for a loss that is NaN or infinite, naming the step, the loss and the
             instances.
-        `torch.OutOfMemoryError`: while training, naming the arguments that would lower the memory of a step.
+        `torch.OutOfMemoryError`: while training or evaluating, naming the arguments that would lower the memory.
         `FullDiskError`: while saving; what was written of that checkpoint is removed.
     """
 
@@ -180,23 +176,20 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, LoadingMixin, Mo
         check_optimizer(optimizers[0], trained_model)
         self._check_hub_arguments(args, trained_model)
 
-        def prepare(dataset: AnyDataset | None, name: str) -> Any:
-            tokenized = tokenize_dataset(dataset, self.tokenizers, self.cosup_config, args, name)
-            return check_positions(tokenized, self.cosup_config, args, name)
-
+        self._long_instances = WeakKeyDictionary()
         prepared_eval_dataset: Any
         if isinstance(eval_dataset, dict):
             prepared_eval_dataset = {}
             for name, dataset in eval_dataset.items():
-                prepared_eval_dataset[name] = prepare(dataset, name=f"evaluation set {name!r}")
+                prepared_eval_dataset[name] = self._prepared_evaluation_set(dataset, f"evaluation set {name!r}")
         else:
-            prepared_eval_dataset = prepare(eval_dataset, name="evaluation set")
+            prepared_eval_dataset = self._prepared_evaluation_set(eval_dataset)
 
         super().__init__(
             model=trained_model,
             args=args,
             data_collator=self.data_collator,
-            train_dataset=prepare(train_dataset, name="training set"),
+            train_dataset=self._tokenized(train_dataset, "training set", LongInstances()),
             eval_dataset=prepared_eval_dataset,
             processing_class=self.tokenizers[0],
             compute_metrics=compute_metrics,

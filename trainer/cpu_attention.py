@@ -26,6 +26,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import logging
 
+from modeling_cosup.cache_cosup import layer_kinds
 from modeling_cosup.encoding_cosup import evaluating
 
 from .recording import without_compilation
@@ -93,7 +94,7 @@ def keeps_packed_rows_apart_on_cpu(part: PreTrainedModel, args: TrainingArgument
 
 def reads_packed_rows(part: PreTrainedModel) -> bool:
     """Return whether two rows that are packed into one have the states that they have alone, on the part's device."""
-    if not takes_positions(part):
+    if not can_be_packed(part):
         return False
     vocab_size = cast(nn.Embedding, part.get_input_embeddings()).weight.shape[0]
     length = sum(PROBED_LENGTHS)
@@ -108,9 +109,15 @@ def reads_packed_rows(part: PreTrainedModel) -> bool:
     return bool(error_norm < bound)
 
 
-def takes_positions(part: PreTrainedModel) -> bool:
-    """Return whether the forward of a part takes position ids, which say where packed rows begin."""
-    return "position_ids" in inspect.signature(part.forward).parameters
+def can_be_packed(part: PreTrainedModel) -> bool:
+    """
+    Return whether a part takes position ids, which say where packed rows begin, and all its layers heed them.
+
+    Recurrent layers and convolutions do not: their states pass from row to row. Nor do chunks of attention.
+    """
+    takes_positions = "position_ids" in inspect.signature(part.forward).parameters
+    kinds = set(layer_kinds(part.config.get_text_config()))
+    return takes_positions and not part._is_stateful and kinds <= {"full_attention", "sliding_attention"}
 
 
 # ---------------------------------------------------------------------- masks

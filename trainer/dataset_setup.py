@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any, TypeAlias
 
@@ -33,12 +34,27 @@ OPTIONAL_COLUMNS += CANDIDATE_COLUMNS
 PATIENCE = 1024  # instances of a stream, none of them with a passage, after which there is an error or a warning
 
 
+@dataclass
+class LongInstances:
+    """
+    The instances of a set that are longer than `max_length`.
+
+    Args:
+        are_refused (`bool`): they are an error, in place of being dropped.
+        num_dropped (`int`): how many were dropped; from a stream, while it was read.
+    """
+
+    are_refused: bool = False
+    num_dropped: int = 0
+
+
 def tokenize_dataset(
     dataset: AnyDataset | None,
     tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase],
     config: CoSupConfig,
     args: CoSupTrainingArguments,
     name: str,
+    long_instances: LongInstances | None = None,
 ) -> datasets.Dataset | datasets.IterableDataset | None:
     """
     Tokenize instances and drop those longer than `max_length`.
@@ -53,6 +69,7 @@ def tokenize_dataset(
         config (`CoSupConfig`): of the model.
         args ([`CoSupTrainingArguments`]): `max_length`, `train_on_passages`, `supervision` and `dataset_num_proc`.
         name (`str`): of the dataset, for errors and warnings.
+        long_instances ([`LongInstances`], *optional*): counts those that are dropped, or refuses them.
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` if the dataset is streamed; `None` without a dataset.
@@ -65,6 +82,8 @@ def tokenize_dataset(
     """
     if dataset is None:
         return None
+    if long_instances is None:
+        long_instances = LongInstances()
     dataset, places = _as_dataset(dataset, name)
     columns = dataset.column_names or list(next(iter(dataset), {}))
     if not columns or (isinstance(dataset, datasets.Dataset) and not len(dataset)):
@@ -95,7 +114,8 @@ def tokenize_dataset(
 
     if isinstance(dataset, datasets.IterableDataset):
         tokenized_stream = dataset.map(tokenize, with_indices=True, remove_columns=columns, features=features)
-        return tokenized_stream.filter(_StreamFilter(args, config.max_passage_length, name), with_indices=True)
+        stream_filter = _StreamFilter(args, config.max_passage_length, name, long_instances)
+        return tokenized_stream.filter(stream_filter, with_indices=True)
     description = f"Tokenizing the {name}"
     with args.main_process_first(desc=description):
         tokenized = dataset.map(
@@ -107,7 +127,7 @@ def tokenize_dataset(
             desc=description,
         )
     _check_contents(tokenized, places, name)
-    tokenized = _drop_long_instances(tokenized, args.max_length, name)
+    tokenized = _drop_long_instances(tokenized, args.max_length, name, long_instances)
     _check_queries(tokenized, args, name)
     return _report_cuts(tokenized, config.max_passage_length, name)
 
@@ -176,7 +196,7 @@ def no_duplicates_sampler(
     columns = [name for name in names if name in dataset.column_names]
     passages = []
     for row in dataset.select_columns(columns):
-        values = itertools.chain.from_iterable(row[name] for name in columns)
+        values = itertools.chain.from_iterable(row[name] or () for name in columns)
         passages.append({_passage_key(value) for value in values if value is not None})
     seed = args.seed if args.data_seed is None else args.data_seed
     return NoDuplicatesSampler(passages, batch_size, seed)
@@ -308,8 +328,10 @@ def report_no_query(num_instances: int, supervision: str, of_what: str) -> None:
         logger.warning(f"{message}: retrieval is neither trained nor measured.")
 
 
-def _drop_long_instances(tokenized: datasets.Dataset, max_length: int, name: str) -> datasets.Dataset:
-    """Return the instances of at most `max_length` tokens."""
+def _drop_long_instances(
+    tokenized: datasets.Dataset, max_length: int, name: str, long_instances: LongInstances
+) -> datasets.Dataset:
+    """Return the instances of at most `max_length` tokens, and count the others; raise if they are refused."""
     short_rows = [row for row, ids in enumerate(tokenized["input_ids"]) if len(ids) <= max_length]
     if not short_rows:
         raise ValueError(
@@ -317,38 +339,51 @@ def _drop_long_instances(tokenized: datasets.Dataset, max_length: int, name: str
         )
     if len(short_rows) == len(tokenized):
         return tokenized
-    dropped = len(tokenized) - len(short_rows)
+    num_long = len(tokenized) - len(short_rows)
+    if long_instances.are_refused:
+        raise ValueError(
+            f"{num_long} of {len(tokenized)} instances of the {name} are longer than max_length={max_length}:"
+            " leave them out, or raise max_length."
+        )
+    long_instances.num_dropped = num_long
     logger.warning(
-        f"Dropped {dropped} of {len(tokenized)} instances of the {name}: longer than max_length={max_length}."
+        f"Dropped {num_long} of {len(tokenized)} instances of the {name}: longer than max_length={max_length}."
     )
     return tokenized.select(short_rows)
 
 
 class _StreamFilter:
     """
-    A filter for streams that drops long instances, and checks what [`tokenize_dataset`] checks in a whole set.
+    A filter for streams that drops or refuses long instances, and checks what [`tokenize_dataset`] checks in a set.
 
     It warns how many instances it has dropped and how many passages were cut, each time a number doubles.
     """
 
-    def __init__(self, args: CoSupTrainingArguments, max_passage_length: int, name: str) -> None:
+    def __init__(
+        self, args: CoSupTrainingArguments, max_passage_length: int, name: str, long_instances: LongInstances
+    ) -> None:
         self.max_length = args.max_length
         self.supervision = args.supervision
         self.max_passage_length = max_passage_length
         self.name = name
+        self.long_instances = long_instances
         self.contents = PassageContents(MOST_STREAMED_IDS)
         self.num_kept = 0
         self.num_with_queries = 0
-        self.num_dropped = 0
         self.num_cut = 0
 
     def __call__(self, instance: dict, row: int) -> bool:
         _add_passages(self.contents, instance, _passage_columns(list(instance)), f"{self.name}, row {row}")
         if len(instance["input_ids"]) > self.max_length:
-            self.num_dropped += 1
-            if has_doubled(self.num_dropped, 1):
+            if self.long_instances.are_refused:
+                raise ValueError(
+                    f"{self.name}, row {row} is longer than max_length={self.max_length}: leave it out, or raise"
+                    " max_length."
+                )
+            self.long_instances.num_dropped += 1
+            if has_doubled(self.long_instances.num_dropped, 1):
                 logger.warning(
-                    f"Dropped {self.num_dropped} instance(s) of the {self.name} so far: longer than"
+                    f"Dropped {self.long_instances.num_dropped} instance(s) of the {self.name} so far: longer than"
                     f" max_length={self.max_length}."
                 )
             return False

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from .distillation_step import running_figures
 from .grad_cache import RandomState
 from .model_setup import without_peft
+from .running import widest_float
 from .training_step import TrainingStepMixin
 from .watch import FiniteLosses
 
@@ -74,10 +75,11 @@ def _taken_gradients(gen: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _dot(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
-    """Return the inner product of two gradients, in float64."""
+    """Return the inner product of two gradients, in float64 where the device has it."""
     total = 0.0
     for name in first.keys() & second.keys():
-        product = (first[name].double() * second[name].double()).sum()
+        dtype = widest_float(first[name].device)
+        product = (first[name].to(dtype) * second[name].to(dtype)).sum()
         if isinstance(product, DTensor):
             product = product.full_tensor()  # over the shards of all ranks
         total += float(product)

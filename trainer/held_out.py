@@ -4,14 +4,12 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase
 from transformers.trainer_utils import EvalLoopOutput, EvalPrediction, PredictionOutput, denumpify_detensorize
 from transformers.utils import logging
 
@@ -20,15 +18,13 @@ from modeling_cosup import CoSupOutput
 from .batching import BatchFacts, UnresolvedBatch, needs_candidates
 from .candidate_watch import LEFT_OUT
 from .cpu_attention import cpu_attention
-from .dataset_setup import tokenize_dataset
 from .distillation_step import Resolution, add_scores
 from .distributed import gather_objects, world_size
 from .grad_cache import RandomState, concatenated
 from .held_out_figures import DistilledQuery, distillation_metrics, order_of_queries, padded, retrieval_metrics
+from .held_out_sets import HeldOutSetsMixin
 from .losses import EmbeddingBatch, distilled_batch, student_scores, total_loss
 from .micro_batches import encoder_rows, query_rows
-from .positions import check_positions
-from .training_step import TrainingStepMixin
 from .watch import explained_memory_errors
 
 logger = logging.get_logger(__name__)
@@ -74,11 +70,9 @@ class EvaluatedBatch:
         self.distilled += batch.distilled
 
 
-class HeldOutMixin(TrainingStepMixin):
+class HeldOutMixin(HeldOutSetsMixin):
     """The part of [`CoSupTrainer`] that evaluates."""
 
-    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]
-    eval_dataset: Any
     _evaluated_batches: list[EvaluatedBatch]
     _warned_of_lone_held_out_queries: bool
     _keeps_inputs: bool = False
@@ -89,11 +83,17 @@ class HeldOutMixin(TrainingStepMixin):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Run `Trainer.evaluate`; `eval_dataset` may also hold instances that are not tokenized."""
+        """
+        Run `Trainer.evaluate`; `eval_dataset` may also hold instances that are not tokenized.
+
+        Raises:
+            `TypeError`: for a name that is none of the sets that the trainer was given.
+        """
         dataset: Any = eval_dataset
-        if dataset is not None and not isinstance(dataset, str | dict):
-            dataset = tokenize_dataset(dataset, self.tokenizers, self.cosup_config, self.args, "evaluation set")
-            dataset = check_positions(dataset, self.cosup_config, self.args, "evaluation set")
+        sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
+        is_name = isinstance(dataset, str) and dataset in sets
+        if dataset is not None and not is_name and not isinstance(dataset, dict):
+            dataset = self._prepared_evaluation_set(dataset)  # raises for the name of a file
         with self._fresh_candidates():
             return super().evaluate(dataset, ignore_keys, metric_key_prefix)
 
@@ -104,7 +104,8 @@ class HeldOutMixin(TrainingStepMixin):
         Embed the queries and passages of instances, and measure retrieval among them.
 
         Args:
-            test_dataset (`Dataset`, `IterableDataset` or `list[dict]`): instances, or already tokenized ones.
+            test_dataset (`Dataset`, `IterableDataset` or `list[dict]`): instances, or already tokenized ones. A stream
+                is read to its end first.
             ignore_keys: has no meaning here.
             metric_key_prefix (`str`, *optional*, defaults to `"test"`): of the names of metrics.
 
@@ -121,62 +122,15 @@ class HeldOutMixin(TrainingStepMixin):
 
         Raises:
             `ValueError`: if an instance is longer than `max_length`, because dropping it would shift the rows of the
-                embeddings; if one has no passage; with `supervision="ntp"`, which embeds nothing.
+                embeddings; if one has no passage and `candidates_from` would retrieve for it; with
+                `supervision="ntp"`, which embeds nothing.
         """
         if not self.args.trains_embeddings:
             raise ValueError(
                 "predict() returns embeddings, and supervision='ntp' makes none: evaluate() has its loss."
             )
-        dataset: Any = tokenize_dataset(test_dataset, self.tokenizers, self.cosup_config, self.args, "test set")
-        if isinstance(dataset, datasets.Dataset) and len(dataset) < len(test_dataset):
-            raise ValueError(
-                f"{len(test_dataset) - len(dataset)} of {len(test_dataset)} instances of the test set are longer than"
-                f" max_length={self.args.max_length}. Leave them out, or raise max_length: a row of the embeddings"
-                " belongs to each of their queries."
-            )
-        dataset = check_positions(dataset, self.cosup_config, self.args, "test set")
-        if self.args.candidates_from is not None:
-            dataset = _check_passages(dataset)
+        dataset = self._prepared_test_set(test_dataset)
         return super().predict(dataset, ignore_keys, metric_key_prefix)
-
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
-        """
-        Return the loader of an evaluation set.
-
-        Unlike `Trainer`'s, it gives each instance to exactly one rank, in order, and drops none. Batches go to the
-        ranks in turn. A rank that runs out of instances gets empty batches. A stream is read to its end first: how the
-        instances are divided depends on their number.
-        """
-        dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(dataset, str):
-            dataset = self.eval_dataset[dataset]
-        if isinstance(dataset, datasets.IterableDataset):
-            dataset = list(dataset)
-        if not isinstance(dataset, datasets.Dataset | list):
-            return super().get_eval_dataloader(eval_dataset)
-        count, rank, args = len(dataset), self.args.process_index, self.args
-        size = max(1, min(args.eval_batch_size, -(-count // world_size())))
-        rounds = -(-count // (size * world_size()))  # batches of each rank
-        batches = []
-        for number in range(rounds):
-            start = (number * world_size() + rank) * size
-            batches.append(list(range(start, min(start + size, count))))
-        return DataLoader(
-            cast(Any, dataset),
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            pin_memory=args.dataloader_pin_memory and not args.use_cpu,
-        )
-
-    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
-        """Return the loader of an evaluation set."""
-        return self.get_eval_dataloader(test_dataset)
-
-    def _get_eval_sampler(self, eval_dataset: Any) -> None:
-        """Return no sampler: an evaluation reads instances in order, however training groups them."""
 
     def prediction_step(
         self,
@@ -202,7 +156,6 @@ class HeldOutMixin(TrainingStepMixin):
         if world_size() > 1 and self.args.candidates_from is None:
             self._share_facts([inputs])  # a sharded model needs the same calls on all ranks
         with (
-            explained_memory_errors(self.args),
             torch.no_grad(),
             cpu_attention(self.args),
             self.compute_loss_context_manager(),
@@ -291,7 +244,7 @@ class HeldOutMixin(TrainingStepMixin):
         self._evaluated_batches = []
         start = time.time()
         random_state = RandomState(self.args.device)
-        with self._kept_weights(), self._without_inputs():
+        with explained_memory_errors(self.args, evaluates=True), self._kept_weights(), self._without_inputs():
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         random_state.restore()
         batches: list[EvaluatedBatch] = []
@@ -373,7 +326,9 @@ class HeldOutMixin(TrainingStepMixin):
         distilled = [query for batch in batches for query in batch.distilled]
         metrics |= distillation_metrics(distilled, self.args, self._corrects_places)
         if self.args.candidates_from is not None:
-            metrics[LEFT_OUT] = sum(batch.num_left_out for batch in batches)
+            metrics[LEFT_OUT] = self._num_dropped + sum(batch.num_left_out for batch in batches)
+        elif self._num_dropped:
+            metrics[LEFT_OUT] = self._num_dropped
         num_nsp = sum(batch.num_nsp for batch in batches)
         if num_nsp:
             metrics["nsp_predicted"] = sum(batch.num_predicted for batch in batches) / num_nsp
@@ -419,23 +374,3 @@ def _means(values: Sequence[dict[str, list[float]]]) -> dict[str, float]:
         for name, numbers_of_batch in values_of_batch.items():
             numbers.setdefault(name, []).extend(numbers_of_batch)
     return {name: sum(measured) / len(measured) for name, measured in numbers.items() if measured}
-
-
-def _check_passages(dataset: Any) -> Any:
-    """Raise if an instance needs candidates; a stream checks each instance that it yields."""
-    if not isinstance(dataset, datasets.Dataset):
-        return dataset.filter(_is_no_question)
-    if "needs_candidates" in dataset.column_names:
-        for feature in dataset.select_columns(["id", "needs_candidates"]):
-            _is_no_question(feature)
-    return dataset
-
-
-def _is_no_question(feature: dict[str, Any]) -> bool:
-    """Return `True`; raise for an instance without a passage."""
-    if needs_candidates(feature):
-        raise ValueError(
-            f"Instance {feature['id']!r} of the test set has no passage, and predict() returns each query's: leave it"
-            " out, or call evaluate(), which retrieves candidates."
-        )
-    return True

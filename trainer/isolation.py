@@ -59,9 +59,14 @@ def check_isolation(gen: Any) -> None:
 
     Raises:
         `ValueError`: for an architecture that does not take its attention function from transformers'
-            `AttentionInterface`.
+            `AttentionInterface`, and for a Gen whose gradient checkpointing was turned on.
     """
     gen = gen_of(gen)
+    if any(getattr(module, "gradient_checkpointing", False) for module in gen.modules()):
+        raise ValueError(
+            "isolate_queries changes the attention of a forward, which gradient checkpointing would compute again"
+            " without it: call model.gradient_checkpointing_disable() first."
+        )
     if not gen._supports_attention_backend:
         raise ValueError(
             f"isolate_queries: {type(gen).__name__} computes attention itself (it lacks _supports_attention_backend),"

@@ -13,6 +13,7 @@ from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
 
 from .memory_args import MemoryTrainingArguments
 from .memory_keys import ShuffledBlocks, StoredKeys, held_out_rows
+from .running import widest_float
 
 EVALUATED = ("eval_loss", "eval_ntp_loss", "eval_knn_kl")
 
@@ -155,7 +156,7 @@ class MemoryTrainer(Trainer):
         for start in range(0, len(rows), size):
             batch = self._prepare_inputs(StoredKeys(self.datastore).__getitems__(rows[start : start + size]))
             for name, losses in self._losses(memory, batch).items():
-                sums[name] = sums.get(name, 0.0) + losses.double().sum()
+                sums[name] = sums.get(name, 0.0) + losses.to(widest_float(losses.device)).sum()
         metrics = {}
         for name, total in sums.items():
             everywhere = self.accelerator.reduce(total, reduction="sum")

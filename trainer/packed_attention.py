@@ -7,26 +7,27 @@ from torch import nn
 from transformers import AttentionInterface, PreTrainedModel, TrainingArguments
 from transformers.integrations.flex_attention import flex_attention_forward
 
-from .cpu_attention import cpu_attention, keeps_packed_rows_apart_on_cpu, reads_packed_rows, takes_positions
+from .cpu_attention import can_be_packed, cpu_attention, keeps_packed_rows_apart_on_cpu, reads_packed_rows
 
 
 def keeps_packed_rows_apart(part: PreTrainedModel, args: TrainingArguments) -> bool:
     """Return whether the attention of a part handles packed rows without a dense mask."""
     if (part.config._attn_implementation or "").startswith(("flash", "flex")):
-        return True
+        return can_be_packed(part)
     return keeps_packed_rows_apart_on_cpu(part, args)
 
 
 def check_packed_rows(part: PreTrainedModel, args: TrainingArguments) -> None:
     """
-    Check that a part reads packed rows as if they were alone, with any attention. Two rows are tried on a CPU only.
+    Check that a part reads packed rows as if they were alone, with any attention. Two rows are tried on a CPU only;
+    elsewhere the types of its layers decide.
 
     Raises:
         `ValueError`: if rows would change each other's states, or if the part fails.
     """
     name = type(part).__name__
     error = None
-    is_apart = takes_positions(part)
+    is_apart = can_be_packed(part)
     if is_apart and args.device.type == "cpu":
         try:
             with cpu_attention(args):

@@ -149,7 +149,8 @@ class RunningFigures:
         }
         for name in self._mean_names:
             sums[f"sum of {name}"], sums[f"size of {name}"] = self._sums[name], self._sizes[name]
-        local = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=device) for value in sums.values()])
+        dtype = widest_float(device)
+        local = torch.stack([torch.as_tensor(value, dtype=dtype, device=device) for value in sums.values()])
         totals = dict(zip(sums, sum_over_ranks(local).tolist(), strict=True))
         figures = {}
         for name, steps in self._steps_of_loss.items():
@@ -177,6 +178,11 @@ def seconds_of_checkpoint(folder: str | None, log_history: Sequence[Mapping[str,
         return float(read_json(Path(folder, CLOCK_FILE))["training_seconds"])
     seconds = [entry["training_seconds"] for entry in log_history if "training_seconds" in entry]
     return seconds[-1] if seconds else 0.0
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """Return the widest dtype of a device: float64, or float32 on the GPU of a Mac."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 def peak_memory(device: torch.device) -> float | None:

@@ -103,7 +103,8 @@ class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingA
         padding_free (`bool`, *optional*): a micro-batch is one row without padding. Defaults to `True` if the
             attention implementation keeps the parts of a row apart without a dense mask: flash and flex attention, and
             SDPA on a CPU if the model has no sliding window. With others, rows of similar length share a micro-batch.
-            `True` is refused where rows would change each other, as in state-space models.
+            So they do in models with recurrent layers or convolutions, where rows would change each other and `True`
+            is refused.
         freeze_gen, freeze_emb_seq (`bool`): train only the other model; a tied model is one. With a frozen Emb_seq
             (and `emb_head`) an index stays valid.
         lr_decay_per_epoch (`float`, *optional*): multiply the learning rate by this after every epoch, in place of

@@ -95,9 +95,11 @@ def _shown_ids(answer: _Pending, limit: int = 16) -> str:
 
 
 @contextlib.contextmanager
-def explained_memory_errors(args: "CoSupTrainingArguments") -> Iterator[None]:
+def explained_memory_errors(args: "CoSupTrainingArguments", evaluates: bool = False) -> Iterator[None]:
     """
-    Add to an out-of-memory error which arguments lower the memory of a step.
+    Add to an out-of-memory error which arguments lower the memory of a training step, or of an evaluation.
+
+    An error of an evaluation in a training is explained once.
 
     Raises:
         `torch.OutOfMemoryError`: also if the allocator of a CPU raised another type of error.
@@ -109,15 +111,19 @@ def explained_memory_errors(args: "CoSupTrainingArguments") -> Iterator[None]:
         # what a CPU's allocator and auto_find_batch_size say
         if not is_memory_error and not any(text in str(error) for text in ("allocate memory", "No executable batch")):
             raise
-        raise torch.OutOfMemoryError(
-            f"{error}\nOut of memory in a training step. What lowers it: {'; '.join(_memory_savers(args))}."
-        ) from error
+        if "\nOut of memory in " in str(error):  # explained already
+            raise
+        place = "an evaluation" if evaluates else "a training step"
+        savers = "; ".join(_memory_savers(args, evaluates))
+        raise torch.OutOfMemoryError(f"{error}\nOut of memory in {place}. What lowers it: {savers}.") from error
 
 
-def _memory_savers(args: "CoSupTrainingArguments") -> list[str]:
+def _memory_savers(args: "CoSupTrainingArguments", evaluates: bool) -> list[str]:
     """Return the changes to arguments that lower the memory of a step, the most useful first."""
     smaller_batch = f"a per_device_train_batch_size below {args.per_device_train_batch_size}"
-    if args.nsp_batch_size is None:
+    if args.nsp_batch_size is None and evaluates:
+        savers = [f"a per_device_eval_batch_size below {args.per_device_eval_batch_size}"]
+    elif args.nsp_batch_size is None:
         nsp_batch_size = args.train_batch_size * args.world_size
         savers = [
             f"nsp_batch_size={nsp_batch_size} with {smaller_batch} (GradCache: the same gradients in less memory)"
@@ -126,14 +132,15 @@ def _memory_savers(args: "CoSupTrainingArguments") -> list[str]:
         savers = [f"{smaller_batch}, or max_tokens_per_micro_batch"]
     else:
         savers = [f"a max_tokens_per_micro_batch below {args.max_tokens_per_micro_batch}"]
-    if not args.gradient_checkpointing:
+    if not args.gradient_checkpointing and not evaluates:
         savers.append("gradient_checkpointing")
     if not args.bf16 and not args.fp16:
         savers.append("bf16")
     savers.append(f"a max_length below {args.max_length}")
     if args.candidates_from is not None:
         savers.append(f"a num_candidates below {args.num_candidates}: each is read, and encoded where it is distilled")
-    savers.append("LoRA (peft_config) or, with two towers, freeze_emb_seq, for optimiser states")
+    if not evaluates:
+        savers.append("LoRA (peft_config) or, with two towers, freeze_emb_seq, for optimiser states")
     return savers
 
 

@@ -1,12 +1,17 @@
 """Start and end of the processes of a launch that embeds or judges."""
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 
 from modeling_cosup.numbers_cosup import COUNT, check_number
+from trainer.distributed import failing_together, world_size
+
+LONGEST_WAIT = timedelta(days=7)  # of a process for a slower one
 
 
 def processes() -> PartialState:
@@ -18,7 +23,7 @@ def processes() -> PartialState:
     Raises:
         `ValueError`: if accelerate does not see as many processes as were launched.
     """
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=LONGEST_WAIT)
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes != launched:
         raise ValueError(
@@ -57,6 +62,22 @@ def num_cores() -> int:
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def waiting_for_the_slowest() -> Iterator[None]:
+    """
+    Wait for all processes at the end of the block, for days if need be, and raise on all if it has failed on one.
+
+    In a collective of training they would wait no longer than `ddp_timeout`, which is half an hour.
+    """
+    if world_size() == 1:
+        yield
+        return
+    group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
+    with failing_together(group):
+        yield
+    torch.distributed.destroy_process_group(group)
 
 
 def end_processes() -> None:

@@ -1,7 +1,9 @@
-"""The threads of a process of the recipes."""
+"""The threads of a process of the recipes, and how long it waits for others."""
 
 import pytest
 import torch
+
+from support.forks import ROOT, run_forked
 
 from shared import processes
 from shared.processes import num_cores, set_cpu_threads
@@ -46,3 +48,32 @@ def test_the_number_of_threads_is_checked():
     assert num_cores() >= 1
     with pytest.raises(ValueError, match="--num_threads is 0, expected an integer of 1 or more"):
         set_cpu_threads(0)
+
+
+WAITING = """
+import sys, time
+from datetime import timedelta
+import torch.distributed as dist
+
+sys.path.insert(0, sys.argv[1])
+from shared.processes import waiting_for_the_slowest
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+with waiting_for_the_slowest():
+    if dist.get_rank() == 0:
+        time.sleep(5)
+dist.barrier()
+try:
+    with waiting_for_the_slowest():
+        if dist.get_rank() == 0:
+            raise ValueError("no room")
+except (ValueError, RuntimeError) as error:
+    print(f"rank {dist.get_rank()}: {error}", flush=True)
+"""
+
+
+def test_processes_wait_longer_than_their_group_would_and_fail_together():
+    done = run_forked("-c", WAITING, ROOT / "recipes", world_size=2)
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = sorted(done.stdout.splitlines())
+    assert lines == ["rank 0: no room", "rank 1: Rank 0 has failed: ValueError: no room"]

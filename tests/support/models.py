@@ -49,6 +49,7 @@ ARCHITECTURES = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 8, "num_layers": 2, "num_heads": 4},
     "bloom": {},
     "mamba": {"state_size": 4},
+    "lfm2": {"num_key_value_heads": 2, "intermediate_size": 64, "layer_types": ["conv", "full_attention"]},
     "bert": {"intermediate_size": 64},
     "longformer": {"intermediate_size": 64, "attention_window": 8, "max_position_embeddings": 514, "pad_token_id": 1},
     "gemma3": {"num_key_value_heads": 2, "intermediate_size": 64, "head_dim": 8, "sliding_window": 8},

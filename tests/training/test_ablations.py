@@ -193,6 +193,13 @@ def test_ablations_that_have_no_meaning_are_refused(tmp_path, options, message):
         arguments(tmp_path, **options)
 
 
+def test_a_model_that_checkpoints_already_cannot_isolate_queries(tmp_path):
+    model = make_model()
+    model.gradient_checkpointing_enable()
+    with pytest.raises(ValueError, match="isolate_queries changes the attention .*gradient_checkpointing_disable"):
+        CoSupTrainer(model, arguments(tmp_path, isolate_queries=True), train_dataset=world(NAMES[:8]))
+
+
 def test_an_architecture_that_computes_attention_itself_cannot_isolate_queries(tmp_path):
     with pytest.raises(ValueError, match="isolate_queries: .* computes attention itself"):
         CoSupTrainer(make_model("gptj"), arguments(tmp_path, isolate_queries=True), train_dataset=world(NAMES[:8]))

@@ -16,7 +16,7 @@ from support.training import arguments, world
 from trainer import CoSupTrainer
 from trainer import cpu_attention as attention_module
 from trainer.cpu_attention import cpu_attention, keeps_packed_rows_apart_on_cpu
-from trainer.packed_attention import check_packed_rows
+from trainer.packed_attention import check_packed_rows, keeps_packed_rows_apart
 
 IN_BF16 = SimpleNamespace(bf16=True, device=torch.device("cpu"))
 IN_FLOAT32 = SimpleNamespace(bf16=False, device=torch.device("cpu"))
@@ -119,6 +119,7 @@ def test_packed_rows_are_computed_as_if_alone(monkeypatch, masks, calls, kind, a
         ("mistral", False),  # a sliding window needs a dense mask
         ("gemma3", False),  # some layers have a sliding window
         ("mamba", False),  # its state passes from row to row
+        ("lfm2", False),  # so do its convolutions
         ("bert", False),  # sees later tokens
     ],
 )
@@ -129,15 +130,27 @@ def test_only_parts_that_keep_packed_rows_apart_are_packed(kind, expected):
     assert not keeps_packed_rows_apart_on_cpu(part, IN_BF16_ON_GPU)
 
 
-@pytest.mark.parametrize(("kind", "is_refused"), [("llama", False), ("gemma3", False), ("mamba", True)])
-def test_padding_free_by_hand_is_refused_where_rows_would_change_each_other(tmp_path, kind, is_refused):
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [("llama", None), ("gemma3", None), ("mamba", "MambaForCausalLM"), ("lfm2", "Lfm2ForCausalLM")],
+)
+def test_padding_free_by_hand_is_refused_where_rows_would_change_each_other(tmp_path, kind, refused):
     options = {} if kind == "mamba" else {"attn_implementation": "eager"}
     model = make_model(gen=kind, gen_kwargs=options)
     expectation = contextlib.nullcontext()
-    if is_refused:
-        expectation = pytest.raises(ValueError, match="MambaForCausalLM that are packed into one change each other")
+    if refused is not None:
+        expectation = pytest.raises(ValueError, match=f"{refused} that are packed into one change each other")
     with expectation:
         CoSupTrainer(model, arguments(tmp_path, padding_free=True), train_dataset=world(["Ann", "Bob"]))
+    for device_args in (IN_FLOAT32, IN_BF16_ON_GPU):  # a GPU tries no rows: there the layers alone decide
+        with expectation:
+            check_packed_rows(model.gen, device_args)
+
+
+@pytest.mark.parametrize(("kind", "is_packed"), [("llama", True), ("mistral", True), ("lfm2", False)])
+def test_flex_attention_packs_rows_only_if_no_layer_runs_on_into_the_next(kind, is_packed):
+    gen = make_model(gen=kind, gen_kwargs={"attn_implementation": "flex_attention"}).gen
+    assert keeps_packed_rows_apart(gen, IN_BF16_ON_GPU) == keeps_packed_rows_apart(gen, IN_FLOAT32) == is_packed
 
 
 def test_a_part_that_looks_into_its_mask_is_refused():

@@ -138,6 +138,14 @@ def test_tokenized_passages_without_ids_do_not_share_one(tiny_model, tmp_path):
     assert len(set.union(*sampler.passages)) == 4
 
 
+def test_tokenized_rows_may_lack_negatives(tmp_path):
+    row = {"input_ids": [1, 2], "labels": [1, 2], "passage_input_ids": [[5]], "passage_ids": ["a"]}
+    negatives = {"negative_input_ids": [[6], [7]], "negative_ids": ["b", "c"]}
+    rows = datasets.Dataset.from_list([row | negatives, row])  # Arrow fills the second with None
+    sampler = no_duplicates_sampler(rows, arguments(tmp_path), batch_size=2)
+    assert [len(passages) for passages in sampler.passages] == [6, 2]  # ids and contents
+
+
 @pytest.mark.parametrize("kind", ["list", "dataset", "streamed dataset"])
 @pytest.mark.parametrize("supervision", ["co", "ntp", "nsp", "separate"])
 def test_a_set_without_a_passage(tiny_model, tmp_path, monkeypatch, warnings, kind, supervision):

@@ -7,9 +7,9 @@ import torch
 
 from support.models import make_model
 from support.training import NAMES, arguments, world
-from trainer import CoSupTrainer
+from trainer import CoSupTrainer, running
 from trainer.losses import total_loss
-from trainer.running import RunningFigures
+from trainer.running import RunningFigures, widest_float
 
 WEIGHTS = {"double_loss": 0.5, "square_loss": 0.25}
 
@@ -99,6 +99,15 @@ def test_running_figures_are_means_over_steps_and_queries():
     assert figures["ntp_loss"] == 2.0
     assert figures["nsp_accuracy"] == 0.5
     assert figures["num_negatives"] == 1.5
+
+
+def test_sums_are_in_float64_except_on_a_mac_which_has_none(monkeypatch):
+    dtypes = []
+    figures = RunningFigures(["ntp_loss"])
+    figures.averages(torch.device("cpu"), lambda sums: dtypes.append(sums.dtype) or sums)
+    monkeypatch.setattr(running, "widest_float", lambda device: widest_float(torch.device("mps")))
+    figures.averages(torch.device("cpu"), lambda sums: dtypes.append(sums.dtype) or sums)
+    assert dtypes == [torch.float64, torch.float32]
 
 
 @pytest.mark.parametrize("similarity", ["cosine", "dot"])

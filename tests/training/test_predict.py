@@ -2,6 +2,7 @@
 
 import copy
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -114,9 +115,29 @@ def test_predict_refuses_what_would_leave_rows_out(tmp_path, instances):
     longer[2]["input"] = "long " * 300
     with pytest.raises(ValueError, match="1 of 11 instances of the test set are longer than max_length=256"):
         trainer.predict(longer)
+    stream = datasets.IterableDataset.from_generator(lambda: iter(longer))
+    with pytest.raises(ValueError, match="test set, row 2 is longer than max_length=256"):
+        trainer.predict(stream)
     trainer = CoSupTrainer(make_model(), arguments(tmp_path, supervision="ntp"))
     with pytest.raises(ValueError, match="supervision='ntp' makes none"):
         trainer.predict(instances)
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_an_evaluation_counts_the_instances_that_were_too_long(tmp_path, instances, is_stream):
+    longer = copy.deepcopy(instances)
+    longer[2]["input"] = longer[3]["input"] = "long " * 300
+    held_out = datasets.IterableDataset.from_generator(lambda: iter(longer)) if is_stream else longer
+    sets = {"long": held_out, "short": instances}
+    trainer = CoSupTrainer(make_model(), arguments(tmp_path), eval_dataset=sets)
+    for _ in range(2):  # a stream is read again
+        metrics = trainer.evaluate()
+        assert metrics["eval_long_num_left_out"] == 2
+        assert "eval_short_num_left_out" not in metrics
+    assert trainer.evaluate(held_out)["eval_num_left_out"] == 2
+    assert trainer.evaluate("long")["eval_num_left_out"] == 2
+    with pytest.raises(TypeError, match=r"evaluation set is the name 'eval.jsonl'.*load_instances\('eval.jsonl'\)"):
+        trainer.evaluate("eval.jsonl")
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_free": True}, {"supervision": "separate"}, {"supervision": "ntp"}])

@@ -318,6 +318,22 @@ def test_finding_no_batch_size_names_what_helps(tmp_path):
         trainer.train()
 
 
+def test_an_evaluation_out_of_memory_names_its_batch_size_once(tmp_path):
+    options = {"per_device_eval_batch_size": 4, "eval_on_start": True, "eval_strategy": "steps", "max_steps": 1}
+    model = make_model()
+    args = arguments(tmp_path, **options)
+    trainer = CoSupTrainer(model, args, train_dataset=world(NAMES[:8]), eval_dataset=world(NAMES[8:16]))
+
+    def fail(part, args, kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    model.gen.model.register_forward_pre_hook(fail, with_kwargs=True)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        trainer.train()
+    expected = "a per_device_eval_batch_size below 4; bf16; a max_length below 256."
+    assert str(error.value) == f"CUDA out of memory.\nOut of memory in an evaluation. What lowers it: {expected}"
+
+
 def test_a_smaller_batch_that_was_found_is_sampled_and_shown(tmp_path):
     """Without `nsp_batch_size` the batch itself shrinks, and its sampler and card follow."""
     model = make_model()
@@ -345,6 +361,11 @@ def test_memory_advice_follows_the_arguments_and_other_errors_pass(tmp_path):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
         assert "Tried to allocate 2 GiB" in str(error.value)
         assert ("gradient_checkpointing;" in str(error.value)) != bool(options.get("gradient_checkpointing"))
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        with explained_memory_errors(args), explained_memory_errors(args, evaluates=True):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+    expected = "a max_tokens_per_micro_batch below 99; bf16; a max_length below 1024."
+    assert str(error.value) == f"CUDA out of memory.\nOut of memory in an evaluation. What lowers it: {expected}"
     with pytest.raises(RuntimeError, match="^something else$"):
         with explained_memory_errors(args):
             raise RuntimeError("something else")
