@@ -107,7 +107,7 @@ _TRAINING = (
     Figure(
         "num_left_out",
         "left out",
-        "number of instances left out, because prompt, candidates and answer together exceed max_length",
+        "number of instances left out, because they exceed max_length, candidates included",
         "count",
     ),
     Figure(

@@ -17,7 +17,7 @@ _MISSING_IF: dict[str, tuple[str, ...]] = {
     "no instance has several [NSP]": ("first_query_recall@k", "later_query_recall@k"),
     "matryoshka_dims is not set": ("matryoshka_loss",),
     "nothing is distilled": ("distillation_loss", "target_entropy", "student_entropy", "target_max"),
-    "candidates_from is not set": ("num_left_out",),
+    "no instance was too long, and candidates_from is not set": ("num_left_out",),
     "no [NSP] is trained": ("nsp_predicted",),
     "no MLP memory is trained with kl_weight": ("knn_kl",),
     "there is no query": ("num_negatives",),
