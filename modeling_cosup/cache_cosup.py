@@ -247,8 +247,8 @@ def cache_for(model: Any, settings: DecodingSettings) -> RowCache:
     """
     Return an empty cache for a decoding loop.
 
-    A static cache has all rows from the start, and comes from the last call, which left it on the model: a captured
-    step is bound to its cache, and another cache would mean capturing it again.
+    A static cache has all rows from the start. It is taken from the model, where the last call left it, and given back
+    when this call ends: a captured step is bound to its cache, and another cache would mean capturing it again.
 
     Args:
         model ([`CoSupForCausalLM`]): gives away the static cache in `_static_row_cache`.

@@ -370,8 +370,10 @@ class SearchableKeys(FolderStore):
         if (keys is None) != (targets is None):
             raise ValueError("keys and targets go together: pass both or neither.")
         if keys is None or targets is None:
+            if lm_log_probs is not None:
+                raise ValueError("lm_log_probs belong to keys and targets: pass all three.")
             if len(self) < 2:
-                raise ValueError("The only entry of this memory may not find itself: pass keys and targets.")
+                raise ValueError("This memory has one entry: to compare, pass keys and targets of held-out text.")
             return
         check_keys(keys, self.key_size)
         if not len(keys):

@@ -113,8 +113,8 @@ class DeviceSearch:
             to the files' dtype. Scores are float32.
 
     Raises:
-        `ValueError`: for an unknown dtype, and for embeddings that are not finite or overflow it. An infinite one
-            times a negative query would be the last result, where nothing finds it.
+        `ValueError`: for an unknown dtype, and for embeddings that are not finite or overflow it. An infinite
+            score would hide or promote its passage without an error.
     """
 
     def __init__(self, shards: list[Shard], device: str | torch.device, dtype: str | None = None) -> None:

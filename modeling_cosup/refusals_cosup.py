@@ -62,7 +62,9 @@ class RefusalsMixin:
                 )
         criteria = kwargs.get("stopping_criteria") or ()
         if prepared.max_time is not None or any(isinstance(criterion, MaxTimeCriteria) for criterion in criteria):
-            raise ValueError("generate_many takes no max_time, which would cut off all prompts that still wait.")
+            raise ValueError(
+                "generate_many takes no max_time, which would cut off prompts that still wait: give max_new_tokens."
+            )
         for processor in kwargs.get("logits_processor") or ():
             if getattr(processor, "prompt_ignore_length", None) is not None:
                 raise ValueError(
@@ -314,4 +316,4 @@ def raise_together(error: Exception | None, synced_gpus: bool, device: torch.dev
     if error is not None:
         raise error
     if synced_gpus and failed.item():
-        raise ValueError("generate() refused the arguments of another rank; the error there says why.")
+        raise ValueError("generate() did not begin, because another rank failed; the error there says why.")

@@ -228,7 +228,11 @@ class PassageIndex(SearchableStore):
                 self._commit(self.folder, config)
         self.config, self._approximate = config, approximate
         self._id_table = None if self.folder is None else map_id_table(self.folder, config)
-        self._set_shards(shards)
+        try:
+            self._set_shards(shards)
+        except (RuntimeError, ValueError) as error:  # the passages are added: what fails is their copy on the device
+            logger.warning(f"The index is searched from its files again, because its copy on a device fails: {error}")
+            self.to(None)
         report_cut(builder.num_cut, model.config.max_passage_length)
 
     def _ids_held(self, ids: list[str]) -> list[str]:

@@ -77,13 +77,6 @@ class RetrievalConfig:
             raise ValueError(
                 "RetrievalConfig: candidates are searched, passages are given without a search; set one of them."
             )
-        searches = self.passages is None or any(entry is None for entry in self.passages)
-        of_a_search = {"min_score": self.min_score is not None, "no_repeat_passages": self.no_repeat_passages}
-        for name, is_set in of_a_search.items():
-            if is_set and not searches:
-                raise ValueError(
-                    f"RetrievalConfig.{name} is for passages that are searched, but all prompts have given passages."
-                )
         if self.forget_passages not in (None, "recompute", "mask"):
             raise ValueError(
                 f"RetrievalConfig.forget_passages is {self.forget_passages!r}, expected None, 'recompute' or 'mask'."

@@ -55,6 +55,8 @@ def main() -> None:
         was_built = is_built_before(args, model, state)
         if not was_built:
             build(args, model, state)
+        elif state.is_main_process:
+            print(f"{args.output_dir} holds this corpus already, so nothing is embedded. To embed anew, remove it.")
         state.wait_for_everyone()
         if state.is_main_process:
             finish(args, must_merge=state.num_processes > 1 and not was_built)

@@ -65,7 +65,7 @@ def main() -> None:
     (args,) = parse([RunnerArguments], __doc__)
     with clear_errors():
         experiment = load_experiment(args.experiment, args.override)
-        planned_seeds = experiment.seeds
+        planned_seeds = load_experiment(args.experiment).seeds  # of the file, whatever is overridden
         if args.seeds:
             experiment.seeds = parse_seeds(args.seeds)
         if unknown := sorted(set(args.only or []) - set(experiment.arms)):

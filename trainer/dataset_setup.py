@@ -370,6 +370,7 @@ class _StreamFilter:
         self.contents = PassageContents(MOST_STREAMED_IDS)
         self.num_kept = 0
         self.num_with_queries = 0
+        self.num_dropped = 0  # in all readings of the stream, for warnings
         self.num_cut = 0
 
     def __call__(self, instance: dict, row: int) -> bool:
@@ -381,9 +382,10 @@ class _StreamFilter:
                     " max_length."
                 )
             self.long_instances.num_dropped += 1
-            if has_doubled(self.long_instances.num_dropped, 1):
+            self.num_dropped += 1
+            if has_doubled(self.num_dropped, 1):
                 logger.warning(
-                    f"Dropped {self.long_instances.num_dropped} instance(s) of the {self.name} so far: longer than"
+                    f"Dropped {self.num_dropped} instance(s) of the {self.name} so far: longer than"
                     f" max_length={self.max_length}."
                 )
             return False

@@ -218,6 +218,7 @@ def test_approximate_search_says_what_it_costs_and_is_saved(tmp_path):
         ("nonsense", {}, "could not parse index string nonsense"),
         ("Flat", {"nprobe": 3}, "has no search option 'nprobe'"),
         ("Flat", {"keys": torch.zeros(1, 24)}, "keys and targets go together"),
+        ("Flat", {"lm_log_probs": torch.zeros(1)}, "lm_log_probs belong to keys and targets"),
         ("Flat", {"keys": torch.zeros(0, 24), "targets": torch.zeros(0).long()}, "keys are empty"),
         ("Flat", {"keys": torch.zeros(1, 9), "targets": torch.zeros(1).long()}, r"the memory has keys of 24"),
         ("Flat", {"keys": torch.zeros(2, 24), "targets": torch.zeros(1).long()}, r"targets are \(1,\)"),
@@ -248,7 +249,7 @@ def test_searches_are_compared_only_where_there_is_something_to_find():
     memory = random_memory(count=1, shards=1)
     with pytest.raises(ValueError, match="This memory is searched exactly"):
         memory.compare_approximate()
-    with pytest.raises(ValueError, match="The only entry of this memory may not find itself"):
+    with pytest.raises(ValueError, match="This memory has one entry"):
         memory.train_approximate("Flat")
     figures = memory.train_approximate("Flat", keys=torch.zeros(1, 24), targets=memory.get_values(torch.tensor([0])))
     assert figures["ann_recall@1"] == 1

@@ -56,6 +56,21 @@ def test_a_device_may_hold_half_precision():
     check_nearest(index.search(queries(9), 5), all_scores(index, queries(9)))
 
 
+def test_added_passages_are_found_if_their_copy_on_the_device_fails(monkeypatch, tmp_path):
+    model = make_model()
+    index = model.build_index(PASSAGES, save_directory=tmp_path / "index", show_progress_bar=False).to("cpu")
+
+    def fail(*args):
+        raise torch.OutOfMemoryError("too little memory")
+
+    monkeypatch.setattr(index_searchable_cosup, "DeviceSearch", fail)
+    index.add(MANY[:2], model, show_progress_bar=False)
+    num_passages = len(PASSAGES) + 2
+    assert len(index) == num_passages
+    _, rows = index.search(index.get_embeddings([0]), num_passages)
+    assert sorted(rows[0]) == list(range(num_passages))
+
+
 def test_embeddings_that_overflow_on_a_device_are_refused():
     """Infinite in float16, row 0 would be the last result for this query: in float32 it is the first."""
     index = random_index(4, size=4, shard_size=2)

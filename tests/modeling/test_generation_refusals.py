@@ -163,11 +163,6 @@ def test_an_older_architecture_generates_in_training_mode_too():
         ({"force_nsp_first": True, "forbid_nsp": True}, "exclude each other"),
         ({"force_nsp_first": True, "max_retrievals": 0}, "force_nsp_first and max_retrievals=0 exclude each other"),
         ({"candidates": [], "passages": []}, "set one of them"),
-        (
-            {"passages": [["p0", "p0"]], "no_repeat_passages": True},
-            "no_repeat_passages is for passages that are searched",
-        ),
-        ({"passages": [["p0"]], "min_score": 0.0}, "min_score is for passages that are searched"),
         ({"forget_passages": "yes"}, "'recompute' or 'mask'"),
     ],
 )

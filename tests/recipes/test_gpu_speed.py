@@ -287,6 +287,7 @@ def test_a_batch_that_is_too_large_misses_its_goal(speed, context, monkeypatch):
 
 def test_kernels_are_chosen_in_each_process(speed):
     code = "from gpu_parts.kernels import choose_kernels; choose_kernels(); import torch;"
-    code += "print(torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.cuda.matmul.fp32_precision)"
+    precision = "getattr(torch.backends.cuda.matmul, 'fp32_precision', 'ieee')"  # since torch 2.9
+    code += f"print(torch.backends.cuda.cudnn_sdp_enabled(), {precision})"
     done = subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "ieee"]

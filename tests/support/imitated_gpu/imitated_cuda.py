@@ -135,6 +135,10 @@ def _install_storages(torch, device) -> None:
         content = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
         return content.to(device).untyped_storage()
 
+    def clone(storage):
+        content = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+        return content.clone().untyped_storage()
+
     resize_on_cpu = torch.UntypedStorage.resize_
 
     def resize(storage, size):
@@ -144,7 +148,7 @@ def _install_storages(torch, device) -> None:
         return storage
 
     kind = torch.storage._StorageBase
-    kind.to = to
+    kind.to, kind.clone = to, clone
     kind.cuda, kind.cpu = lambda storage, *args, **kwargs: to(storage, "cuda"), lambda storage: to(storage, "cpu")
     torch.UntypedStorage.resize_ = resize
 
