@@ -2,9 +2,9 @@
 The figures of an experiment: its arms on each task and seed, averaged and compared with the baseline.
 
 A line is what a table shows in one row: an arm or, if the experiment has several modes, an arm in a mode. A question
-counts once: its scores are averaged over the seeds that asked it. An average over tasks leaves out a seed that lacks
-the figure in one of them, if other seeds have it there. Intervals come from resampling the questions within each task.
-They do not cover the variation over seeds, so the standard deviation over seeds is shown next to them.
+counts once: its scores are averaged over the seeds that asked it. An average over tasks uses only seeds with a value
+in every task in which any seed has one. Intervals come from resampling the questions within each task. They do not
+cover the variation over seeds, so the standard deviation over seeds is shown next to them.
 """
 
 from collections.abc import Callable, Mapping, Sequence
