@@ -65,7 +65,7 @@ def main() -> None:
     (args,) = parse([RunnerArguments], __doc__)
     with clear_errors():
         experiment = load_experiment(args.experiment, args.override)
-        planned_seeds = load_experiment(args.experiment).seeds  # of the file, whatever is overridden
+        planned_seeds = seeds_of_file(args.experiment, args.override)
         if args.seeds:
             experiment.seeds = parse_seeds(args.seeds)
         if unknown := sorted(set(args.only or []) - set(experiment.arms)):
@@ -95,6 +95,11 @@ def main() -> None:
 
 
 # ---------------------------------------------------------------------- planning
+
+
+def seeds_of_file(path: str, overrides: list[str]) -> list[int]:
+    """Return the seeds that an experiment file plans; other overrides may be needed to load it."""
+    return load_experiment(path, [override for override in overrides if not override.startswith("seeds=")]).seeds
 
 
 def plan_seed(

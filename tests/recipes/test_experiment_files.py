@@ -242,6 +242,13 @@ def test_yaml_files_may_begin_with_a_byte_order_mark_and_errors_name_them(tmp_pa
             definition.read_yaml(tmp_path / "bad.yaml")
 
 
+def test_the_planned_seeds_are_those_of_the_file():
+    path = ROOT / "recipes" / "experiments" / "main_table.yaml"
+    overrides = ["seeds=[7, 8]", "max_steps=3"]
+    assert load_experiment(path, overrides).seeds == [7, 8]
+    assert run_experiments.seeds_of_file(path, overrides) == [0, 1, 2]
+
+
 def test_overrides_of_several_kinds(inputs):
     required = ["--experiment", str(inputs / "experiment.yaml"), "--output_dir", "out"]
     first = ["--override", "max_steps=7", "seeds=[4]", "--only", "co"]

@@ -1,4 +1,4 @@
-"""Which kernels torch may choose on a GPU, so that errors are those of float32 and speeds those of the arms."""
+"""Settings of torch's kernels on a GPU, for exact float32 and a fair comparison of speeds."""
 
 import torch
 
