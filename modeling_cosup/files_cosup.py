@@ -10,6 +10,7 @@ import errno
 import gzip
 import hashlib
 import json
+import math
 import os
 import secrets
 import zlib
@@ -74,11 +75,31 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON. Even after a crash or a power cut, `path` holds either its old content or all of `value`."""
+    """
+    Write JSON. Even after a crash or a power cut, `path` holds either its old content or all of `value`.
+
+    Raises:
+        `ValueError`: for a number that is NaN or infinite, which JSON does not have, naming the file and the entry.
+    """
+    for entry, number in not_finite(value):
+        raise ValueError(f"{path}: {entry} is {number}, which JSON does not have.")
+    text = json.dumps(value, indent=2, ensure_ascii=False)
     with replacing_file(path) as unfinished, unfinished.open("w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.write(text + "\n")
         file.flush()
         os.fsync(file.fileno())
+
+
+def not_finite(value: Any, entry: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers in a JSON value that are NaN or infinite, each after its place, such as `"runs.0.loss"`."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield entry, value
+    elif isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from not_finite(part, f"{entry}.{key}" if entry else str(key))
+    elif isinstance(value, list | tuple):
+        for number, part in enumerate(value):
+            yield from not_finite(part, f"{entry}.{number}" if entry else str(number))
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from shared.cli import clear_errors, parse
 
 from trainer.judging.figures import MAIN
 from trainer.reports.cells import verdict
-from trainer.reports.comparison import compare_results, comparison_row, section_label, write_comparison
+from trainer.reports.comparison import compare_results, comparison_row, section_label, task_count, write_comparison
 
 PRINTED = (*MAIN, "mrr", "query_recall@1", "hit_rate@5")  # the report shows all figures
 
@@ -59,6 +59,8 @@ def print_sections(title: str, sections: dict) -> None:
             outcome = verdict(name, compared["interval"])
             if left_out:
                 outcome += f" {left_out}"
+            if compared.get("tasks") != compared.get("of_tasks"):
+                outcome += f", {task_count(compared)} tasks"
             print(f"  {label:14} {first:>6} {second:>6}  {difference:>6} {interval:18} p {p:7}  n = {n:5}  {outcome}")
 
 

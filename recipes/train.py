@@ -38,12 +38,11 @@ from transformers.utils import logging
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.facts_cosup import load_facts
-from modeling_cosup.files_cosup import write_json
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_instances
 from trainer.card import complete_card, held_out_group, write_card
 from trainer.hub import push_checkpoint
 from trainer.judging.figures import Measured
-from trainer.judging.results import FORMAT
+from trainer.judging.results import FORMAT, write_results
 from trainer.model_setup import trains_passages, without_peft
 from trainer.questions import gold_ids, ranking_can_be_judged
 from trainer.watch import is_full_disk
@@ -280,7 +279,7 @@ def index_and_evaluate(model: CoSupForCausalLM, run: Run) -> None:
     """Build and save the index, unless one was given; measure, write `results.json`, complete the card, and push."""
     index = None
     groups = held_out_group(run.results["validation"]) if "validation" in run.results else []
-    write_json(run.output_dir / "results.json", run.results)  # written again below, but the evaluation may fail
+    write_results(run.output_dir / "results.json", run.results)  # written again below, but the evaluation may fail
     if run.corpus is not None:
         with precision(run.args):
             if run.script.index is None:
@@ -288,7 +287,7 @@ def index_and_evaluate(model: CoSupForCausalLM, run: Run) -> None:
                 index.save_pretrained(run.output_dir / "index")
             if run.questions is not None:
                 groups += evaluate(model, run)
-    write_json(run.output_dir / "results.json", run.results)
+    write_results(run.output_dir / "results.json", run.results)
     share(model, index, groups, run)
 
 

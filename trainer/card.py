@@ -87,9 +87,14 @@ def training_record(
 
 
 def _recorded(entry: dict[str, Any]) -> dict[str, Any]:
-    """Return the part of a log entry that is recorded: every loss, whatever its name, hit rates, and `LOGGED`."""
+    """
+    Return the part of a log entry that is recorded: every loss, whatever its name, hit rates, and `LOGGED`. Numbers
+    that are not finite are left out: no facts file can hold them.
+    """
     recorded = {}
     for name, value in entry.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            continue
         if name in LOGGED or name.endswith("loss") or name.startswith("hit_rate@"):
             recorded[name] = value
     return recorded

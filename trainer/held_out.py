@@ -92,6 +92,11 @@ class HeldOutMixin(HeldOutSetsMixin):
         dataset: Any = eval_dataset
         sets = self.eval_dataset if isinstance(self.eval_dataset, dict) else {}
         is_name = isinstance(dataset, str) and dataset in sets
+        if sets and isinstance(dataset, str) and not is_name:
+            raise TypeError(
+                f"The evaluation set is the name {dataset!r}, expected one of this trainer's sets"
+                f" ({', '.join(map(repr, sets))}), or instances: read them with load_instances({dataset!r})."
+            )
         if dataset is not None and not is_name and not isinstance(dataset, dict):
             dataset = self._prepared_evaluation_set(dataset)  # raises for the name of a file
         with self._fresh_candidates():

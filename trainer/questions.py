@@ -2,6 +2,7 @@
 
 import re
 import string
+import unicodedata
 from collections.abc import Iterable, Sequence
 
 VERDICTS = ("yes", "no", "true", "false", "supports", "refutes")  # answers that no passage can be searched for
@@ -47,21 +48,63 @@ def normalize_answer(text: str) -> str:
     return " ".join(without_articles.split())
 
 
+class _Spaces(dict[int, str]):
+    """A table for `str.translate` that puts spaces around punctuation and symbols, and in place of what is no text."""
+
+    def __missing__(self, code: int) -> str:
+        character = chr(code)
+        kind = unicodedata.category(character)[0]
+        if kind in "LMN":  # letters, their marks, and numbers
+            spaced = character
+        elif kind in "ZC":  # separators and control characters
+            spaced = " "
+        else:
+            spaced = f" {character} "
+        self[code] = spaced
+        return spaced
+
+
+_SPACES = _Spaces()
+
+
+def _tokens(text: str) -> str:
+    """
+    Return the tokens of a text, in lower case, with single spaces between them. As in DPR's `SimpleTokenizer`, a token
+    is a run of letters, marks and digits, or any other visible character: "1939–1945" has three.
+    """
+    return " ".join(unicodedata.normalize("NFD", text).translate(_SPACES).lower().split())
+
+
 def has_answer(passage: dict, answers: Iterable[str]) -> bool:
     """
-    Return whether a passage holds one of the answers, as DPR and Atlas judge retrieval without gold passages.
+    Return whether a passage holds one of the answers, as DPR judges retrieval without gold passages.
 
-    The words of the normalised answer must stand next to each other in the normalised title or the normalised text;
-    "art" is not in "party". [`normalize_answer`] makes one word of a hyphenated one. An answer that normalises to
-    nothing, such as "The", is in no passage.
+    The tokens of the answer must stand next to each other in the title or in the text: "art" is not in "party", "1939"
+    is in "1939–1945", and "The Hague" is not in "Hague". Unlike in DPR, an answer that normalises to nothing, such as
+    "The", is in no passage.
 
     Args:
         passage (`dict`): with `"text"` and, unless it has none, `"title"`.
         answers (iterable of `str`): see [`answers_to_find`] for those that mean something here.
     """
-    words = [normalize_answer(answer) for answer in answers]
-    texts = [f" {normalize_answer(passage.get(name) or '')} " for name in ("title", "text")]
-    return any(f" {answer} " in text for answer in words if answer for text in texts)
+    texts = [f" {_tokens(passage.get(name) or '')} " for name in ("title", "text")]
+    for answer in answers:
+        if normalize_answer(answer) and any(f" {_tokens(answer)} " in text for text in texts):
+            return True
+    return False
+
+
+def answer_lists(question: dict) -> list[list[str]]:
+    """Return QAMPARI's answers, each a list of aliases, or an empty list if `meta.answers` is none of such lists."""
+    lists = (question.get("meta") or {}).get("answers")
+    if not isinstance(lists, list) or not all(are_texts(aliases) for aliases in lists):
+        return []
+    return lists
+
+
+def are_texts(value: object) -> bool:
+    """Return whether a value is a list of one or more texts."""
+    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 def answers_to_find(question: dict) -> list[str]:
@@ -71,13 +114,14 @@ def answers_to_find(question: dict) -> list[str]:
     They are its `answers` or, if it has ALCE's readings, their short answers. Answers that normalise to nothing and
     verdicts (yes, no, true, false, supports, refutes) are left out: a passage that holds the word "no" answers
     nothing. Questions answered by whole sentences have none: questions of Wizard of Wikipedia and ELI5, questions with
-    ALCE's claims, and questions with `"meta": {"long_answers": true}`.
+    ALCE's claims, and questions with `"meta": {"long_answers": true}`. Nor have questions whose answer is a list, see
+    [`answer_lists`]: a passage that holds one of ten answers does not answer the question.
 
     Args:
         question (`dict`): an instance with `answers`; `dataset` and `meta` are read if it has them.
     """
     meta = question.get("meta") or {}
-    if meta.get("long_answers") or meta.get("claims"):
+    if meta.get("long_answers") or meta.get("claims") or answer_lists(question):
         return []
     if question.get("dataset") in LONG_ANSWER_DATASETS:
         return []

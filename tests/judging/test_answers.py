@@ -221,6 +221,18 @@ def test_wrong_passages_are_never_gold(model):
     without_pools = [{**question, "candidates": []} for question in WORLD_QUESTIONS]
     for ids, question in zip(wrong_passages(without_pools, index), WORLD_QUESTIONS, strict=True):
         assert gold_ids(question).isdisjoint(ids)
-    gold_alone = {**WORLD_QUESTIONS[1], "candidates": ["p0", "p1", "p3"]}
-    with pytest.raises(ValueError, match="1 of 2 questions have no passage but gold ones"):
-        wrong_passages([WORLD_QUESTIONS[0], gold_alone], index)
+
+
+def test_wrong_passages_are_as_many_as_gold_ones(model):
+    """Of the candidates as far as they suffice, and then of the index."""
+    index = model.build_index(CORPUS, show_progress_bar=False)
+    gold = ["p0", "p1", "p3"]
+    few = {**WORLD_QUESTIONS[1], "candidates": [*gold, "evil", "evil"]}
+    (ids,) = wrong_passages([few], index)
+    assert ids[0] == "evil"
+    assert len(set(ids)) == len(few["provenance"][0]) == 2
+    (ids,) = wrong_passages([{**few, "candidates": gold}], index)
+    assert len(set(ids) - set(gold)) == 2
+    small = model.build_index([passage for passage in CORPUS if passage["id"] in (*gold, "evil")])
+    with pytest.raises(ValueError, match="too few wrong passages for 1 of 2 questions: mode 'wrong' gives"):
+        wrong_passages([{**WORLD_QUESTIONS[0], "candidates": []}, few], small)

@@ -9,7 +9,8 @@ from modeling_cosup import Completion
 from modeling_cosup.lines_cosup import read_lines
 from support.evaluation_world import CORPUS, FREE, IDS, QUESTIONS, UNKNOWN, write_world
 from support.models import make_model
-from trainer.judging.answers import embed_queries
+from trainer.judging import runs
+from trainer.judging.answers import embed_queries, prompt_ids
 from trainer.judging.figures import figure
 from trainer.judging.judge import _notes_on_empty_answers, evaluate_tasks
 from trainer.judging.matching import retrieved_ids
@@ -274,6 +275,31 @@ def test_answers_of_other_settings_are_refused(model, world, forced, tmp_path):
         evaluate_tasks(model, [Task("t", **world, **SHORT)], output, ["forced"], index_cache=tmp_path / "cache")
 
 
+def test_a_refusal_says_what_has_changed_and_questions_are_tokenized_once_for_all_modes(
+    model, world, forced, tmp_path, monkeypatch
+):
+    """Of a digest, the two values would say nothing."""
+    output, _ = forced
+    asked = []
+    monkeypatch.setattr(runs, "prompt_ids", lambda model, question: asked.append(question["id"]) or [1])
+    message = r"(?s)  prompts: the same questions give other tokens: the tokenizer or its chat template has changed$"
+    with pytest.raises(ValueError, match=message):
+        evaluate_tasks(model, [Task("t", **world, **SHORT)], output, ["forced"], index_cache=tmp_path / "cache")
+    monkeypatch.undo()
+    evaluate_tasks(model, [Task("t", **world, **SHORT)], output, ["forced"], index_cache=tmp_path / "cache")
+    fewer = Task("t", **world, **SHORT, max_eval_samples=3)
+    with pytest.raises(
+        ValueError, match="(?s)  questions: the evaluation set has changed[^\n]*\n  number of questions:"
+    ):
+        evaluate_tasks(model, [fewer], output, ["forced"], index_cache=tmp_path / "cache")
+    monkeypatch.setattr(
+        runs, "prompt_ids", lambda model, question: asked.append(question["id"]) or prompt_ids(model, question)
+    )
+    asked.clear()
+    evaluate_tasks(model, [Task("t", **world, **SHORT)], output, ["forced"], index_cache=tmp_path / "cache")
+    assert len(asked) == len(set(asked)) == len(QUESTIONS) + 2
+
+
 @pytest.mark.parametrize(
     ("part", "name", "value", "setting", "modes"),
     [
@@ -290,7 +316,8 @@ def test_answers_with_another_config_or_template_are_refused(
     tasks, cache = [Task("t", **world, **SHORT)], tmp_path / "cache"
     monkeypatch.setattr(getattr(model, part), name, value)
     for mode in modes:
-        with pytest.raises(ValueError, match=f"(?s)t/{mode} holds answers of other settings.*  {setting}: then"):
+        change = "the same questions give other tokens" if setting == "prompts" else "then"
+        with pytest.raises(ValueError, match=f"(?s)t/{mode} holds answers of other settings.*  {setting}: {change}"):
             evaluate_tasks(model, tasks, output, ["forced"], index_cache=cache)
         run_file = output / "t" / mode / "run.json"
         settings = json.loads(run_file.read_text())
@@ -350,10 +377,10 @@ def changed(question, **fields):
             id="unknown gold passages",
         ),
         pytest.param(
-            [changed(QUESTIONS[1], candidates=["p0", "p1", "p3"])],
-            {"pool": 3},
-            "1 of 1 questions have no passage but gold ones: mode 'wrong'",
-            id="no wrong passage",
+            [QUESTIONS[1], changed(QUESTIONS[0], provenance=[["p0", "p1", "p2", "p3"]])],
+            {},
+            "The index has too few wrong passages for 1 of 2 questions: mode 'wrong'",
+            id="too few wrong passages",
         ),
         pytest.param(
             [changed(QUESTIONS[0], answers=[])],

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from trainer.judging.correctness import kilt_scores, str_em
+from trainer.judging.correctness import kilt_scores, list_f1, str_em
 from trainer.judging.grounding import citation_scores, claim_recall
 from trainer.judging.retrieval import kilt_recall_at_k, mean_scores, retrieval_scores
 
@@ -158,6 +158,51 @@ def test_counts_of_several_citations():
         assert float(f"{100 * share:.2f}") == ALCE["scores"]["set"][name]
 
 
+# ---------------------------------------------------------------------- ALCE's lists
+
+RIVERS = [["Rhine", "Rhein"], ["Elbe"], ["Oder"], ["Po"], ["Seine"], ["Ems"]]
+RIVER_PASSAGES = [{"title": "", "text": text} for text in ("the Rhine", "Elbe and Oder", "Rhine and Oder")]
+RIVER_QUESTION = "Which rivers?"
+
+
+def f1(precision, recall):
+    return 2 * precision * recall / (precision + recall)
+
+
+# (output, list F1, citation recall, citation precision), worked out from the formulas of eval.py at the commit above:
+# precision is over the items that are not empty, recall over five answers; a citation counts with its item, and every
+# item counts in the citation recall, even an empty one.
+LISTS = [
+    ("Rhine [1], Elbe [2].", f1(1, 2 / 5), 1, 1),
+    ("Rhine, Elbe, Oder, Po, Seine, Ems", 1, 0, 0),  # five are enough, and nothing is cited
+    ("Rhine, Elbe, Oder, Po, Seine, Danube", f1(5 / 6, 1), 0, 0),
+    ("", 0, 0, 0),
+    ("Rhine [1][3], Danube [2]", f1(1 / 2, 1 / 5), 1 / 2, 2 / 3),
+    ("Elbe [1][2]", f1(1, 1 / 5), 1, 1 / 2),  # [1] is not needed
+    ("Elbe [2], , Oder [2]", f1(1, 2 / 5), 2 / 3, 1),
+    ("Rhine [1], Rhine [1], Elbe [9]", f1(1, 2 / 5), 2 / 3, 1),  # named twice; out of range
+    ("The RHEIN [1], Oder [2][2],", f1(1, 2 / 5), 1 / 2, 2 / 3),  # an alias, which the passage lacks
+    ("Rhine [1]\nElbe [2]", f1(1, 1 / 5), 1, 1),  # the first line alone
+    ("Rhine [1] and Elbe [2]", 0, 0, 0),  # no comma: one item
+    ("Oder [1][2][3][3]", f1(1, 1 / 5), 1, 2 / 3),  # three citations count, of which [1] is not needed
+    ("Rhine,Elbe [2]<|im_end|>", f1(1, 2 / 5), 1 / 2, 1),
+]
+
+
+def names_river(pairs):
+    """Say that a hypothesis follows if the premise contains its item, which comes after the question."""
+    for _, hypothesis in pairs:
+        assert hypothesis.startswith(f"{RIVER_QUESTION} ")
+    return [hypothesis.removeprefix(RIVER_QUESTION).strip() in premise for premise, hypothesis in pairs]
+
+
+@pytest.mark.parametrize(("output", "expected", "recall", "precision"), LISTS)
+def test_lists_by_the_formulas_of_alce(output, expected, recall, precision):
+    assert list_f1(output, RIVERS) == same(expected)
+    (scores,) = citation_scores([output], [RIVER_PASSAGES], names_river, list_questions=[RIVER_QUESTION])
+    assert (scores["citation_recall"], scores["citation_precision"]) == (same(recall), same(precision))
+
+
 # ---------------------------------------------------------------------- the evaluate modules
 
 
@@ -193,3 +238,22 @@ def test_the_module_of_alce(load):
     for their_name, our_name in ALCE_NAMES.items():
         assert 100 * ours[our_name] == same(ALCE["scores"]["set"][their_name])
     assert ours["num_cited_outputs"] == sum(number is not None for number in ALCE["scores"]["each"]["citation_rec"])
+
+
+@pytest.mark.parametrize("place", ["top level", "meta"])
+def test_the_module_of_alce_judges_lists_item_by_item(load, place):
+    retrievals = [{"passages": [{"id": str(number), **passage}]} for number, passage in enumerate(RIVER_PASSAGES)]
+    predictions, references = [], []
+    for number, (output, *_) in enumerate(LISTS):
+        predictions.append({"id": str(number), "output_with_citations": output, "retrievals": retrievals})
+        reference = {"id": str(number), "input": RIVER_QUESTION, "answers": RIVERS}
+        if place == "meta":
+            reference |= {"answers": ["Rhine", "Rhein"], "meta": {"answers": RIVERS}}
+        references.append(reference)
+    ours = load("alce").compute(predictions=predictions, references=references, nli=names_river)
+    for name, column in (("list_f1", 1), ("citation_recall", 2), ("citation_precision", 3)):
+        assert ours[name] == same(sum(row[column] for row in LISTS) / len(LISTS))
+    assert ours["num_cited_outputs"] == len(LISTS)
+    with pytest.raises(ValueError, match="Reference '0' has lists of answers, but no input"):
+        without = [{**reference, "input": None} for reference in references]
+        load("alce").compute(predictions=predictions, references=without, nli=names_river)

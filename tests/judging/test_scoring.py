@@ -105,10 +105,15 @@ def test_one_answer_of_a_list_is_not_all_of_it():
     ]
     scores = score([prediction(question, "Rhine") for question in questions], questions)
     assert scores["cor"] == scores["list_f1"] == [0.5, None]
+    assert [scores[name][0] for name in ("em", "f1", "accuracy", "kilt_em")] == [None] * 4
+    free = score([prediction(questions[0], "Rhine")], [{**questions[0], "provenance": []}])
+    assert "em_not_needed" not in free
     assert cor_names(questions) == ["list_f1"]
     cited = prediction(questions[0], "Rhine [1], Elbe [1], Oder [1], Po [1].", retrieved=["p0"])
     scores = score([cited], questions[:1], entail=lambda pairs: ["Po" not in claim for _, claim in pairs])
     assert scores["citation_recall"] == scores["citation_precision"] == [3 / 4]  # of four items, not of one sentence
+    prose = score([cited], questions[:1], metric="short_answer", entail=says_yes)  # the task does not ask for a list
+    assert prose["citation_recall"] == [1.0]
     assert "list_f1" not in score([prediction(questions[1], "Rhine")], questions[1:])
     with pytest.raises(ValueError, match="1 of 2 questions have no meta.answers, which list_f1, their Cor, compares"):
         check_questions(questions, "rivers")

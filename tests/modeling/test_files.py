@@ -12,6 +12,7 @@ import pytest
 from modeling_cosup import files_cosup
 from modeling_cosup.files_cosup import digest, digest_all, digest_file, locked, read_json, write_json
 from modeling_cosup.lines_cosup import lines_with_places, read_lines, write_lines, writing_lines
+from trainer.judging.results import write_results
 
 HOLD_LOCK = """
 import sys, time
@@ -57,6 +58,21 @@ def test_a_file_that_was_not_completely_written_is_not_there(tmp_path):
         write_json(tmp_path / "value.json", {"a": object()})
     assert read_json(tmp_path / "value.json") == {"a": 1}
     assert [path.name for path in tmp_path.iterdir()] == ["value.json"]
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_no_file_holds_a_number_that_json_does_not_have(number, tmp_path):
+    """`NaN` and `Infinity` are no JSON: other readers than Python's refuse the whole file."""
+    write_json(tmp_path / "value.json", {"a": 1})
+    with pytest.raises(ValueError, match=rf"value.json: runs.1.loss is {number}, which JSON does not have"):
+        write_json(tmp_path / "value.json", {"runs": [{"loss": 1.5}, {"loss": number}]})
+    assert read_json(tmp_path / "value.json") == {"a": 1}
+    results = {"validation": {"eval_loss": number, "eval_num_queries": 3}}
+    write_results(tmp_path / "value.json", results)
+    assert read_json(tmp_path / "value.json") == {
+        "validation": {"eval_loss": None, "eval_num_queries": 3},
+        "not_finite": {"validation.eval_loss": str(number)},
+    }
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz"])

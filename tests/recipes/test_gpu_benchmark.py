@@ -339,6 +339,22 @@ def test_statuses_resumption_and_report(parts, tmp_path, capsys):
         check_size(tmp_path, ("speed",), tiny=False)
 
 
+def test_an_error_that_is_nan_is_null_in_the_record_and_the_report(parts, tmp_path):
+    from gpu_parts.comparing import Comparisons
+    from gpu_parts.records import read_record, write_record
+    from gpu_parts.report import write_report
+
+    rows = Comparisons()
+    rows.add("loss", torch.float32, float("nan"), 1.0)
+    record = {"part": "correctness", "check": "loss", "order": 0, "status": "failed", "reason": "nan > 1.0"}
+    write_record(tmp_path, {**record, "result": rows.result(), "seconds": 1.0, "peak_memory_gb": float("nan")})
+    read = read_record(tmp_path, "correctness", "loss")
+    assert (read["result"]["comparisons"][0]["error"], read["peak_memory_gb"]) == (None, None)
+    assert read["not_finite"] == {"result.comparisons.0.error": "nan", "peak_memory_gb": "nan"}
+    write_report(tmp_path)
+    assert "nan" in (tmp_path / "report.md").read_text()
+
+
 def test_a_large_result_is_left_out_of_the_file_with_all_results(parts):
     from gpu_parts.report import small
 

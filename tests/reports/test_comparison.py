@@ -9,7 +9,7 @@ from support.forks import run_forked
 from trainer.judging.figures import figure
 from trainer.judging.results import FORMAT
 from trainer.reports.cells import verdict
-from trainer.reports.comparison import compare_results, comparison_blocks, section_label, write_comparison
+from trainer.reports.comparison import compare_results, comparison_blocks, section_label, task_count, write_comparison
 from trainer.reports.document import to_markdown
 
 
@@ -105,7 +105,8 @@ def test_averages_by_hand(folders):
     assert average["second"] == pytest.approx((0.75 + 1) / 2)
     assert average["difference"] == pytest.approx(0.5)
     assert average["rate"] == pytest.approx(100 * 0.5 / 0.375)
-    assert average["tasks"] == 2
+    assert (average["tasks"], average["of_tasks"], task_count(average)) == (2, 2, "2")
+    assert task_count(averages["all"]["retrieval"]["gr"]) == "1 of 2"
     assert average["interval"][0] < 0.5 < average["interval"][1]
     assert averages["out-of-domain"]["query corpus"]["mrr"]["n"] == 2
 
@@ -257,6 +258,7 @@ def test_the_recipe(folders, tmp_path):
     cor = r"  Cor +25.0 +100.0 +\+75.0 \[\+\d\d.\d, \+8\d.\d\] +p < 0.001 +n = 40 +ahead\n"
     assert re.search(rf"b, own retrieval\n\n{cor}", result.stdout)
     assert re.search(r"  HR@5 +0.0 +100.0 +\+100.0 ", result.stdout)
+    assert re.search(r"average, all, own retrieval\n\n(?s:.*)  Gr .*, 1 of 2 tasks\n", result.stdout)
     assert "note: 1 tasks are only in the second folder: c" in result.stdout
     assert (output / "comparison.html").exists()
 

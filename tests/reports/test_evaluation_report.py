@@ -183,10 +183,14 @@ def test_cells_of_figures():
         "difference": 0.2,
         "rate": 25.0,
         "seeds": seeds,
+        "of_seeds": 3,
         "verdict": "ahead",
     }
     assert seeds_difference_cell(difference, "cor") == ("+20.0 (+25.0 %)", "[+10.0, +40.0] n = 4, 2 / 1 / 0, ahead")
     assert seeds_difference_cell({**difference, "rate": None}, "num_retrievals")[0] == "+0.20"
+    assert seeds_difference_cell({**difference, "of_seeds": 4}, "cor")[1].endswith(
+        "n = 4, 3 of 4 seeds, 2 / 1 / 0, ahead"
+    )
     assert "n = 4 (96 left out)," in seeds_difference_cell({**difference, "left_out": 96}, "cor")[1]
     assert figure_cell({**figure, "interval": None, "n": 1}, "gr", with_n=True) == ("25.6", "— n = 1")
     assert figure_line({**figure, "interval": None, "n": 1}, "gr") == "  25.6 %  —  n = 1"

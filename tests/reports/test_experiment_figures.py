@@ -47,7 +47,7 @@ def test_an_average_says_in_how_many_tasks_it_exists(tmp_path):
     assert (difference["difference"], difference["tasks"], difference["of_tasks"]) == (0.0, 1, 2)
     text = write_report(results, tmp_path / "out")
     assert "| 100.0 — n = 1, 1 of 2 tasks, 1 of 2 seeds |" in text.replace("**", "")
-    assert "+0.0 (+0.0 %) — n = 1 (1 left out), 1 of 2 tasks, 0 / 1 / 0, within noise" in text
+    assert "+0.0 (+0.0 %) — n = 1 (1 left out), 1 of 2 tasks, 1 of 2 seeds, 0 / 1 / 0, within noise" in text
     assert "2 of 2 tasks" not in text
 
 
@@ -62,7 +62,10 @@ def test_a_seed_that_lacks_a_task_does_not_count_in_an_average(tmp_path):
     assert results.figure("new", ["a"], "ret")["seeds"] == {0: 1.0, 1: 1.0}
     difference = results.compare("new", ["a", "b"], "ret")
     assert (difference["difference"], difference["seeds"], difference["rate"]) == (0.5, {0: 0.5}, None)
-    assert "n = 8, 1 of 2 seeds" in write_report(results, tmp_path / "out")
+    assert (difference["n"], difference["left_out"], difference["of_seeds"]) == (8, 0, 2)
+    text = write_report(results, tmp_path / "out")
+    assert "n = 8, 1 of 2 seeds" in text
+    assert "n = 8, 1 of 2 seeds, 1 / 0 / 0, " in text
 
 
 def test_an_average_that_no_seed_has_in_all_tasks_has_no_value(tmp_path):

@@ -136,8 +136,14 @@ def test_an_evaluation_counts_the_instances_that_were_too_long(tmp_path, instanc
         assert "eval_short_num_left_out" not in metrics
     assert trainer.evaluate(held_out)["eval_num_left_out"] == 2
     assert trainer.evaluate("long")["eval_num_left_out"] == 2
+    message = (
+        r"set is the name 'lnog', expected one of this trainer's sets \('long', 'short'\), .*load_instances\('lnog'"
+    )
+    with pytest.raises(TypeError, match=message):
+        trainer.evaluate("lnog")
+    alone = CoSupTrainer(make_model(), arguments(tmp_path), eval_dataset=instances)
     with pytest.raises(TypeError, match=r"evaluation set is the name 'eval.jsonl'.*load_instances\('eval.jsonl'\)"):
-        trainer.evaluate("eval.jsonl")
+        alone.evaluate("eval.jsonl")
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_free": True}, {"supervision": "separate"}, {"supervision": "ntp"}])

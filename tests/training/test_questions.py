@@ -1,5 +1,7 @@
 """What a question needs: gold passages, or answers in passages."""
 
+import unicodedata
+
 import pytest
 
 from trainer.judging.correctness import DATASET_METRICS
@@ -26,8 +28,11 @@ def test_evidence_sets_and_gold_ids():
     ("answers", "expected"),
     [
         (["Rembrandt van Rijn"], True),
-        (["a rembrandt Van-Rijn", "RIJN!"], True),  # normalised, and any one is enough
-        (["the Night Watch"], True),  # of the title
+        (["rembrandt VAN  rijn"], True),
+        (["Rembrandt van Rijn!", "1642"], True),  # any one is enough
+        (["Rembrandt van Rijn!"], False),  # punctuation is a token
+        (["the Night Watch"], False),  # and so is an article
+        (["Night Watch"], True),  # of the title
         (["art"], False),  # whole words only: the text has "party"
         (["Rembrandt Rijn"], False),  # words next to each other
         (["Watch A party"], False),  # within the title or within the text
@@ -38,6 +43,44 @@ def test_evidence_sets_and_gold_ids():
 def test_has_answer(answers, expected):
     passage = {"id": "p", "title": "Night Watch", "text": "A party, painted by Rembrandt van Rijn in 1642."}
     assert has_answer(passage, answers) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        ("He fought 1939–1945.", "1939", True),
+        ("He fought 1939–1945.", "1939–1945", True),
+        ("He fought 1939-1945.", "1939–1945", False),  # another dash
+        ("He left Paris—for good.", "paris", True),
+        ("the “Night Watch”, 1642", "Night Watch", True),
+        ("Rembrandt’s wife", "Rembrandt", True),
+        ("Rembrandt's wife", "rembrandts", False),
+        ("the U.S.A. in 1776", "U.S.A.", True),
+        ("the U.S.A. in 1776", "USA", False),
+        ("snake_case", "case", True),
+        ("£5", "5", True),
+        ("5 million", "5\u00a0million", True),  # a space that does not break
+        ("zero\u200bwidth", "zero", True),
+        ("Müller", "mu\u0308ller", True),  # both forms of Unicode
+        ("Müller", "Muller", False),
+        ("हिन्दी", "हिन्दी", True),
+        ("हिन्दी", "हिन", False),  # vowel signs are marks, which are part of the word
+        ("東京都", "東京", False),  # no spaces: one token
+        ("x²", "x", False),
+        ("what is C++?", "C++", True),
+        ("what is C#?", "C", True),
+    ],
+)
+def test_has_answer_splits_texts_as_the_tokenizer_of_dpr_does(text, answer, expected):
+    """Compared with its two regular expressions, which need a module that knows Unicode's categories."""
+    assert has_answer({"text": text}, [answer]) is expected
+    regex = pytest.importorskip("regex")
+    texts = [unicodedata.normalize("NFD", part) for part in (text, answer)]
+    found, sought = (
+        [token.lower() for token in regex.findall(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]", part)] for part in texts
+    )
+    places = range(len(found) - len(sought) + 1)
+    assert any(found[place : place + len(sought)] == sought for place in places) is expected
 
 
 def test_has_answer_without_a_title():
@@ -54,6 +97,7 @@ def test_has_answer_without_a_title():
         ({"dataset": "eli5", "answers": ["Because light scatters."]}, []),
         ({"dataset": "own", "answers": ["a long text"], "meta": {"claims": ["a claim"]}}, []),
         ({"dataset": "asqa", "answers": ["long"], "meta": {"qa_pairs": [{"short_answers": ["Night"]}]}}, ["Night"]),
+        ({"dataset": "qampari", "answers": ["a", "Ems"], "meta": {"answers": [["a"], ["Ems"]]}}, []),  # one is not all
         ({"segments": []}, []),
     ],
 )

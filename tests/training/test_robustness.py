@@ -344,8 +344,10 @@ def test_a_smaller_batch_that_was_found_is_sampled_and_shown(tmp_path):
     trainer.data_collator.call_overhead = None
     trainer.train()
     assert trainer._sampler.batch_size == 6
+    trainer.state.log_history.append({"loss": 1.5, "step": 1, "ntp_loss": float("nan")})
     record = training_record(args, model, trainer.train_dataset, trainer.state)
     assert record["arguments"]["NSP batch"] == "6 instances"
+    assert record["log"][-1] == {"loss": 1.5, "step": 1}  # no facts file can hold NaN
 
 
 def test_memory_advice_follows_the_arguments_and_other_errors_pass(tmp_path):

@@ -224,13 +224,12 @@ def retrieval_settings(
             - `"off"`: `[NSP]` is never emitted.
             - `"gold"`: every answer begins with `[NSP]` and gets the passages of the first evidence set of
               `provenance`, in order.
-            - `"wrong"`: the same, but with as many passages that are not gold. They are drawn at random from the
-              question's `candidates`, or from the index if it has no candidates.
+            - `"wrong"`: the same, but with as many passages that are not gold, see [`wrong_passages`].
         questions, index, candidates, top_k, max_retrievals, seed: see [`answer`].
 
     Raises:
         `ValueError`: for an unknown mode; with counts, for questions without provenance in modes `"gold"` and
-            `"wrong"`, and for questions that have no wrong passage to draw.
+            `"wrong"`, and for questions for which the index has too few wrong passages.
     """
     answering_modes = [name for name in MODES if name != QUERY]
     if mode not in answering_modes:
@@ -256,22 +255,25 @@ def wrong_passages(questions: list[dict], index: Retriever, seed: int = 0) -> li
     """
     Draw for each question as many random passages as its first evidence set holds, none of them gold.
 
+    They are candidates of the question, and passages of the index if it has too few of those.
+
     Returns:
         `list[list[str]]`: the ids of each question's passages. They depend on the seed and the question alone.
 
     Raises:
-        `ValueError`: if all passages that a question could get are gold, with counts.
+        `ValueError`: if the index holds fewer wrong passages than that, with counts.
     """
     rows = index.live_rows()
     passages = []
     for question in questions:
         generator = random.Random(f"{seed} {question['id']}")
         passages.append(_draw_wrong_passages(question, index, rows, generator))
-    num_without = sum(not ids for ids in passages)
-    if num_without:
+    pairs = zip(passages, questions, strict=True)
+    num_short = sum(len(ids) < len(question["provenance"][0]) for ids, question in pairs)
+    if num_short:
         raise ValueError(
-            f"{num_without} of {len(questions)} questions have no passage but gold ones: "
-            "mode 'wrong' has nothing to give them."
+            f"The index has too few wrong passages for {num_short} of {len(questions)} questions: mode 'wrong' gives "
+            "each as many as its first evidence set holds."
         )
     return passages
 
@@ -281,13 +283,16 @@ def _draw_wrong_passages(
 ) -> list[str]:
     gold = gold_ids(question)
     count = len(question["provenance"][0])
-    if question.get("candidates"):
-        wrong = [id for id in question["candidates"] if id not in gold]
-    else:
-        num_drawn = min(len(rows), count + len(gold))  # enough even if all gold passages are drawn
-        drawn = generator.sample(range(len(rows)), num_drawn)
-        wrong = [passage["id"] for passage in index.get_passages(rows[drawn]) if passage["id"] not in gold]
-    return generator.sample(wrong, min(count, len(wrong)))
+    candidates = dict.fromkeys(question.get("candidates") or [])
+    wrong = [id for id in candidates if id not in gold]
+    passages = generator.sample(wrong, min(count, len(wrong)))
+    if len(passages) < count:
+        excluded = gold.union(passages)
+        num_rows = min(len(rows), count + len(excluded))  # enough even if all excluded passages are among them
+        drawn = index.get_passages(rows[generator.sample(range(len(rows)), num_rows)])
+        others = [passage["id"] for passage in drawn if passage["id"] not in excluded]
+        passages += generator.sample(others, min(count - len(passages), len(others)))
+    return passages
 
 
 # ---------------------------------------------------------------------- loss of the reference answers

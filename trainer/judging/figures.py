@@ -107,7 +107,7 @@ _TRAINING = (
     Figure(
         "num_left_out",
         "left out",
-        "number of instances left out, because they exceed max_length, candidates included",
+        "number of instances left out: longer than max_length, alone or with their candidates",
         "count",
     ),
     Figure(

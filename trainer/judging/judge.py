@@ -28,12 +28,12 @@ from modeling_cosup.lines_cosup import write_lines
 from modeling_cosup.token_keys_cosup import gen_of
 
 from ..distributed import barrier, gather_objects, host_group, rank, world_size
-from ..questions import answers_to_find, gold_ids, provenance_unknown
+from ..questions import answer_lists, answers_to_find, gold_ids, provenance_unknown
 from .correctness import worded
 from .figures import MODES, QUERY, added_figures, figure, figures_needing, in_order
 from .grounding import HYPOTHESIS, Judge, check_hypothesis
 from .nli import SharedJudge
-from .references import answer_lists, readings, without_empty_answers
+from .references import readings, without_empty_answers
 from .results import FORMAT
 from .retrieval import Scores
 from .runs import TaskRun, memory_settings
@@ -286,7 +286,7 @@ def _notes(run: TaskRun, entail: Judge | None) -> list[str]:
         if num_without_answers:
             notes.append(
                 f"{num_without_answers} of {len(run.ranked)} questions have no answer to look for in passages (only "
-                f"verdicts or whole sentences): they do not count in {_labels(['hit_rate@k'])}"
+                f"verdicts, whole sentences or lists): they do not count in {_labels(['hit_rate@k'])}"
             )
     notes += _notes_on_empty_answers(run.questions, run.task.count_empty_answers)
     if run.task.pool != "full":

@@ -1,5 +1,6 @@
 """What a question compares its answers with: reference answers, verdicts, and ALCE's readings, claims and lists."""
 
+from ..questions import answer_lists, are_texts
 from .correctness import FEVER_LABELS, worded
 
 # Each field of ALCE in `meta` -> the metric that reads it, and what it must be.
@@ -29,14 +30,6 @@ def readings(question: dict) -> list[dict]:
     return (question.get("meta") or {}).get("qa_pairs") or []
 
 
-def answer_lists(question: dict) -> list[list[str]]:
-    """Return QAMPARI's answers, each a list of aliases, or an empty list if `meta.answers` is none of such lists."""
-    lists = (question.get("meta") or {}).get("answers")
-    if not isinstance(lists, list) or not all(_are_texts(aliases) for aliases in lists):
-        return []
-    return lists
-
-
 def reference_of(metric: str) -> str:
     """Return what a metric compares answers with."""
     if metric == "str_em":
@@ -57,19 +50,15 @@ def has_reference(question: dict, metric: str) -> bool:
         pairs = meta.get("qa_pairs")
         if not pairs or not isinstance(pairs, list):
             return False
-        return all(isinstance(pair, dict) and _are_texts(pair.get("short_answers")) for pair in pairs)
+        return all(isinstance(pair, dict) and are_texts(pair.get("short_answers")) for pair in pairs)
     if metric == "list_f1":
         return bool(answer_lists(question))
     if metric == "claim_recall":
-        return _are_texts(meta.get("claims")) and all(claim.strip() for claim in meta["claims"])
+        return are_texts(meta.get("claims")) and all(claim.strip() for claim in meta["claims"])
     if metric.startswith("fever"):
         verdicts = {answer.strip().lower() for answer in question["answers"]}
         return len(verdicts) == 1 and verdicts <= set(FEVER_LABELS)
     return any(answer.strip() for answer in question["answers"])
-
-
-def _are_texts(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(text, str) for text in value)
 
 
 def is_fever(question: dict) -> bool:

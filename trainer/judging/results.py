@@ -1,8 +1,10 @@
-"""The format of results files, and a function that reads them. This module does not need torch."""
+"""The format of results files, and functions that read and write them. This module does not need torch."""
 
+import math
 from pathlib import Path
+from typing import Any
 
-from modeling_cosup.files_cosup import read_json
+from modeling_cosup.files_cosup import not_finite, read_json, write_json
 
 from .figures import add_figures_of
 
@@ -35,3 +37,26 @@ def read_results(path: str | Path) -> dict:
         )
     add_figures_of(results)
     return results
+
+
+def write_results(path: str | Path, results: dict[str, Any]) -> None:
+    """
+    Write results that may hold a number that is NaN or infinite, such as the loss of a model that diverged.
+
+    JSON has no such number: it becomes `null`, and the entry `not_finite` says what it was, e.g.
+    `{"validation.eval_loss": "nan"}`.
+    """
+    numbers = {entry: str(number) for entry, number in not_finite(results)}
+    if numbers:
+        results = {**_with_nulls(results), "not_finite": numbers}
+    write_json(path, results)
+
+
+def _with_nulls(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, dict):
+        return {key: _with_nulls(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_with_nulls(part) for part in value]
+    return value

@@ -5,6 +5,7 @@ A file appears under its final name only when it is complete. Until then, what a
 `parts/`.
 """
 
+import functools
 import json
 import shutil
 import time
@@ -15,7 +16,7 @@ from modeling_cosup.files_cosup import digest, read_json, write_json
 from modeling_cosup.lines_cosup import read_lines, write_lines
 
 from ..distributed import barrier, rank, world_size
-from ..questions import gold_ids, ranking_can_be_judged
+from ..questions import answer_lists, gold_ids, ranking_can_be_judged
 from .answers import answer, prompt_ids, rank_passages, wrong_passages
 from .correctness import exact_match, worded
 from .figures import GIVEN, QUERY, SCOPES, figure, shown
@@ -26,6 +27,11 @@ from .scoring import check_questions
 from .tasks import Task, check_ids, open_index
 
 NOT_IN_OLD_RUNS = ("prompts", "model config", "generation config")  # settings that an older run.json lacks
+HASHED = {  # settings of which run.json holds a digest -> what a change of it means
+    "questions": "the evaluation set has changed: a question, its answers, provenance, candidates or meta",
+    "weights": "the model has other weights",
+    "prompts": "the same questions give other tokens: the tokenizer or its chat template has changed",
+}
 READ_WHILE_ANSWERING = (  # fields of CoSupConfig that decide queries, and how passages are read
     *("nsp_token_id", "cs_token_id", "ce_token_id"),
     *("query_from", "query_prompt", "passage_template", "max_passage_length"),
@@ -168,6 +174,11 @@ class TaskRun:
 
     # ------------------------------------------------------------------ files
 
+    @functools.cached_property
+    def _prompts(self) -> dict[str, list[int]]:
+        """The token ids of each question, by its id: all modes ask the same prompts."""
+        return {question["id"]: prompt_ids(self.model, question) for question in self.questions}
+
     def _settings(self, mode: str) -> dict:
         """Return everything that decides the answers or the ranking, in the form in which `run.json` is read."""
         config = self.model.config
@@ -179,7 +190,7 @@ class TaskRun:
             "index": None if mode == "off" else self.index_name,
             "weights": self.model.hash_weights(None, ("gen.", "query_encoder.")),
             "dtype": str(self.model.gen.dtype),
-            "prompts": digest([prompt_ids(self.model, question) for question in self.asked(mode)]),
+            "prompts": digest([self._prompts[question["id"]] for question in self.asked(mode)]),
             "model config": {name: getattr(config, name) for name in READ_WHILE_ANSWERING},
         }
         for name in ("pool", "gold_in_pool", "top_k", "max_retrievals", "max_new_tokens"):
@@ -209,8 +220,13 @@ class TaskRun:
             previous = read_json(folder / RUN_FILE)
             compared = [key for key in settings if key in previous or key not in NOT_IN_OLD_RUNS]
             different = [key for key in compared if previous.get(key) != settings[key]]
+            if "questions" in different and "prompts" in different:
+                different.remove("prompts")  # of other questions
             if different:
-                lines = [f"  {key}: then {previous.get(key)!r}, now {settings[key]!r}" for key in different]
+                lines = []
+                for key in different:
+                    change = HASHED.get(key, f"then {previous.get(key)!r}, now {settings[key]!r}")
+                    lines.append(f"  {key}: {change}")
                 raise ValueError(
                     f"{folder} holds answers of other settings; choose another output_dir, or delete it.\n"
                     + "\n".join(lines)
@@ -277,7 +293,7 @@ class Clock:
             self._num_needing += 1
             if any(id in gold for retrieval in completion.retrievals for id in retrieval.passage_ids):
                 self._num_hits += 1
-            answers = worded(question["answers"])
+            answers = [] if answer_lists(question) else worded(question["answers"])
             if answers:
                 self._num_judged += 1
             if exact_match(completion.text, answers):

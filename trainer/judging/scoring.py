@@ -3,9 +3,10 @@
 import importlib.util
 from collections.abc import Collection, Sequence
 
-from ..questions import provenance_unknown
+from ..questions import answer_lists, provenance_unknown
 from .correctness import (
     ANSWER_METRICS,
+    KILT_METRICS,
     TEXT_METRICS,
     answer_scores,
     cor_metric,
@@ -28,7 +29,7 @@ from .grounding import (
 )
 from .intervals import Mean, Rate, average
 from .matching import match_by_id, retrieved_ids
-from .references import META, answer_lists, has_claims, has_reference, is_fever, reference_of, without_empty_answers
+from .references import META, has_claims, has_reference, is_fever, reference_of, without_empty_answers
 from .retrieval import (
     Ranking,
     Scores,
@@ -99,7 +100,8 @@ def score(
     r_precisions = scores.get("r_precision", hits)
     scores |= _text_scores(predictions, questions, r_precisions, not_needed)
     if entail is not None:
-        scores |= _nli_scores(predictions, questions, hits, not_needed, entail, gr_hypothesis)
+        are_lists = [_metric_of(question, metric) == "list_f1" for question in questions]
+        scores |= _nli_scores(predictions, questions, hits, not_needed, entail, gr_hypothesis, are_lists)
     scores["cor"] = only_where(cor, [not free for free in not_needed])
     scores["cor_not_needed"] = only_where(cor, not_needed)
     return scores
@@ -271,7 +273,7 @@ def _text_scores(
     for prediction, question, r_precision, free in zip(predictions, questions, r_precisions, not_needed, strict=True):
         if not free:
             rows.append(_text_scores_of(prediction, question, r_precision))
-        elif question["answers"]:
+        elif question["answers"] and not answer_lists(question):
             rows.append({"em_not_needed": float(exact_match(prediction["output"], question["answers"]))})
         else:
             rows.append({})
@@ -284,6 +286,8 @@ def _text_scores_of(prediction: dict, question: dict, r_precision: float | None)
     meta = question.get("meta", {})
     if any(answer.strip() for answer in question["answers"]):
         names = [name for name in ANSWER_METRICS if name != "rouge_l" or has_rouge()]
+        if answer_lists(question):  # by EM, F1 and the like, one of the answers would count as all
+            names = [name for name in names if name not in KILT_METRICS]
         scores = answer_scores(prediction["output"], question["answers"], names)
         if r_precision is not None:
             scores |= gated_by_retrieval(scores, r_precision)
@@ -303,16 +307,20 @@ def _nli_scores(
     not_needed: list[bool],
     entail: Judge,
     gr_hypothesis: str,
+    are_lists: list[bool],
 ) -> dict[str, Scores]:
     """
     Return the scores that need the judge: Gr (also split by retrieval), citations, FEVER and claims. FEVER and claims
-    leave out questions that need no passage, as the other figures of answers do.
+    leave out questions that need no passage, as the other figures of answers do. Citations of outputs that
+    `are_lists`, because Cor reads them as such, are judged item by item.
     """
     gr = grounding(predictions, entail, hypothesis=gr_hypothesis)
     scores: dict[str, Scores] = {"gr": gr, **by_retrieval("gr", gr, hits)}
     outputs = [prediction["output_with_citations"] for prediction in predictions]
     passages = [cited_passages(prediction) for prediction in predictions]
-    list_questions = [question["input"] if answer_lists(question) else None for question in questions]
+    list_questions = [
+        question["input"] if is_list else None for question, is_list in zip(questions, are_lists, strict=True)
+    ]
     citations = citation_scores(outputs, passages, entail, list_questions=list_questions)
     if not any(prediction["retrievals"] for prediction in predictions):
         citations = [None] * len(predictions)  # without anything to cite, missing citations mean nothing

@@ -73,17 +73,15 @@ def seeds_cell(average: Mapping[str, Any] | None, name: str) -> Cell:
     if average["deviation"] is not None:
         value += f" ± {shown(average['deviation'], name)}"
     interval = shown_interval(average["interval"], name)
-    counts = _task_count(average["tasks"], average["of_tasks"])
-    if len(average["seeds"]) != average["of_seeds"]:
-        counts += f", {len(average['seeds'])} of {average['of_seeds']} seeds"
-    return value, f"{interval} n = {average['n']:,}{counts}"
+    return value, f"{interval} n = {average['n']:,}{_task_and_seed_counts(average)}"
 
 
 def seeds_difference_cell(difference: Mapping[str, Any] | None, name: str) -> Cell:
     """
     Return a difference, computed by [`~trainer.reports.experiment_figures.Results.compare`]: the difference (in
     brackets, in percent of the baseline), then the interval, n, the number of questions that have a value in only one
-    of the two, the numbers of seeds above, equal to and below the baseline, and the verdict.
+    of the two, the numbers of tasks and seeds if some are missing, the numbers of seeds above, equal to and below the
+    baseline, and the verdict.
     """
     if difference is None:
         return MISSING
@@ -97,7 +95,7 @@ def seeds_difference_cell(difference: Mapping[str, Any] | None, name: str) -> Ce
     small = f"{shown_interval(difference['interval'], name, signed=True)} n = {difference['n']:,}"
     if difference["left_out"]:
         small += f" ({difference['left_out']:,} left out)"
-    small += _task_count(difference["tasks"], difference["of_tasks"])
+    small += _task_and_seed_counts(difference)
     return value, f"{small}, {above} / {equal} / {below}, {difference['verdict']}"
 
 
@@ -111,6 +109,14 @@ def shown_p(p_value: float | None) -> str:
     if p_value is None:
         return MISSING
     return "< 0.001" if p_value < 0.001 else f"{p_value:.3f}"
+
+
+def _task_and_seed_counts(measured: Mapping[str, Any]) -> str:
+    """Return the numbers of tasks and seeds of a figure or a difference over seeds, each if some are missing."""
+    counts = _task_count(measured["tasks"], measured["of_tasks"])
+    if len(measured["seeds"]) != measured["of_seeds"]:
+        counts += f", {len(measured['seeds'])} of {measured['of_seeds']} seeds"
+    return counts
 
 
 def _task_count(tasks: int, of_tasks: int) -> str:

@@ -54,9 +54,9 @@ def compare_results(
 
     Returns:
         `dict`: `"tasks"`: task -> section -> figure -> `{"first", "second", "difference", "interval", "p_value", "n",
-        "left_out"}`; `"averages"`: split -> section -> figure -> the same over tasks, with `"tasks"`, their number,
-        and `"rate"`, the improvement in percent of the first; `"notes"`: what is not compared, and settings that
-        differ.
+        "left_out"}`; `"averages"`: split -> section -> figure -> the same over tasks, with `"tasks"`, the number that
+        have the figure, `"of_tasks"`, the number of all, and `"rate"`, the improvement in percent of the first;
+        `"notes"`: what is not compared, and settings that differ.
 
     Raises:
         `FileNotFoundError`: if a folder is not complete.
@@ -251,7 +251,8 @@ def _averages(
         tasks = [values[task] for task, split in splits.items() if group in (split, "all")]
         for section, arrays_by_name in _arrays_by_section(tasks).items():
             comparisons = {name: _average(arrays, resamples, seed) for name, arrays in arrays_by_name.items()}
-            averages.setdefault(group, {})[section] = comparisons
+            with_counts = {name: {**compared, "of_tasks": len(tasks)} for name, compared in comparisons.items()}
+            averages.setdefault(group, {})[section] = with_counts
     return averages
 
 
@@ -295,6 +296,12 @@ def comparison_row(name: str, comparison: dict[str, Any]) -> list[Cell]:
     ]
 
 
+def task_count(average: dict[str, Any]) -> str:
+    """Return over how many tasks an average is, and of how many if some lack the figure."""
+    tasks, of_tasks = average["tasks"], average["of_tasks"]
+    return str(tasks) if tasks == of_tasks else f"{tasks} of {of_tasks}"
+
+
 def write_comparison(comparison: dict[str, Any], output_dir: str | Path, names: Sequence[str] = ("A", "B")) -> None:
     """Write `comparison.json`, `comparison.md` and `comparison.html`. `names` are the names of the two folders."""
     output_dir = Path(output_dir)
@@ -307,9 +314,10 @@ def comparison_blocks(comparison: dict[str, Any], names: Sequence[str]) -> list[
     """Return the report of a comparison as blocks of a document."""
     about = (
         f"A is {names[0]} ({comparison['first']}), B is {names[1]} ({comparison['second']}). Differences are B − A, "
-        "question by question, in percentage points, with 95 % intervals and two-sided p-values of the paired "
-        "bootstrap; with fewer than about 30 questions its intervals are too narrow, and with one there is none. A "
-        "question that has a value in only one run is left out. Nothing is corrected for the number of comparisons."
+        "question by question, in percentage points (counts as they are), with 95 % intervals and two-sided p-values "
+        "of the paired bootstrap; with fewer than about 30 questions its intervals are too narrow, and with one there "
+        "is none. A question that has a value in only one run is left out. Nothing is corrected for the number of "
+        "comparisons."
     )
     blocks: list[Block] = [Heading("Comparison of two evaluations", 1), Text(about)]
     if len(comparison["tasks"]) > 1:
@@ -337,7 +345,7 @@ def _averages_table(averages: dict[str, dict[str, dict]]) -> Table:
                 table.rows.append([f"{split}, {section_label(section)}"])
             for name in names:
                 compared = comparisons[name]
-                _add_row(table, name, compared, [percent(compared["rate"]), str(compared["tasks"])])
+                _add_row(table, name, compared, [percent(compared["rate"]), task_count(compared)])
     return table
 
 

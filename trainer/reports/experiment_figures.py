@@ -62,8 +62,9 @@ class DifferenceOverSeeds(TypedDict):
     difference: float
     interval: list[float] | None  # None if a task has a single question
     n: int
-    left_out: int  # number of questions for which only one of the two has a value
-    seeds: dict[int, float]
+    left_out: int  # number of questions for which only one of the two has a value, with these seeds
+    seeds: dict[int, float]  # seeds that lack a task are left out
+    of_seeds: int  # number of seeds of the experiment
     tasks: int  # number of tasks in which both have a value
     of_tasks: int  # number of all tasks
     rate: float | None  # the difference in percent of the baseline; None if the baseline is 0
@@ -299,8 +300,9 @@ class Results:
             "difference": difference,
             "interval": measured["interval"],
             "n": measured["n"],
-            "left_out": sum(paired.left_out for paired in pairs.values()),
+            "left_out": sum(pairs[seed].left_out for seed in by_seed),
             "seeds": seeds,
+            "of_seeds": len(self.experiment["seeds"]),
             "tasks": measured["tasks"],
             "of_tasks": len(tasks),
             "rate": 100 * difference / baseline if baseline else None,

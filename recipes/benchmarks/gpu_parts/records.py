@@ -15,7 +15,8 @@ A record has the name and the order of the check, its status, and, once it ran, 
 from pathlib import Path
 from typing import Any
 
-from modeling_cosup.files_cosup import read_json, write_json
+from modeling_cosup.files_cosup import read_json
+from trainer.judging.results import write_results
 
 STATUSES = ("not run", "left", "begun", "done", "failed", "skipped")
 WAITING = ("not run", "left", "skipped")  # a call tries these; the others stay as they are
@@ -29,7 +30,7 @@ def write_record(output_dir: str | Path, record: Record) -> None:
         raise ValueError(f"The status of {record['check']} is {record['status']!r}, expected one of {STATUSES}.")
     folder = Path(output_dir, record["part"])
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / f"{record['check']}.json", record)
+    write_results(folder / f"{record['check']}.json", record)  # an error may be NaN
 
 
 def read_record(output_dir: str | Path, part: str, check: str) -> Record | None:

@@ -69,7 +69,7 @@ def row(record: Record) -> list[str]:
     if status == "begun":
         outcome = f"begun and not ended. {record['reason']}".strip()
     seconds = f"{record['seconds']:.1f}" if "seconds" in record else ""
-    memory = f"{record['peak_memory_gb']:.2f}" if "peak_memory_gb" in record else ""
+    memory = "" if record.get("peak_memory_gb") is None else f"{record['peak_memory_gb']:.2f}"
     return [record["check"], f"**{status}**" if status in ("failed", "begun") else status, outcome, seconds, memory]
 
 
