@@ -95,6 +95,7 @@ def train_and_evaluate(run: Run) -> None:
 def train(run: Run) -> CoSupForCausalLM | None:
     """Read and check everything, train, and save. Return the model, or `None` if it was sharded."""
     script, args = run.script, run.args
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 its gradients can be NaN: pytorch issue 196678
     with clear_errors():
         set_cpu_threads(script.num_threads, args.use_cpu)
         trainer = prepare_training(run)

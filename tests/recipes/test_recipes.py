@@ -216,7 +216,9 @@ def test_every_way_to_train_makes_a_checkpoint_that_answers(inputs, tmp_path, mo
     from train import main
 
     monkeypatch.setattr(sys, "argv", ["train.py", *options(inputs, tmp_path / "out", *WAYS[way])])
+    torch.backends.cuda.enable_cudnn_sdp(True)
     main()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["evaluation"]["query"]["corpus"]["query_recall@5"]["n"] == 6
     model = CoSupForCausalLM.from_pretrained(tmp_path / "out")
