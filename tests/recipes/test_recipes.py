@@ -413,6 +413,7 @@ def test_build_index_trains_an_approximate_index_and_prints_its_recall(checkpoin
     paths = flags(model=checkpoint, corpus_file=inputs / "corpus.jsonl", output_dir=tmp_path / "index")
     settings = flags(embedding_dtype="float16", shard_size=4, max_tokens_per_batch=64)
     result = run_forked("recipes/build_index.py", *paths, *settings, *flags(index_factory="IVF7,Flat"))
+    assert result.returncode == 1
     assert "7 lists need at least as many training embeddings" in result.stderr  # known only after embedding
     embeddings = (tmp_path / "index" / "embeddings-00000.safetensors").stat()
     result = run_forked("recipes/build_index.py", *paths, *settings, *flags(index_factory="HNSW8", ef_search=32))
