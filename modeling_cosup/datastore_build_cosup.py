@@ -15,9 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from .datastore_files_cosup import create_shard, keys_file
 from .datastore_search_cosup import KeyShard, half_norms_of, stored_keys
+from .fingerprints_cosup import memory_fingerprint
 from .folders_cosup import DTYPES
 from .names_cosup import refuse_misspelt
 from .passages_cosup import check_text, dataset_rows, read_corpus, shown
+from .shard_build_cosup import Settings
 from .token_keys_cosup import encode_documents, ffn_name, gen_of, token_states, window_size
 
 CHARACTERS_PER_KEY = 4  # roughly; shards are measured in characters, so that no process tokenizes another's
@@ -51,10 +53,23 @@ class KeyBuilder:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
-        self.gen, self.tokenizer, self.dtype, self.batch_size = gen_of(model), tokenizer, DTYPES[dtype], batch_size
+        self.model, self.gen, self.tokenizer = model, gen_of(model), tokenizer
+        self.dtype_name, self.dtype, self.batch_size = dtype, DTYPES[dtype], batch_size
         ffn_name(self.gen)  # an unknown architecture fails now
         self.key_size: int = self.gen.config.get_text_config().hidden_size
         self.max_length, self.stride = window_size(self.gen, max_length, stride)
+
+    def settings(self, shard_size: int) -> Settings:
+        """Return what decides the keys of given texts, and their shards; a build resumes only with the same."""
+        return {
+            "fingerprint": memory_fingerprint(self.model, self.tokenizer),
+            "vocab_size": self.model.get_output_embeddings().weight.shape[0],
+            "dtype": self.dtype_name,
+            "gen_dtype": str(self.gen.dtype),
+            "shard_size": shard_size,
+            "max_length": self.max_length,
+            "stride": self.stride,
+        }
 
     def files_of(self, number: int) -> tuple[str, ...]:
         """Return the name of the file of a shard."""

@@ -13,14 +13,13 @@ from transformers import PreTrainedTokenizerBase
 from .datastore_files_cosup import MEMORY_FORMAT, MEMORY_TYPE, content_digest, map_shard, write_shard
 from .datastore_search_cosup import KeyShard, half_norms_of, stored_keys
 from .datastore_searchable_cosup import SearchableKeys
-from .fingerprints_cosup import memory_fingerprint
 from .folder_store_cosup import find_folder, load_unchanged
 from .folders_cosup import DTYPES, Config, FileFacts, put_in_place, read_config, sweep, write_config
 from .hub_cosup import make_repo
 from .memory_cosup import MemoryConfig
 from .plain_card_cosup import package_memory_cards, plain_card
-from .shard_build_cosup import build_of, collect, finish, unfinished_folder, write_shards
-from .token_keys_cosup import document_ids, gen_of, token_states, tokenizer_of, window_size
+from .shard_build_cosup import build_digest, build_of, collect, finish, unfinished_folder, write_shards
+from .token_keys_cosup import document_ids, token_states, tokenizer_of, window_size
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
@@ -180,15 +179,7 @@ class KNNMemory(SearchableKeys):
         tokenizer = tokenizer_of(model, tokenizer)
         builder = building.KeyBuilder(model, tokenizer, dtype, batch_size, max_length, stride)
         shards = building.split_texts(texts, shard_size)
-        settings = {
-            "fingerprint": memory_fingerprint(model, tokenizer),
-            "vocab_size": model.get_output_embeddings().weight.shape[0],
-            "dtype": dtype,
-            "gen_dtype": str(gen_of(model).dtype),
-            "shard_size": shard_size,
-            "max_length": builder.max_length,
-            "stride": builder.stride,
-        }
+        settings = builder.settings(shard_size)
         bar = tqdm(desc="Storing texts", unit=" texts", disable=not show_progress_bar or process_index > 0)
         if save_directory is None:
             with bar:
@@ -215,6 +206,7 @@ class KNNMemory(SearchableKeys):
         settings, markers, files = collect(folder)
         shards = [map_shard(folder, number) for number in range(len(markers))]
         config = {**new_config(settings, shards, memory_config, files), "content": content_digest(shards)}
+        config["build"] = build_digest(settings, [marker["digest"] for marker in markers])
         write_config(folder, config, cls.form)
         put_in_place(folder, save_directory)
         sweep(save_directory, config, cls.form)

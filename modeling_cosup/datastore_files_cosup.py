@@ -1,7 +1,7 @@
 """
 The files of a token datastore, a folder as in [`folders_cosup`]:
 
-    memory_config.json        memory_type, format_version, fingerprint, dtype, shards, memory_config, fit, files, …
+    memory_config.json        memory_type, format_version, fingerprint, dtype, build, shards, memory_config, files, …
     keys-00000.safetensors    document_starts (D,), half_norms (n,), values (n,) and keys (n, d) of shard 0
     index-00001.faiss         an approximate index, read only if the user allows it
 """

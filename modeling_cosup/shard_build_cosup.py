@@ -191,6 +191,12 @@ def finish(folder: Path, num_shards: int, settings: Settings, num_processes: int
     write_json(folder / BUILD_FILE, {**settings, "num_shards": num_shards, "num_processes": num_processes})
 
 
+def build_digest(settings: Settings, digests: Iterable[str]) -> str:
+    """Return the SHA-256 (hex) of what a build is made from: its settings, and the digests of its shards' items."""
+    decisive = {name: value for name, value in settings.items() if name not in ("num_shards", "num_processes")}
+    return digest([decisive, list(digests)])
+
+
 def collect(folder: Path) -> tuple[Settings, list[dict[str, Any]], dict[str, FileFacts]]:
     """
     Check the shards of a build that all processes have finished.

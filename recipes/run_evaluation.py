@@ -42,12 +42,13 @@ from trainer.reports.evaluation import write_report
 
 from shared.indexes import check_index_options, faiss_options
 from shared.processes import end_processes, processes, set_cpu_threads
+from shared.progress_bars import progress_bars
 
 
 def main() -> None:
     """Evaluate the model, write the report and print the figures."""
     args, memory_options = parse([EvaluationArguments, MemoryOptions], __doc__)
-    with clear_errors():
+    with clear_errors(), progress_bars(hidden=args.disable_tqdm):
         set_cpu_threads(args.num_threads)
         tasks = list_tasks(args)
         if args.update_card and not Path(args.model, "config.json").is_file():

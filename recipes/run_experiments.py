@@ -50,6 +50,7 @@ from experiments.keys import code_digest, evaluation_key, launch_settings, scori
 from experiments.launching import Failed, Run, hardware, launch, locked_folder, say, training_facts
 from experiments.task_files import Entry, cut_corpora, cut_to_pools, digest_of_content, expand_tasks
 from shared.model_options import MODEL_OPTIONS
+from shared.progress_bars import progress_bars
 from shared.quickstart import (
     EncoderArguments,
     TaskArguments,
@@ -77,8 +78,9 @@ def main() -> None:
         Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         notes: list[str] = []
         runs: list[Run] = []
-        for seed in experiment.seeds:
-            runs += plan_seed(experiment, seed, cache, notes, launch_settings(args.accelerate_config))
+        with progress_bars(hidden=bool(experiment.base.get("disable_tqdm"))):
+            for seed in experiment.seeds:
+                runs += plan_seed(experiment, seed, cache, notes, launch_settings(args.accelerate_config))
     for run in runs:
         if args.only and run.arm not in args.only:
             continue
@@ -380,7 +382,8 @@ def evaluate(run: Run, experiment: Experiment, cache: Path, accelerate_config: s
             say(run, f"evaluated already: {run.evaluation}")
             return
         check_key(run.evaluation, evaluation_key(run.folder.name, run.entries, experiment.evaluation))
-        options = {**experiment.evaluation, "modes": experiment.modes, "tasks": run.entries}
+        options = {"disable_tqdm": run.options.get("disable_tqdm", False), **experiment.evaluation}
+        options |= {"modes": experiment.modes, "tasks": run.entries}
         config.write_text(yaml.safe_dump(options, sort_keys=False, allow_unicode=True), encoding="utf-8")
         arguments = ["--config", str(config), "--model", str(run.model)]
         arguments += ["--output_dir", str(run.evaluation / "results"), "--index_cache", str(cache / "indexes")]

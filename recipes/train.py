@@ -50,6 +50,7 @@ from trainer.watch import is_full_disk
 from shared.indexes import check_index_options, close_index, open_index
 from shared.model_options import check_tied_options, load_model, lora
 from shared.processes import end_processes, set_cpu_threads, waiting_for_the_slowest
+from shared.progress_bars import progress_bars
 from shared.quickstart import WorldArguments, prepare_world
 from shared.training_run import Run, evaluate, held_out, read_questions
 
@@ -67,7 +68,8 @@ def main() -> None:
     """Read the options and run; a full disk ends the run with one line."""
     script, args = parse([ScriptArguments, CoSupTrainingArguments], __doc__)
     try:
-        train_and_evaluate(Run(script, args))
+        with progress_bars(hidden=bool(args.disable_tqdm)):
+            train_and_evaluate(Run(script, args))
     except Exception as error:
         if not is_full_disk(error):
             raise
@@ -94,6 +96,7 @@ def train_and_evaluate(run: Run) -> None:
 def train(run: Run) -> CoSupForCausalLM | None:
     """Read and check everything, train, and save. Return the model, or `None` if it was sharded."""
     script, args = run.script, run.args
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 its gradients can be NaN: pytorch issue 196678
     with clear_errors():
         set_cpu_threads(script.num_threads, args.use_cpu)
         trainer = prepare_training(run)

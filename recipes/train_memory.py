@@ -40,6 +40,7 @@ from trainer.watch import last_complete_checkpoint
 
 from shared.indexes import faiss_options
 from shared.processes import set_cpu_threads
+from shared.progress_bars import progress_bars
 from shared.token_memories import load_gen, read_documents
 
 NO_OUTPUT_DIR = "trainer_output"  # what TrainingArguments takes if none is given
@@ -49,7 +50,7 @@ TRAINING_OPTIONS = ("learning_rate", "num_train_epochs", "kl_weight", "validatio
 def main() -> None:
     """Train a memory, or take the one that is given, and fit it."""
     script, args = parse([MemoryTrainingScriptArguments, MEMORY_TRAINING_ARGUMENTS], __doc__)
-    with clear_errors():
+    with clear_errors(), progress_bars(hidden=bool(args.disable_tqdm)):
         set_cpu_threads(script.num_threads, args.use_cpu)
         check(script, args)
         if not script.fit_only:

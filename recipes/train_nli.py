@@ -37,6 +37,7 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
     check_options([NLIArguments, "transformers.training_args.TrainingArguments"], __doc__)
 
 import numpy as np
+import torch
 from datasets import Dataset
 from transformers import (
     AutoConfig,
@@ -73,6 +74,7 @@ TRIES = 20  # segments that are drawn in search of another passage and another t
 def main() -> None:
     """Make pairs, train on them, save the model, and measure its accuracy on held-out pairs."""
     nli, args = parse([NLIArguments, TrainingArguments], __doc__)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 its gradients can be NaN: pytorch issue 196678
     with clear_errors():
         set_cpu_threads(nli.num_threads, args.use_cpu)
         check_hypothesis(nli.hypothesis)

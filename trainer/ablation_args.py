@@ -19,7 +19,7 @@ class AblationArguments:
             Emb_seq follows its states.
         isolate_queries (`bool`): no gradient of the NTP loss reaches a state at `[NSP]`. The keys and values of
             `[NSP]` are constants in Gen's attention, so later tokens read the query without changing it. It needs an
-            attention implementation of transformers, and no gradient checkpointing.
+            attention implementation of transformers, and no gradient checkpointing, nor FSDP's.
         symmetric_nsp (`bool`): also train passages to find their query: `reverse_nsp_loss` is the cross-entropy of
             each passage over all queries of the global batch. Both directions get half of λ.
         gradient_cosine_steps (`int`, *optional*): once in this many steps, also log two figures. `gradient_cosine` is

@@ -108,16 +108,22 @@ def check_collator(collator: object, expected: CoSupDataCollator) -> None:
             raise ValueError(f"data_collator has {name}=True, which model and arguments do not allow.")
 
 
-def check_sharding(args: CoSupTrainingArguments, distributed_type: DistributedType, is_fsdp2: bool) -> None:
+def check_sharding(args: CoSupTrainingArguments, distributed_type: DistributedType, fsdp_plugin: Any = None) -> None:
     """
     Refuse what sharded models cannot do.
 
     `nsp_batch_size`, `clip_gen_only` and `control_token_lr` need DDP or FSDP2: DeepSpeed takes one backward pass per
     step, clips by itself and has an optimiser of its own; FSDP1 computes the norms of shards, and its shards have no
     rows. `bf16_full_eval` and `fp16_full_eval` need whole weights, which are kept while they are converted. Candidates
-    need whole weights too: ranks encode and read different numbers of rows.
+    need whole weights too: ranks encode and read different numbers of rows. `isolate_queries` needs a forward that is
+    not computed again, by FSDP's own checkpoints either.
     """
     kind = distributed_type.value
+    if args.isolate_queries and getattr(fsdp_plugin, "activation_checkpointing", False):
+        raise ValueError(
+            "isolate_queries changes the attention of a forward, which activation_checkpointing of FSDP's config would"
+            " compute again without it: leave one of them out."
+        )
     if distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP):
         for name in ("bf16_full_eval", "fp16_full_eval"):
             if getattr(args, name):
@@ -130,7 +136,7 @@ def check_sharding(args: CoSupTrainingArguments, distributed_type: DistributedTy
                 f"Candidates are retrieved and read by each rank for itself, which needs the whole model, and {kind}"
                 " shards it. One process and DDP work."
             )
-    is_fsdp1 = distributed_type == DistributedType.FSDP and not is_fsdp2
+    is_fsdp1 = distributed_type == DistributedType.FSDP and getattr(fsdp_plugin, "fsdp_version", 1) != 2
     if distributed_type != DistributedType.DEEPSPEED and not is_fsdp1:
         return
     for name in ("nsp_batch_size", "clip_gen_only", "control_token_lr"):

@@ -211,7 +211,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, LoadingMixin, Mo
     def create_accelerator_and_postprocess(self) -> None:
         """Make the accelerator, also anew for a trial, and check that it can do what the arguments ask."""
         super().create_accelerator_and_postprocess()
-        check_sharding(self.args, self.accelerator.distributed_type, self._fsdp2_plugin() is not None)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        check_sharding(self.args, self.accelerator.distributed_type, plugin)
         self._set_up_accelerator()
 
     def _set_up_accelerator(self) -> None:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+LONGEST_WAIT = timedelta(days=7)  # of a process for a slower one
+
 T = TypeVar("T")
 
 

@@ -119,7 +119,7 @@ def explained_memory_errors(args: "CoSupTrainingArguments", evaluates: bool = Fa
 
 
 def _memory_savers(args: "CoSupTrainingArguments", evaluates: bool) -> list[str]:
-    """Return the changes to arguments that lower the memory of a step, the most useful first."""
+    """Return the changes to arguments that lower the memory of a step or an evaluation, the most useful first."""
     smaller_batch = f"a per_device_train_batch_size below {args.per_device_train_batch_size}"
     if args.nsp_batch_size is None and evaluates:
         savers = [f"a per_device_eval_batch_size below {args.per_device_eval_batch_size}"]

@@ -40,7 +40,7 @@ NO_PART_OF_A_LAUNCH = {  # of accelerate's config
 }
 # Options of an evaluation or a task that say how answers are judged. They do not change the answers.
 SCORING = ("nli_model", "gr_hypothesis", "metric", "count_empty_answers", "split")
-NO_PART_OF_AN_ANSWER = ("num_threads", "batch_size", "nli_batch_size", "num_examples", *SCORING)
+NO_PART_OF_AN_ANSWER = ("num_threads", "batch_size", "nli_batch_size", "num_examples", "disable_tqdm", *SCORING)
 
 
 def launch_settings(accelerate_config: str | Path) -> dict[str, Any]:

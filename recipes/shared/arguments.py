@@ -294,6 +294,7 @@ class EvaluationArguments:
     dtype: str = field(default="auto", metadata={"help": "Dtype of the model's weights, e.g. bfloat16 on a GPU."})
     num_examples: int = field(default=3, metadata={"help": "Answers per task that the report shows."})
     num_threads: int | None = field(default=None, metadata={"help": THREADS_HELP})
+    disable_tqdm: bool = field(default=False, metadata={"help": "Show no progress bars."})
     seed: int = field(default=0, metadata={"help": "Seed of the passages in mode wrong."})
 
 

@@ -3,15 +3,12 @@
 import contextlib
 import os
 from collections.abc import Iterator
-from datetime import timedelta
 
 import torch
 from accelerate import PartialState
 
 from modeling_cosup.numbers_cosup import COUNT, check_number
-from trainer.distributed import failing_together, world_size
-
-LONGEST_WAIT = timedelta(days=7)  # of a process for a slower one
+from trainer.distributed import LONGEST_WAIT, failing_together, world_size
 
 
 def processes() -> PartialState:
@@ -75,9 +72,11 @@ def waiting_for_the_slowest() -> Iterator[None]:
         yield
         return
     group = torch.distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
-    with failing_together(group):
-        yield
-    torch.distributed.destroy_process_group(group)
+    try:
+        with failing_together(group):
+            yield
+    finally:
+        torch.distributed.destroy_process_group(group)
 
 
 def end_processes() -> None:

@@ -1,6 +1,7 @@
 """The speed part of `recipes/benchmarks/gpu.py` on tiny shapes: every check runs on a CPU and measures something."""
 
 import gc
+import importlib
 import json
 import math
 import subprocess
@@ -96,6 +97,14 @@ def test_the_part_has_these_checks(speed):
 def test_the_peak(speed, context):
     result = run(speed, context, "matmul_peak")
     assert set(result["flops"]) == {"float32", "bfloat16"}
+
+
+@pytest.mark.parametrize("seconds_left, num_steps", [(1000, 5), (1, 2)])
+def test_an_arm_takes_two_untimed_steps_and_more_if_there_is_time(speed, seconds_left, num_steps):
+    warm_up = importlib.import_module("gpu_parts.speed_training").warm_up
+    steps = []
+    warm_up(steps.append, torch.nn.Linear(1, 1), list(range(5)), SimpleNamespace(seconds_left=lambda: seconds_left))
+    assert steps == list(range(num_steps))
 
 
 def test_the_training_table(speed, context):

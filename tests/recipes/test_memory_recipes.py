@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import re
 import shutil
 import sys
@@ -209,10 +210,14 @@ def test_a_datastore_is_fitted_in_its_folder(world, results, monkeypatch, tmp_pa
 def test_a_memory_is_built(world, monkeypatch, tmp_path, capsys):
     options = {"text_file": world / "text.jsonl", "max_length": 16, "stride": 8, "batch_size": 2}
     files = {"model": world / "model", "output_dir": tmp_path / "memory", **options}
-    runs_here(
-        monkeypatch, "build_memory", **files, shard_size=10, key_dtype="bfloat16", index_factory="IVF4,Flat", nprobe=4
-    )
+    files |= {"shard_size": 10, "key_dtype": "bfloat16"}
+    # too few keys, which is known only after they are stored
+    assert "IVF999" in fails_here(monkeypatch, "build_memory", *flags(**files, index_factory="IVF999,Flat"))
+    keys = (tmp_path / "memory" / "keys-00000.safetensors").stat()
+    runs_here(monkeypatch, "build_memory", **files, index_factory="IVF4,Flat", nprobe=4)
+    assert os.path.samestat((tmp_path / "memory" / "keys-00000.safetensors").stat(), keys)  # not stored again
     printed = capsys.readouterr().out
+    assert "holds these texts already" in printed
     memory = KNNMemory.from_pretrained(tmp_path / "memory", allow_faiss_files=True)
     assert f"{len(memory):,} tokens of 3 texts" in printed
     assert "perplexity_approximate" in printed

@@ -1,12 +1,15 @@
-"""The threads of a process of the recipes, and how long it waits for others."""
+"""A process of the recipes: its threads, its progress bars, and how long it waits for others."""
 
+import datasets
 import pytest
 import torch
+from tqdm.auto import tqdm
 
 from support.forks import ROOT, run_forked
 
 from shared import processes
 from shared.processes import num_cores, set_cpu_threads
+from shared.progress_bars import progress_bars
 
 LAUNCHED = {"ACCELERATE_USE_CPU": "False"}  # what `accelerate launch` sets
 
@@ -77,3 +80,13 @@ def test_processes_wait_longer_than_their_group_would_and_fail_together():
     assert done.returncode == 0, done.stderr[-2000:]
     lines = sorted(done.stdout.splitlines())
     assert lines == ["rank 0: no room", "rank 1: Rank 0 has failed: ValueError: no room"]
+
+
+@pytest.mark.parametrize("bar", [tqdm, datasets.utils.tqdm])
+def test_bars_of_all_libraries_are_hidden_and_shown_again(capsys, bar):
+    with progress_bars(hidden=True):
+        assert list(bar([1, 2], disable=False)) == [1, 2]
+    assert capsys.readouterr().err == ""
+    with progress_bars(hidden=False):
+        list(bar([1, 2]))
+    assert "2/2" in capsys.readouterr().err

@@ -216,7 +216,9 @@ def test_every_way_to_train_makes_a_checkpoint_that_answers(inputs, tmp_path, mo
     from train import main
 
     monkeypatch.setattr(sys, "argv", ["train.py", *options(inputs, tmp_path / "out", *WAYS[way])])
+    torch.backends.cuda.enable_cudnn_sdp(True)
     main()
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     assert results["evaluation"]["query"]["corpus"]["query_recall@5"]["n"] == 6
     model = CoSupForCausalLM.from_pretrained(tmp_path / "out")
@@ -411,6 +413,7 @@ def test_build_index_trains_an_approximate_index_and_prints_its_recall(checkpoin
     paths = flags(model=checkpoint, corpus_file=inputs / "corpus.jsonl", output_dir=tmp_path / "index")
     settings = flags(embedding_dtype="float16", shard_size=4, max_tokens_per_batch=64)
     result = run_forked("recipes/build_index.py", *paths, *settings, *flags(index_factory="IVF7,Flat"))
+    assert result.returncode == 1
     assert "7 lists need at least as many training embeddings" in result.stderr  # known only after embedding
     embeddings = (tmp_path / "index" / "embeddings-00000.safetensors").stat()
     result = run_forked("recipes/build_index.py", *paths, *settings, *flags(index_factory="HNSW8", ef_search=32))

@@ -235,7 +235,7 @@ def test_an_arm_starts_from_the_model_of_another(inputs, tmp_path, run_here):
     """The other arm is trained first, but not evaluated unless it is asked for; `max_steps: 0` leaves its weights."""
     start = ["seeds=[0]", "pools=[4]", "evaluation.max_eval_samples=2", "baseline=co"]
     start += ["arms.co={model_name_or_path: '{arm:separate}', supervision: separate, max_steps: 0}"]
-    start += ["gen=null", "emb_seq=null"]
+    start += ["gen=null", "emb_seq=null", "disable_tqdm=true"]
     start += [f"arms.separate.gen={inputs / 'gen'}", f"arms.separate.emb_seq={inputs / 'emb_seq'}"]
     code, launched = run_here(arguments(inputs, tmp_path / "out", *start, more=("--only", "co")))
     assert (code, launched[:2]) == (0, [("train.py", "separate, seed 0"), ("train.py", "co, seed 0")])
@@ -246,6 +246,13 @@ def test_an_arm_starts_from_the_model_of_another(inputs, tmp_path, run_here):
     assert set(trained) == {0, 2}
     for name, weight in trained[2].items():
         torch.testing.assert_close(trained[0][name], weight, rtol=0, atol=0)
+    for log in (tmp_path / "out").rglob("*.log"):
+        assert "%|" not in log.read_text(), f"{log} has a progress bar"
+
+    # What was evaluated needs its weights no longer.
+    for path in (tmp_path / "out" / "models").rglob("*.safetensors"):
+        path.unlink()
+    assert run_here(arguments(inputs, tmp_path / "out", *start, more=("--only", "co"))) == (0, [])
 
 
 def test_an_arm_whose_start_fails_fails_once_and_says_why(inputs, tmp_path, run_here):

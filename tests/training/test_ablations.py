@@ -2,15 +2,18 @@
 
 import copy
 import re
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.utils import DistributedType
 
 from support.models import PASSAGES, make_model
 from support.training import NAMES, arguments, world
 from trainer import CoSupTrainer, gradient_cosine
+from trainer.arguments import check_sharding
 
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "lr_scheduler_type": "constant", "learning_rate": 1.0}
 SEVERAL = [  # two instances with two queries each, of three passages
@@ -198,6 +201,17 @@ def test_a_model_that_checkpoints_already_cannot_isolate_queries(tmp_path):
     model.gradient_checkpointing_enable()
     with pytest.raises(ValueError, match="isolate_queries changes the attention .*gradient_checkpointing_disable"):
         CoSupTrainer(model, arguments(tmp_path, isolate_queries=True), train_dataset=world(NAMES[:8]))
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_checkpoints_of_fsdp_cannot_isolate_queries(tmp_path, version):
+    args = arguments(tmp_path, isolate_queries=True)
+    plugin = SimpleNamespace(fsdp_version=version, activation_checkpointing=False)
+    check_sharding(args, DistributedType.FSDP, plugin)
+    plugin.activation_checkpointing = True
+    with pytest.raises(ValueError, match="isolate_queries changes the attention .*activation_checkpointing of FSDP"):
+        check_sharding(args, DistributedType.FSDP, plugin)
+    check_sharding(arguments(tmp_path), DistributedType.FSDP, plugin)
 
 
 def test_an_architecture_that_computes_attention_itself_cannot_isolate_queries(tmp_path):

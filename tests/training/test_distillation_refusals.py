@@ -1,6 +1,7 @@
 """What a distillation refuses: arguments that do not fit, and instances, models and readers that cannot be used."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -90,7 +91,7 @@ def test_what_cannot_be_trained_is_refused_before_training(models, tmp_path):
     args = arguments(tmp_path, **ATTENTION)
     for kind in (DistributedType.FSDP, DistributedType.DEEPSPEED):
         with pytest.raises(ValueError, match=f"{kind.value} shards it. One process and DDP work"):
-            check_sharding(args, kind, is_fsdp2=True)
+            check_sharding(args, kind, SimpleNamespace(fsdp_version=2))
 
 
 @pytest.mark.parametrize("supervision", [ATTENTION, PERPLEXITY])

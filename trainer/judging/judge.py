@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
-from datetime import datetime, timedelta, timezone
+from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
@@ -27,7 +27,7 @@ from modeling_cosup.files_cosup import read_json, write_json
 from modeling_cosup.lines_cosup import write_lines
 from modeling_cosup.token_keys_cosup import gen_of
 
-from ..distributed import barrier, gather_objects, host_group, rank, world_size
+from ..distributed import LONGEST_WAIT, barrier, gather_objects, host_group, rank, world_size
 from ..questions import answer_lists, answers_to_find, gold_ids, provenance_unknown
 from .correctness import worded
 from .figures import MODES, QUERY, added_figures, figure, figures_needing, in_order
@@ -167,7 +167,7 @@ def _share_judge(entail: Judge | None) -> Judge | SharedJudge | None:
     all_have_one = all(gather_objects(entail is not None))
     if entail is None or not all_have_one:
         return entail
-    return SharedJudge(entail, host_group(timedelta(days=7)))  # the others may wait for hours while one still answers
+    return SharedJudge(entail, host_group(LONGEST_WAIT))  # while one of them still answers
 
 
 def environment(model: PreTrainedModel) -> dict:
