@@ -129,7 +129,7 @@ def set_search_options(index: "faiss.Index", options: dict[str, Any]) -> None:
 
 def usual_search_options(index: "faiss.Index") -> dict[str, float]:
     """Return `nprobe`, `efSearch`, `quantizer_efSearch` and `k_factor_rf`, as far as an index has them, as set now."""
-    if isinstance(index, faiss.IndexPreTransform | faiss.IndexIDMap):
+    if isinstance(index, faiss.IndexPreTransform):
         return usual_search_options(faiss.downcast_index(index.index))
     if isinstance(index, faiss.IndexRefine):
         return {"k_factor_rf": index.k_factor} | usual_search_options(faiss.downcast_index(index.base_index))

@@ -281,14 +281,14 @@ class SearchableStore(PassageStore):
             raise ValueError("All passages of this index were deleted: there is nothing to search approximately.")
 
     def _extend_approximate(self, shards: list[Shard], config: Config) -> ApproximateSearch | None:
-        """Return a copy of the approximate index with new shards, since a mapped one cannot grow, without its recall."""
+        """Return a copy of the approximate index that includes new shards; the config loses the recall."""
         if self._approximate is None:
             return None
         stored = config["approximate"]
         if self.folder is None:
             index = faiss.clone_index(self._approximate.index)
         else:
-            index = faiss.read_index(str(self.folder / stored["file"]))
+            index = faiss.read_index(str(self.folder / stored["file"]))  # not mapped, so that FAISS can add to it
         add_to_approximate(index, ExactSearch(shards), self.num_rows)
         config["approximate"] = {name: value for name, value in stored.items() if not name.startswith("ann_recall@")}
         if self.folder is not None:

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_cosup import PassageIndex, index_approximate_cosup, index_search_cosup, index_searchable_cosup
+from modeling_cosup import (
+    PassageIndex,
+    index_approximate_cosup,
+    index_search_cosup,
+    index_searchable_cosup,
+    retrieval_cosup,
+)
 from modeling_cosup.folders_cosup import seal
 from modeling_cosup.index_approximate_cosup import usual_search_options
 from support.forks import run_forked
@@ -235,7 +241,7 @@ def test_everything_deleted(tmp_path, where):
         ("IVF8,PQ16x4", {"nprobe": 1}, {"nprobe": 8}),
     ],
 )
-def test_approximate_search(tmp_path, factory, weak, strong):
+def test_approximate_search(tmp_path, factory, weak, strong, monkeypatch):
     index = in_folder(random_index(3000, shard_size=900), tmp_path / "index")
     low = index.train_approximate(factory, queries=queries(50), **weak)
     stored = json.loads((tmp_path / "index" / "index_config.json").read_text())["approximate"]
@@ -256,9 +262,13 @@ def test_approximate_search(tmp_path, factory, weak, strong):
     with pytest.raises(ValueError, match="no search option 'nope'"):
         index.set_search_options(nope=3)
 
-    trust = "index is searched through a FAISS file: pass allow_faiss_files=True if you trust it, or search='exact'"
+    monkeypatch.setattr(retrieval_cosup, "find_folder", lambda *_: tmp_path / "index")  # downloads it
+    trust = (
+        "^me/index is searched through a FAISS file: pass allow_faiss_files=True if you trust it, or search='exact'"
+    )
     with pytest.raises(ValueError, match=trust):
-        PassageIndex.from_pretrained(tmp_path / "index")
+        PassageIndex.from_pretrained("me/index")
+    monkeypatch.undo()
     exact = PassageIndex.from_pretrained(tmp_path / "index", search="exact")
     check_nearest(exact.search(queries(9), 10), all_scores(index, queries(9)))
     loaded = PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True)
