@@ -249,10 +249,6 @@ def cache_for(model: Any, settings: DecodingSettings) -> RowCache:
 
     A static cache has all rows from the start. It is taken from the model, where the last call left it, and given back
     when this call ends: a captured step is bound to its cache, and another cache would mean capturing it again.
-
-    Args:
-        model ([`CoSupForCausalLM`]): gives away the static cache in `_static_row_cache`.
-        settings ([`DecodingSettings`]): of the loop.
     """
     rows, columns, device, limit = settings.num_slots, settings.num_columns, settings.device, settings.context_length
     if not settings.static:

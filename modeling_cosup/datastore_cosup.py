@@ -186,7 +186,7 @@ class KNNMemory(SearchableKeys):
                 in_memory = [builder.make(shard, bar) for shard in shards]
             return cls(in_memory, new_config(settings, in_memory, memory_config))
         save_directory = cls.check_save_directory(save_directory)
-        with build_of(save_directory, settings, process_index) as folder:
+        with build_of(save_directory, settings, num_processes, process_index) as folder:
             with bar:
                 num_shards = write_shards(folder, shards, builder, bar, num_processes, process_index)
             finish(folder, num_shards, settings, num_processes)

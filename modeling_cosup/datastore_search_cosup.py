@@ -179,12 +179,9 @@ def _scored_blocks(
 
 def _candidates(scores: torch.Tensor, least: torch.Tensor | None, keep: int) -> tuple[torch.Tensor, torch.Tensor]:
     """
-    Return the scores of a block that may be among the best, and their columns, `(n, m)`, padded with -inf.
+    Return the scores of a block that may be among the `keep` best, and their columns, `(n, m)`, padded with -inf.
 
-    Args:
-        scores (`torch.FloatTensor` of shape `(n, c)`): of a block.
-        least (`torch.FloatTensor` of shape `(n, 1)`, *optional*): the worst score so far, which must be beaten.
-        keep (`int`): scores to keep.
+    They must beat `least` `(n, 1)`, the worst score so far.
     """
     if least is None or scores.device.type != "cpu":
         columns = _largest(scores, min(keep, scores.shape[1]))
@@ -222,9 +219,7 @@ def _take_first_of_tied(
     """
     Replace rows that tie for the last places by the first rows of the same score, in place. All queries have ties.
 
-    Args:
-        scores (`torch.FloatTensor` of shape `(n, k + 1)`), rows (`torch.LongTensor` of shape `(n, k + 1)`): the best.
-        last (`torch.BoolTensor` of shape `(n, k + 1)`): which of them tie.
+    The best `scores` and `rows`, and `last`, which of them tie, are of shape `(n, k + 1)`.
     """
     least = scores.amin(1, keepdim=True)
     rows_of_query: dict[int, list[int]] = {}
@@ -240,14 +235,7 @@ def _take_first_of_tied(
 def recompute(
     shards: list[KeyShard], queries: torch.Tensor, distances: torch.Tensor, rows: torch.Tensor, which: torch.Tensor
 ) -> None:
-    """
-    Compute distances again from q - k, in place.
-
-    Args:
-        queries (`torch.FloatTensor` of shape `(n, d)`), distances (`torch.FloatTensor` of shape `(n, k)`), rows
-            (`torch.LongTensor` of shape `(n, k)`).
-        which (`torch.BoolTensor` of shape `(n, k)`): the distances to compute; row -1 is left out.
-    """
+    """Compute the distances `(n, k)` again from q - k, in place, where `which` `(n, k)` says so; not of row -1."""
     query, column = (which & (rows >= 0)).nonzero().T
     step = max(1, PAIRS // queries.shape[1])
     for start in range(0, len(query), step):

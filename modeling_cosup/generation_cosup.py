@@ -403,7 +403,8 @@ class RetrievalGenerationMixin(RefusalsMixin):
         call, queue = retrieval_call, retrieval_call.queue
         width, device = input_ids.shape[1], input_ids.device
         attention_mask = kwargs.get("attention_mask")
-        error = None
+        error: Exception | None = None
+        decoder: Decoder | None = None
         try:
             self._check_synced(synced_gpus)
             prompts = unpadded(input_ids, attention_mask) if queue is None else queue.prompts
@@ -420,12 +421,13 @@ class RetrievalGenerationMixin(RefusalsMixin):
                 rows[0].listener = StreamerListener(streamer, call.retrieval.stream_passages)
         except Exception as failure:  # a retriever may raise anything
             error = failure
-        raise_together(error, synced_gpus, device)
         try:
+            raise_together(error, synced_gpus, device)
+            assert decoder is not None
             if queue is not None:
                 return queue.answer(self, rows, decoder.run)
             decoder.run(rows)
         finally:
-            if call.static:
+            if call.static and decoder is not None:
                 self._static_row_cache = decoder.cache
         return call_output(decoder, rows, input_ids, attention_mask, call.output_device or device)

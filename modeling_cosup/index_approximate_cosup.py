@@ -127,12 +127,15 @@ def set_search_options(index: "faiss.Index", options: dict[str, Any]) -> None:
             ) from None
 
 
-def usual_search_options(index: "faiss.Index") -> dict[str, int]:
-    """Return the `nprobe` of an IVF index, or the `efSearch` of an HNSW index, as it is set now."""
-    while isinstance(index, faiss.IndexPreTransform):
-        index = faiss.downcast_index(index.index)
+def usual_search_options(index: "faiss.Index") -> dict[str, float]:
+    """Return `nprobe`, `efSearch`, `quantizer_efSearch` and `k_factor_rf`, as far as an index has them, as set now."""
+    if isinstance(index, faiss.IndexPreTransform):
+        return usual_search_options(faiss.downcast_index(index.index))
+    if isinstance(index, faiss.IndexRefine):
+        return {"k_factor_rf": index.k_factor} | usual_search_options(faiss.downcast_index(index.base_index))
     if isinstance(index, faiss.IndexIVF):
-        return {"nprobe": index.nprobe}
+        quantizer_options = usual_search_options(faiss.downcast_index(index.quantizer))
+        return {"nprobe": index.nprobe} | {f"quantizer_{name}": value for name, value in quantizer_options.items()}
     if isinstance(index, faiss.IndexHNSW):
         return {"efSearch": index.hnsw.efSearch}
     return {}

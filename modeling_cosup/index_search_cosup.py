@@ -3,7 +3,8 @@ Searching an index by inner product: exactly over mapped files (FAISS; torch whe
 (torch), or approximately through any FAISS index.
 
 Every searcher has `search(queries, k) -> (scores, rows)`, both `numpy.ndarray` `(N, k)`, best first, or narrower if
-the index has fewer than k rows. Deleted rows are among the results. Places without a result hold -inf and -1.
+the index has fewer than k rows. Equal scores are in the order of their rows. Deleted rows are among the results.
+Places without a result hold -inf and -1.
 """
 
 from collections.abc import Callable, Iterator
@@ -29,9 +30,15 @@ DEVICE_SCORES = 2**26  # scores that a device holds at a time: 256 MB
 GATHER = 0.1  # share of all rows: gathering so many costs as much as reading all of them in order
 GATHER_QUERY = 0.03  # share of all rows: gathering so many costs as much as scoring all rows for one more query
 MASK_BYTES = 2**28  # for masks of pools at a time
+SPARE = 8  # rows that are proposed besides the k best, to see whether others share the score of the last
+MORE = 16  # times as many rows are proposed if they may
+ERRORS = 8  # a product is wrong by at most this many times as much as it was for the rows proposed
+NUMBERS = 2**22  # numbers of embeddings that are scored again at a time
 
 RowArray: TypeAlias = NDArray[np.int64]  # rows of the index
 Score: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # queries, embeddings -> scores (N, M)
+Propose: TypeAlias = Callable[[torch.Tensor, int, torch.Tensor | None], SearchResults]  # queries, count, allowed
+Gather: TypeAlias = Callable[[RowArray], torch.Tensor]  # rows -> embeddings
 
 
 class ExactSearch:
@@ -45,6 +52,7 @@ class ExactSearch:
     def __init__(self, shards: list[Shard]) -> None:
         self.shards = shards
         self.starts = np.cumsum([0, *map(len, shards)])
+        self.num_rows = int(self.starts[-1])
         self._is_finite = False  # set by the first search, which checks all embeddings
 
     def search(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> SearchResults:
@@ -58,6 +66,10 @@ class ExactSearch:
         Raises:
             `ValueError`: for embeddings that are not finite. FAISS would skip a NaN, and torch's top-k puts it first.
         """
+        return nearest(self.propose, self.gather, self.num_rows, queries, k, allowed)
+
+    def propose(self, queries: torch.Tensor, count: int, allowed: torch.Tensor | None) -> SearchResults:
+        """Return the `count` rows with the largest products, by FAISS or by torch, whichever is faster."""
         queries = queries.cpu()
         best = nothing(len(queries), 0)
         for start, block in self.blocks():
@@ -65,19 +77,18 @@ class ExactSearch:
             if not self._is_finite:
                 check_finite(torch.stack(embeddings.aminmax()).numpy())
             if faiss is not None and allowed is None and len(queries) not in PRODUCT_QUERIES:
-                scores, rows = faiss.knn(queries.numpy(), block, min(k, len(block)), faiss.METRIC_INNER_PRODUCT)
+                scores, rows = faiss.knn(queries.numpy(), block, min(count, len(block)), faiss.METRIC_INNER_PRODUCT)
                 scores = np.where(rows < 0, -np.inf, scores).astype(np.float32)
             else:
                 block_allowed = None if allowed is None else allowed[:, start : start + len(block)]
-                top_scores, top_rows = top_of_product(self.scores, queries, embeddings, PRODUCT_ROWS, k, block_allowed)
-                scores, rows = top_scores.numpy(), top_rows.numpy()
-            best = merge(best, (scores, np.where(rows < 0, -1, rows + start)), k)
+                scores, rows = top_of_product(self.scores, queries, embeddings, PRODUCT_ROWS, count, block_allowed)
+            best = merge(best, (scores, np.where(rows < 0, -1, rows + start)), count)
         self._is_finite = True
         return best
 
     @staticmethod
     def scores(queries: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
-        """Return float32 scores `(N, M)` of queries and embeddings in memory."""
+        """Return float32 products `(N, M)` of queries and embeddings in memory."""
         return queries.cpu() @ embeddings.T
 
     def blocks(self) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -121,9 +132,9 @@ class DeviceSearch:
         if dtype is not None and dtype not in DTYPES:
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
         stored = shards[0].embeddings
-        num_rows = sum(map(len, shards))
+        self.num_rows = sum(map(len, shards))
         copy_dtype = stored.dtype if dtype is None else DTYPES[dtype]
-        self.embeddings = torch.empty(num_rows, stored.shape[1], device=device, dtype=copy_dtype)
+        self.embeddings = torch.empty(self.num_rows, stored.shape[1], device=device, dtype=copy_dtype)
         start = 0
         for shard in shards:
             copied = self.embeddings[start : start + len(shard)]
@@ -136,25 +147,30 @@ class DeviceSearch:
 
     def search(self, queries: torch.Tensor, k: int, allowed: torch.Tensor | None = None) -> SearchResults:
         """Find the k nearest rows, or the k nearest `allowed` rows; see [`ExactSearch.search`]."""
-        queries = queries.to(self.embeddings.device)
+        return nearest(self.propose, self.gather, self.num_rows, queries, k, allowed)
+
+    def propose(self, queries: torch.Tensor, count: int, allowed: torch.Tensor | None) -> SearchResults:
+        """Return the `count` rows with the largest products."""
         step = max(1, DEVICE_SCORES // len(queries))
-        top_scores, top_rows = top_of_product(self.scores, queries, self.embeddings, step, k, allowed)
-        scores, rows = top_scores.cpu().numpy(), top_rows.cpu().numpy()
-        check_finite(scores[rows >= 0])
-        return scores, rows
+        queries = queries.to(self.embeddings.device)
+        return top_of_product(self.scores, queries, self.embeddings, step, count, allowed)
 
-    def scores(self, queries: torch.Tensor, block: torch.Tensor) -> torch.Tensor:
+    def scores(self, queries: torch.Tensor, embeddings: torch.Tensor) -> torch.Tensor:
         """
-        Return float32 scores `(N, rows of block)`; a passage has the same score in a pool as in the whole index.
+        Return float32 products `(N, M)`.
 
-        On a GPU, half-precision embeddings are not converted: its product takes them, and sums in float32.
+        On a GPU, half-precision embeddings are not converted: its product takes them, and sums in float32. A query is
+        then two rows of half precision, of which the second holds what the first has rounded off.
         """
-        queries = queries.to(block.device)
-        if block.dtype == torch.float32:
-            return queries @ block.T
-        if block.is_cuda:
-            return torch.mm(queries.to(block.dtype), block.T, out_dtype=torch.float32)
-        return torch.cat([queries @ part.float().T for part in block.split(HALF_ROWS)], 1)
+        queries = queries.to(embeddings.device)
+        if embeddings.dtype == torch.float32:
+            return queries @ embeddings.T
+        if embeddings.is_cuda:
+            rounded = queries.to(embeddings.dtype)
+            parts = torch.cat([rounded, (queries - rounded).to(embeddings.dtype)])
+            first, second = torch.mm(parts, embeddings.T, out_dtype=torch.float32).split(len(queries))
+            return first.add_(second)
+        return torch.cat([queries @ part.float().T for part in embeddings.split(HALF_ROWS)], 1)
 
     def gather(self, rows: RowArray) -> torch.Tensor:
         """Return the embeddings of some rows, `(len(rows), h)`, on the device and in its dtype."""
@@ -163,11 +179,9 @@ class DeviceSearch:
 
 class ApproximateSearch:
     """
-    Search through a FAISS index whose ids are our rows.
+    Search through a FAISS index by inner product, whose ids are our rows.
 
-    Args:
-        index (`faiss.Index`): inner product index of all rows.
-        resources (`faiss.StandardGpuResources`, *optional*): for an index on a GPU, which needs them while it exists.
+    An index on a GPU needs its `resources` (`faiss.StandardGpuResources`) while it exists.
     """
 
     def __init__(self, index: Any, resources: Any = None) -> None:
@@ -177,7 +191,7 @@ class ApproximateSearch:
     def search(self, queries: torch.Tensor, k: int) -> SearchResults:
         """Find roughly the k nearest rows; scores are the FAISS index's, and inexact if it compresses embeddings."""
         scores, rows = self.index.search(queries.cpu().numpy(), k)
-        return np.where(rows < 0, -np.inf, scores).astype(np.float32), rows
+        return in_order(np.where(rows < 0, -np.inf, scores).astype(np.float32), rows, k)
 
     def on_gpu(self, number: int) -> "ApproximateSearch":
         """
@@ -208,19 +222,78 @@ def check_finite(scores: NDArray[np.float32]) -> None:
         )
 
 
-def top_of_product(
-    score: Score, queries: torch.Tensor, embeddings: torch.Tensor, step: int, k: int, allowed: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest(
+    propose: Propose,
+    gather: Gather,
+    num_rows: int,
+    queries: torch.Tensor,
+    k: int,
+    allowed: torch.Tensor | None = None,
+    spare: int = SPARE,
+) -> SearchResults:
     """
-    Find the k best rows of each query, computing the scores of `step` rows at a time.
+    Find the k nearest rows, those of equal scores in the order of their rows.
+
+    The last digits of a product depend on the place of an embedding and on the other queries. So products only propose
+    rows, whose scores are then computed again one by one. While a row that was not proposed could have the score of
+    the k-th, more rows are proposed.
 
     Args:
-        score (`Callable`): takes queries and a block of embeddings, e.g. [`DeviceSearch.scores`].
-        queries (`torch.FloatTensor` of shape `(N, h)`), embeddings (`torch.Tensor` of shape `(M, h)`).
-        allowed (`torch.BoolTensor` of shape `(N, M)`, *optional*): other rows become -1 with a score of -inf.
+        propose, gather, num_rows: of [`ExactSearch`] or [`DeviceSearch`]; queries, k, allowed: of its `search`.
+        spare (`int`, *optional*): number of rows to propose besides k.
+    """
+    k = min(k, num_rows)
+    count = min(num_rows, k + max(spare, k // 8))
+    products, rows = propose(queries, count, allowed)
+    scores = score_again(gather, queries, rows)
+    check_finite(scores[rows >= 0])
+    best_scores, best_rows = in_order(scores, rows, k)
+    if count == num_rows:
+        return best_scores, best_rows
+    unsettled = np.flatnonzero(rows[:, -1] >= 0)
+    scores, products = scores[unsettled], products[unsettled]
+    error = np.abs(products - scores).max(1) + np.finfo(np.float32).eps * np.abs(scores).max(1)
+    unsettled = unsettled[products[:, -1] + ERRORS * error >= best_scores[unsettled, -1]]
+    if len(unsettled):
+        some = torch.from_numpy(unsettled)
+        allowed = None if allowed is None else allowed[some]
+        results = nearest(propose, gather, num_rows, queries[some], k, allowed, MORE * count)
+        best_scores[unsettled], best_rows[unsettled] = results
+    return best_scores, best_rows
 
-    Returns:
-        `(scores, rows)`: tensors `(N, min(k, M))`, best first.
+
+def score_again(gather: Gather, queries: torch.Tensor, rows: RowArray) -> NDArray[np.float32]:
+    """
+    Return the scores of rows `(N, count)`, each from its own sum in float64; -inf for row -1.
+
+    So equal embeddings have equal scores, which depend on no device and no other query.
+    """
+    scores = np.full(rows.shape, -np.inf, np.float32)
+    query, column = (rows >= 0).nonzero()
+    step = max(1, NUMBERS // queries.shape[1])
+    for start in range(0, len(query), step):
+        some, columns = query[start : start + step], column[start : start + step]
+        embeddings = gather(rows[some, columns]).float()
+        if embeddings.device.type == "mps":  # has no float64
+            embeddings = embeddings.cpu()
+        embeddings *= queries[torch.from_numpy(some)].to(embeddings.device)
+        scores[some, columns] = embeddings.sum(1, dtype=torch.float64).float().cpu().numpy()
+    return scores
+
+
+def in_order(scores: NDArray[np.float32], rows: RowArray, k: int) -> SearchResults:
+    """Return the k largest scores `(N, k)` and their rows, equal scores in the order of their rows."""
+    order = np.lexsort((rows, -scores), axis=1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+
+
+def top_of_product(
+    score: Score, queries: torch.Tensor, embeddings: torch.Tensor, step: int, k: int, allowed: torch.Tensor | None
+) -> SearchResults:
+    """
+    Find the k largest products of each query, computing those of `step` rows at a time: `(N, min(k, M))`.
+
+    Rows that are not `allowed`, a `torch.BoolTensor` of shape `(N, M)`, become -1 with a score of -inf.
     """
     block_scores, block_rows = [], []
     for start in range(0, len(embeddings), step):
@@ -233,8 +306,9 @@ def top_of_product(
             rows = rows.masked_fill(top.values == -torch.inf, -1)
         block_scores.append(top.values)
         block_rows.append(rows)
-    best_scores, order = torch.cat(block_scores, 1).sort(dim=1, descending=True, stable=True)
-    return best_scores[:, :k], torch.cat(block_rows, 1).gather(1, order[:, :k])
+    best_scores, order = torch.cat(block_scores, 1).sort(dim=1, descending=True)
+    best_rows = torch.cat(block_rows, 1).gather(1, order[:, :k])
+    return best_scores[:, :k].cpu().numpy(), best_rows.cpu().numpy()
 
 
 def nothing(n: int, k: int) -> SearchResults:
@@ -243,23 +317,16 @@ def nothing(n: int, k: int) -> SearchResults:
 
 
 def merge(first: SearchResults, second: SearchResults, k: int) -> SearchResults:
-    """Return the k best of two search results; for equal scores, `first` comes first."""
-    scores = np.concatenate([first[0], second[0]], axis=1)
-    rows = np.concatenate([first[1], second[1]], axis=1)
-    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+    """Return the k best of two search results."""
+    return in_order(np.concatenate([first[0], second[0]], 1), np.concatenate([first[1], second[1]], 1), k)
 
 
 def search_without(
     deleted: RowArray, searcher: Searcher, queries: torch.Tensor, k: int, num_rows: int
 ) -> SearchResults:
     """
-    Find the k nearest rows that were not deleted: fetch more than k, and again more for queries left with fewer.
-
-    Args:
-        deleted (`numpy.ndarray` of int64): deleted rows, sorted.
-        queries (`torch.FloatTensor` of shape `(N, h)`), k (`int`): see [`ExactSearch.search`].
-        num_rows (`int`): number of rows of the searcher, including deleted ones.
+    Find the k nearest rows that are not among the `deleted` ones, which are sorted: fetch more than k of all
+    `num_rows`, and again more for queries left with fewer.
     """
     if not len(deleted):
         return searcher.search(queries, k)
@@ -285,12 +352,8 @@ def search_pools(
     """
     Find the k best rows in the pool of each query.
 
-    Queries with the same pool share its gathered embeddings. Large pools are searched by scoring all rows.
-
-    Args:
-        queries (`torch.FloatTensor` of shape `(N, h)`): one for each pool.
-        pools (`list` of `numpy.ndarray` of int64): rows, in any order; duplicate and deleted ones are ignored.
-        k (`int`), deleted (`numpy.ndarray` of int64), num_rows (`int`): see [`search_without`].
+    A pool holds rows in any order; duplicate and deleted ones are ignored. Queries with the same pool share its
+    gathered embeddings. Large pools are searched by scoring all rows.
     """
     best_scores, best_rows = nothing(len(queries), k)
     small, large = [], []
@@ -343,10 +406,13 @@ def search_pool(
         pool = pool[~contains(deleted, pool)]
     if not len(pool):
         return nothing(len(queries), 0)
-    top = searcher.scores(queries, searcher.gather(pool)).topk(min(k, len(pool)))
-    scores = top.values.cpu().numpy()
-    check_finite(scores)
-    return scores, pool[top.indices.cpu().numpy()]
+    embeddings = searcher.gather(pool)
+
+    def propose(queries: torch.Tensor, count: int, _: torch.Tensor | None) -> SearchResults:
+        return top_of_product(searcher.scores, queries, embeddings, len(pool), count, None)
+
+    scores, places = nearest(propose, lambda places: embeddings[torch.from_numpy(places)], len(pool), queries, k)
+    return scores, pool[places]
 
 
 def contains(values: RowArray, rows: Any) -> Any:

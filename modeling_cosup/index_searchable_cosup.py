@@ -67,8 +67,8 @@ class SearchableStore(PassageStore):
                 rows searches only these rows, always exactly.
 
         Returns:
-            `(scores, rows)`: `numpy.ndarray` of float32 and int64, both `(N, min(k, len(self)))`, best first;
-            `index[row]` is a passage. If a query has fewer candidates, the rest is -inf and -1.
+            `(scores, rows)`: `numpy.ndarray` of float32 and int64, both `(N, min(k, len(self)))`, best first, and
+            equal scores by row; `index[row]` is a passage. If a query has fewer candidates, the rest is -inf and -1.
 
         Raises:
             `ValueError`: if queries have the wrong width or are NaN or infinite, candidates are not rows, or k < 1.
@@ -206,11 +206,7 @@ class SearchableStore(PassageStore):
         return recalls
 
     def _write_approximate(self, folder: Path, config: Config, index: "faiss.Index") -> str:
-        """
-        Write a FAISS index, list its file in the config, and return the file's name.
-
-        The file has the search options that it was trained with, whose recall the config holds.
-        """
+        """Write a FAISS index with the options of its training, list its file in the config, and return its name."""
         set_search_options(index, config["approximate"]["search_options"])
         try:
             return self._write_file(folder, config, "index.faiss", lambda path: write_approximate(index, path))
@@ -285,23 +281,18 @@ class SearchableStore(PassageStore):
             raise ValueError("All passages of this index were deleted: there is nothing to search approximately.")
 
     def _extend_approximate(self, shards: list[Shard], config: Config) -> ApproximateSearch | None:
-        """
-        Return a copy of the approximate index that includes new shards: FAISS cannot add to a mapped index.
-
-        The config loses the recall, which was of the smaller index.
-        """
+        """Return a copy of the approximate index that includes new shards; the config loses the recall."""
         if self._approximate is None:
             return None
         stored = config["approximate"]
         if self.folder is None:
             index = faiss.clone_index(self._approximate.index)
         else:
-            index = faiss.read_index(str(self.folder / stored["file"]))
+            index = faiss.read_index(str(self.folder / stored["file"]))  # not mapped, so that FAISS can add to it
         add_to_approximate(index, ExactSearch(shards), self.num_rows)
         config["approximate"] = {name: value for name, value in stored.items() if not name.startswith("ann_recall@")}
         if self.folder is not None:
             config["approximate"]["file"] = self._write_approximate(self.folder, config, index)
-        set_search_options(index, self._search_options)
         return ApproximateSearch(index)
 
     def _write_from_memory(self, folder: Path) -> Config:

@@ -74,9 +74,16 @@ class PassageStore(FolderStore):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         """Yield all passages that were not deleted, by row."""
-        for row in range(self.num_rows):
-            if not len(self._deleted) or not contains(self._deleted, row):
-                yield self[row]
+        return self.read(COLUMNS)
+
+    def read(self, names: tuple[str, ...]) -> Iterator[dict[str, Any]]:
+        """Yield all passages as iterating does, but only their columns `names`; without token ids it is faster."""
+        deleted = set(self._deleted.tolist())
+        for start, shard in zip(self._exact.starts.tolist(), self._shards, strict=False):
+            columns = {name: shard.passages[name] for name in names if name in shard.passages.schema.names}
+            for row in range(len(shard)):
+                if start + row not in deleted:
+                    yield _passage(columns, row)
 
     def get_passages(self, rows: Rows) -> list[dict[str, Any]]:
         """
@@ -96,11 +103,12 @@ class PassageStore(FolderStore):
         places = self._places(self._checked_rows(rows), COLUMNS)
         return [_passage(columns, row) for columns, row in places]
 
-    def _passages_digest(self) -> str:
-        """Return the SHA-256 (hex) of all passages and of the rows of deleted ones."""
+    def _digest_of_shards(self) -> str:
+        """Return the SHA-256 (hex) of all shards and of the rows of deleted passages."""
         total = hashlib.sha256(self._deleted.tobytes())
         for shard in self._shards:
             total.update(shard.passages.serialize())
+            total.update(shard.embeddings.contiguous().view(torch.uint8).numpy().data)
         return total.hexdigest()
 
     def _checked_rows(self, rows: Rows) -> NDArray[np.int64]:

@@ -189,10 +189,7 @@ def _check_memory(memory: Any) -> None:
 
 
 def mix(
-    lm_log_probs: torch.Tensor,
-    memory_log_probs: torch.Tensor,
-    weight: float | torch.Tensor,
-    kept_ids: torch.Tensor,
+    lm_log_probs: torch.Tensor, memory_log_probs: torch.Tensor, weight: float | torch.Tensor, kept_ids: torch.Tensor
 ) -> torch.Tensor:
     """
     Return the mixture of Gen's distribution and the memory's; see the head of this file.

@@ -22,11 +22,7 @@ PASSAGE_FIELDS = (*TEXT_FIELDS, "input_ids", METADATA_FIELD)
 
 
 def prepare_upload(
-    connection: MilvusConnection,
-    index: PassageIndex,
-    index_type: str,
-    index_params: dict[str, Any],
-    overwrite: bool,
+    connection: MilvusConnection, index: PassageIndex, index_type: str, index_params: dict[str, Any], overwrite: bool
 ) -> int:
     """
     Create the collection for `index`, or prepare to resume an interrupted upload of it.

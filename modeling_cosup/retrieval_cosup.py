@@ -138,7 +138,7 @@ class PassageIndex(SearchableStore):
             report_cut(builder.num_cut, model.config.max_passage_length)
             return cls(in_memory, new_config(settings, in_memory))
         save_directory = cls.check_save_directory(save_directory)
-        with build_of(save_directory, settings, process_index) as folder:
+        with build_of(save_directory, settings, num_processes, process_index) as folder:
             total, shards = read_shards(passages, shard_size, show_progress_bar, check)
             if total is not None:
                 first_rows = range(process_index * shard_size, total, num_processes * shard_size)
@@ -280,10 +280,13 @@ class PassageIndex(SearchableStore):
         if search not in (None, "exact"):
             raise ValueError(f"search is {search!r}, expected None or 'exact'.")
         folder = find_folder(name_or_path, cls.form, allow_faiss_files and search is None, revision, **kwargs)
-        return load_unchanged(folder, cls.form, lambda: cls._open(folder, allow_faiss_files, search, verify))
+        options = allow_faiss_files, search, verify, str(name_or_path)
+        return load_unchanged(folder, cls.form, lambda: cls._open(folder, *options))
 
     @classmethod
-    def _open(cls, folder: Path, allow_faiss_files: bool, search: str | None, verify: bool | None) -> "PassageIndex":
+    def _open(
+        cls, folder: Path, allow_faiss_files: bool, search: str | None, verify: bool | None, name: str
+    ) -> "PassageIndex":
         """Load the index of a folder, with its approximate index if there is one and it is not ignored."""
         index = cls._load(folder, verify)
         if index.config["approximate"] is None:
@@ -296,7 +299,7 @@ class PassageIndex(SearchableStore):
             return index
         if not allow_faiss_files:
             raise ValueError(
-                f"{folder} is searched through a FAISS file: pass allow_faiss_files=True if you trust it, or"
+                f"{name} is searched through a FAISS file: pass allow_faiss_files=True if you trust it, or"
                 " search='exact'."
             )
         check_file(folder / faiss_file, index.config["files"][faiss_file], cls.form, verify)

@@ -155,8 +155,8 @@ def content_digest(index: Retriever) -> str:
     Return a hash that differs for indexes of another model, of other passages or with another search.
 
     Of an index in a folder, the checksums of its files, the deleted rows and the approximate search count; of an index
-    in memory, its passages; of a Milvus collection, its properties and how it is searched. Of any other index, only
-    its fingerprint and length are known.
+    in memory, its passages and embeddings, shard by shard; of a Milvus collection, its properties and how it is
+    searched. Of any other index, only its fingerprint and length are known.
     """
     content: dict[str, Any] = {}
     config = getattr(index, "config", None)
@@ -166,8 +166,8 @@ def content_digest(index: Retriever) -> str:
         content["deleted"] = config.get("deleted")
         if getattr(index, "_approximate", None) is not None:
             content["approximate"] = config.get("approximate")
-        if not files and hasattr(index, "_passages_digest"):
-            content["passages"] = index._passages_digest()
+        if not files and hasattr(index, "_digest_of_shards"):
+            content["shards"] = index._digest_of_shards()
     for name in ("_properties", "search_params"):  # of Milvus
         content[name] = getattr(index, name, None)
     try:

@@ -22,13 +22,7 @@ from .tokenization_cosup import bos_and_eos
 logger = logging.get_logger(__name__)
 
 # Pooling modes by the names of old and new releases of sentence-transformers -> CoSup's names.
-POOLINGS = {
-    "cls": "cls",
-    "cls_token": "cls",
-    "mean": "mean",
-    "mean_tokens": "mean",
-    "lasttoken": "lasttoken",
-}
+POOLINGS = {"cls": "cls", "cls_token": "cls", "mean": "mean", "mean_tokens": "mean", "lasttoken": "lasttoken"}
 MODULE_KINDS = ("Transformer", "Pooling", "Dense", "Normalize")
 SUPPORTED = (
     "Supported are Transformer, Pooling (mean, cls or lasttoken), Dense (no bias, no activation) and Normalize, "

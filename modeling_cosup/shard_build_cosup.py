@@ -8,6 +8,7 @@ shards.
 
 import contextlib
 import errno
+import glob
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
@@ -35,15 +36,12 @@ class Builder(Protocol):
 
     def files_of(self, number: int) -> tuple[str, ...]:
         """Return the names of the files of a shard."""
-        ...
 
     def make(self, items: Items, bar: tqdm, paths: tuple[Path, ...]) -> object:
         """Make a shard of items in files; advance the bar by `len(items)` in all."""
-        ...
 
     def room_for(self, num_items: int) -> str:
         """Say how much room the shards of `num_items` items take at least."""
-        ...
 
 
 def unfinished_folder(save_directory: Path) -> Path:
@@ -52,9 +50,12 @@ def unfinished_folder(save_directory: Path) -> Path:
 
 
 @contextlib.contextmanager
-def build_of(save_directory: Path, settings: Settings, process_index: int = 0) -> Iterator[Path]:
+def build_of(
+    save_directory: Path, settings: Settings, num_processes: int = 1, process_index: int = 0
+) -> Iterator[Path]:
     """
-    Begin or resume a build, and keep out other processes of the same number, which would write the same files.
+    Begin or resume a build, and keep out processes that would write the same files: of the same index, or of a build
+    by another number of processes.
 
     Yields:
         `Path`: the folder of the build.
@@ -63,8 +64,13 @@ def build_of(save_directory: Path, settings: Settings, process_index: int = 0) -
         `ValueError`: if another process works on it, or as [`begin`].
     """
     folder = unfinished_folder(save_directory)
-    lock = save_directory.with_name(f".{save_directory.name}.lock-{process_index}")
-    with locked(lock, f"{save_directory} is being built by another process: wait for it, or name another folder."):
+    name = f".{save_directory.name}.lock-{process_index}-of-{num_processes}"
+    busy = f"{save_directory} is being built by another process: wait for it, or name another folder."
+    with locked(save_directory.with_name(name), busy):
+        for lock in save_directory.parent.glob(f".{glob.escape(save_directory.name)}.lock-*"):
+            if not lock.name.endswith(f"-of-{num_processes}"):
+                with locked(lock, busy):
+                    pass  # no process holds it
         begin(folder, settings)
         yield folder
 
@@ -118,12 +124,7 @@ def _has_size(path: Path, facts: FileFacts) -> bool:
 
 
 def write_shards(
-    folder: Path,
-    shards: Iterable[Items],
-    builder: Builder,
-    bar: tqdm,
-    num_processes: int = 1,
-    process_index: int = 0,
+    folder: Path, shards: Iterable[Items], builder: Builder, bar: tqdm, num_processes: int = 1, process_index: int = 0
 ) -> int:
     """
     Write the incomplete shards of this process, each with its marker; return the number of shards of the corpus.

@@ -21,6 +21,7 @@ corpus and model that `output_dir` already holds is not embedded again.
 import os
 from itertools import zip_longest
 from pathlib import Path
+from typing import Any
 
 from shared.cli import check_options, clear_errors, json_object, parse, refuse_given, table
 
@@ -34,6 +35,7 @@ from accelerate.utils import broadcast_object_list
 
 from modeling_cosup import CoSupForCausalLM, MilvusPassageIndex, PassageIndex
 from modeling_cosup.index_approximate_cosup import empty_approximate
+from modeling_cosup.index_files_cosup import METADATA_COLUMN
 from modeling_cosup.milvus_client_cosup import MilvusConnection, milvus_packages
 from modeling_cosup.milvus_upload_cosup import check_can_be_uploaded
 from modeling_cosup.passages_cosup import checked_passages, read_corpus
@@ -106,12 +108,18 @@ def check(args: IndexArguments, embedding_size: int) -> None:
         raise ValueError(
             f"--index {args.index} without --index_uri: name the Milvus server to upload to; the folder is output_dir."
         )
+    options = ["milvus_index_type"]
+    if milvus_index_params(args):
+        options.append("milvus_index_params")
     if args.index_uri is None:
-        options = ("milvus_index_type", "milvus_index_params")
         refuse_given(args, options, "is for an upload to Milvus: give --index_uri")
     else:
         milvus_packages()
-    json_object(args.milvus_index_params, "milvus_index_params")
+
+
+def milvus_index_params(args: IndexArguments) -> dict[str, Any]:
+    """Return the parameters of the collection's index; a config may leave them empty."""
+    return {} if args.milvus_index_params is None else json_object(args.milvus_index_params, "milvus_index_params")
 
 
 def is_built_before(args: IndexArguments, model: CoSupForCausalLM, state: PartialState) -> bool:
@@ -160,9 +168,8 @@ def is_built(args: IndexArguments, model: CoSupForCausalLM) -> bool:
     if not has_settings or (index.config["approximate"] and not args.index_factory):
         return False
     corpus = checked_passages(read_corpus(file_or_dataset(args.corpus_file, args.streaming)))
-    passages = ({**passage, "input_ids": None} for _, passage in corpus)
-    held = ({**passage, "input_ids": None} for passage in index)
-    return all(first == second for first, second in zip_longest(passages, held))
+    held = index.read(("id", "title", "text", METADATA_COLUMN))
+    return all(first == second for first, second in zip_longest((passage for _, passage in corpus), held))
 
 
 def finish(args: IndexArguments, must_merge: bool) -> None:
@@ -176,8 +183,7 @@ def finish(args: IndexArguments, must_merge: bool) -> None:
         print(f"{args.index_factory} against exact search, queries sampled from the passages:")
         print(table([(figure(name).label, f"{shown(value, name)} %") for name, value in recalls.items()]))
     if args.index_uri is not None:
-        params = json_object(args.milvus_index_params, "milvus_index_params")
-        options = {"index_type": args.milvus_index_type, "index_params": params}
+        options = {"index_type": args.milvus_index_type, "index_params": milvus_index_params(args)}
         uploaded = MilvusPassageIndex.from_index(index, args.index_uri, args.index, **options)
         print(f"{len(uploaded):,} passages in collection {args.index} of {args.index_uri}", flush=True)
         uploaded.close()

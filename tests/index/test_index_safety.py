@@ -298,10 +298,13 @@ def test_a_stale_index_is_not_saved_over_its_own_folder(model, tmp_path):
 
 def test_two_builds_of_one_folder_exclude_each_other(model, tmp_path):
     options = {"save_directory": tmp_path / "index", "show_progress_bar": False}
-    with locked(tmp_path / ".index.lock-0", "held"):
-        with pytest.raises(ValueError, match="index is being built by another process"):
-            model.build_index(PASSAGES, **options)
+    with locked(tmp_path / ".index.lock-0-of-2", "held"):
+        for others in ({}, {"num_processes": 2, "process_index": 0}, {"num_processes": 3, "process_index": 1}):
+            with pytest.raises(ValueError, match="index is being built by another process"):
+                model.build_index(PASSAGES, **options, **others)
         model.build_index(PASSAGES, **options, num_processes=2, process_index=1)  # another part of the work
+    with locked(tmp_path / ".index.lock-1-of-2", "held"), pytest.raises(ValueError, match="by another process"):
+        model.build_index(PASSAGES, **options)  # process 0 of 2 is done
     assert len(model.build_index(PASSAGES, **options)) == len(PASSAGES)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
 

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-from modeling_cosup import PassageIndex, index_approximate_cosup, index_search_cosup, index_searchable_cosup
+from modeling_cosup import (
+    PassageIndex,
+    index_approximate_cosup,
+    index_search_cosup,
+    index_searchable_cosup,
+    retrieval_cosup,
+)
 from modeling_cosup.folders_cosup import seal
 from modeling_cosup.index_approximate_cosup import usual_search_options
 from support.forks import run_forked
@@ -160,6 +166,9 @@ def test_reading_passages(tmp_path):
     assert index.get_passages(np.array([69])) == [expected]
     assert index[69] == expected
     assert index.get_passages([]) == []
+    assert list(index) == index.get_passages(range(300))
+    index.delete(["m69", "m70"])
+    assert list(index.read(("id", "text"))) == [{"id": f"m{i}", "text": "x"} for i in range(300) if i not in (69, 70)]
     for row in (300, -1):
         with pytest.raises(IndexError, match=rf"no rows \[{row}\]; it has 0 to 299"):
             index.get_passages([0, row])
@@ -232,7 +241,7 @@ def test_everything_deleted(tmp_path, where):
         ("IVF8,PQ16x4", {"nprobe": 1}, {"nprobe": 8}),
     ],
 )
-def test_approximate_search(tmp_path, factory, weak, strong):
+def test_approximate_search(tmp_path, factory, weak, strong, monkeypatch):
     index = in_folder(random_index(3000, shard_size=900), tmp_path / "index")
     low = index.train_approximate(factory, queries=queries(50), **weak)
     stored = json.loads((tmp_path / "index" / "index_config.json").read_text())["approximate"]
@@ -253,8 +262,13 @@ def test_approximate_search(tmp_path, factory, weak, strong):
     with pytest.raises(ValueError, match="no search option 'nope'"):
         index.set_search_options(nope=3)
 
-    with pytest.raises(ValueError, match="pass allow_faiss_files=True if you trust it, or search='exact'"):
-        PassageIndex.from_pretrained(tmp_path / "index")
+    monkeypatch.setattr(retrieval_cosup, "find_folder", lambda *_: tmp_path / "index")  # downloads it
+    trust = (
+        "^me/index is searched through a FAISS file: pass allow_faiss_files=True if you trust it, or search='exact'"
+    )
+    with pytest.raises(ValueError, match=trust):
+        PassageIndex.from_pretrained("me/index")
+    monkeypatch.undo()
     exact = PassageIndex.from_pretrained(tmp_path / "index", search="exact")
     check_nearest(exact.search(queries(9), 10), all_scores(index, queries(9)))
     loaded = PassageIndex.from_pretrained(tmp_path / "index", allow_faiss_files=True)
@@ -351,14 +365,21 @@ def test_a_damaged_faiss_file(tmp_path, damage):
 @pytest.mark.parametrize("where", ["memory", "files"])
 @pytest.mark.parametrize(
     ("factory", "options", "name"),
-    [("RR16,IVF8,Flat", {"nprobe": 8}, "nprobe"), ("IVF8,Flat", {}, "nprobe"), ("HNSW16", {}, "efSearch")],
+    [
+        ("RR16,IVF8,Flat", {"nprobe": 8}, "nprobe"),
+        ("IVF8,Flat", {}, "nprobe"),
+        ("HNSW16", {}, "efSearch"),
+        ("IVF8,Flat,RFlat", {"nprobe": 8}, "nprobe"),
+        ("HNSW8,Refine(SQfp16)", {}, "k_factor_rf"),
+        ("IVF8_HNSW8,Flat", {"quantizer_efSearch": 5}, "quantizer_efSearch"),
+    ],
 )
-def test_temporary_search_options_are_never_saved(model, tmp_path, where, factory, options, name):
+def test_a_saved_index_has_the_search_options_of_its_training(model, tmp_path, where, factory, options, name):
     passages = [{"id": f"p{i}", "title": "", "text": f"{i} radium"} for i in range(20)]
     folder = tmp_path / "index" if where == "files" else None
     index = PassageIndex.build(passages, model, save_directory=folder, show_progress_bar=False)
     index.train_approximate(factory, **options)
-    usual = {"nprobe": 1, "efSearch": 16} | options  # FAISS's defaults
+    usual = {"nprobe": 1, "efSearch": 16, "k_factor_rf": 1} | options  # FAISS's defaults
     index.set_search_options(**{name: 3})
     for change in ("none", "add"):
         if change == "add":
@@ -366,9 +387,9 @@ def test_temporary_search_options_are_never_saved(model, tmp_path, where, factor
             assert not [name for name in index.config["approximate"] if name.startswith("ann_recall")]
         index.save_pretrained(tmp_path / "copy")
         loaded = PassageIndex.from_pretrained(tmp_path / "copy", allow_faiss_files=True)
-        assert usual_search_options(loaded._approximate.index) == {name: usual[name]}
-        assert loaded.config["approximate"]["search_options"] == {name: usual[name]}
-        assert usual_search_options(index._approximate.index) == {name: 3}
+        assert usual_search_options(loaded._approximate.index)[name] == usual[name]
+        assert loaded.config["approximate"]["search_options"][name] == usual[name]
+        assert usual_search_options(index._approximate.index)[name] == 3
 
 
 @pytest.mark.parametrize("where", ["memory", "files"])

@@ -114,7 +114,7 @@ def test_equal_pools_are_gathered_once_and_large_ones_never(monkeypatch):
     index.search(queries(4), candidates=[pool, pool, pool.copy(), [1, 2]])
     assert sorted(gathered) == [2, 20]
     index.search(queries(4), candidates=[np.arange(31 + i) for i in range(4)])
-    assert len(gathered) == 2
+    assert gathered[2:] == [4 * (1 + index_search_cosup.SPARE)]  # only rows that all products have proposed
 
 
 def test_rows_of_one_array_are_separate_pools():
@@ -196,6 +196,8 @@ def test_the_recipe_checks_before_it_embeds(monkeypatch):
         with pytest.raises(ValueError, match=message):
             recipe.check(recipe.IndexArguments(**required, **options), 16)
     recipe.check(recipe.IndexArguments(**required, index_factory="HNSW8", ef_search=3), 16)
+    for params in (None, {}, "{ }"):  # a config may say that there are none
+        recipe.check(recipe.IndexArguments(**required, milvus_index_params=params), 16)
     sys.modules.pop("build_index")
 
 

@@ -451,6 +451,10 @@ def test_a_static_cache_is_used_again(model, inputs, index, steer):
     second = generate(model, inputs, index, steer, cache_implementation="static")
     assert model._static_row_cache is cache
     assert torch.equal(first.sequences, second.sequences)
+    with pytest.raises(ValueError, match="does not hold 1 of 1 ids"):
+        settings = RetrievalConfig(candidates=[["unknown"]] * 5)
+        generate(model, inputs, index, steer, cache_implementation="static", retrieval_config=settings)
+    assert model._static_row_cache is cache  # also after a call that was refused
     in_double = generate(model.double(), inputs, index, steer, cache_implementation="static")
     assert model._static_row_cache is not cache
     assert in_double.sequences.shape[0] == 5
