@@ -5,7 +5,8 @@ Write training instances, an evaluation set and a corpus from questions with ans
     python recipes/prepare_qa.py --input_file biencoder-nq-train.json.gz --output_dir nq --num_negatives 1
     python recipes/prepare_qa.py --input_file faq.csv --output_dir faq --question_column Question \\
         --answer_column Reply --passage_column Article --title_column Headline
-    python recipes/prepare_qa.py --input_file sentence-transformers/natural-questions --output_dir pairs
+    python recipes/prepare_qa.py --input_file sentence-transformers/natural-questions --output_dir pairs \\
+        --passage_column answer
 
 The input is JSON (a list, or SQuAD's articles), JSON Lines, CSV, TSV (`.gz` or plain), Parquet, or a dataset name,
 which is streamed. It may have the form of DPR, SQuAD (v1, v2, or flat as on the Hub), pairs and triplets of
@@ -22,7 +23,9 @@ Writes `train.jsonl`, `eval.jsonl` and `corpus.jsonl` to the output folder. A ro
 Of several right passages the first is trained and the others count as right too, as do those of other rows with the
 same question. Wrong passages (triplets, `hard_negative_ctxs` and `negative_ctxs` of DPR, in this order) become the
 first `--num_negatives` negatives of the segment. In `eval.jsonl` the candidates of a question are all passages of its
-rows if some are wrong or of unknown use (`ctxs`). All passages are in `corpus.jsonl`, each once, with its content id.
+rows if some are wrong or of unknown use (`ctxs`). Those of `ctxs` keep their order, and right passages that they lack
+come last. Without `ctxs` the order means nothing: right passages come first, so `gold_in_pool: false` changes nothing.
+All passages are in `corpus.jsonl`, each once, with its content id.
 
 Rows with the same question, answers and right passages become one instance with the wrong passages of all of them. In
 `eval.jsonl`, rows with the same question and answers become one question with the right passages of all of them.
@@ -343,8 +346,12 @@ def evaluation_fields(record: Record, right_ids: list[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {"answers": record.answers}
     if right_ids:
         fields["provenance"] = [[id] for id in right_ids]
-    pool = [passage["id"] for passage in (*record.candidates, *record.negatives)]
-    fields["candidates"] = distinct([*right_ids, *pool]) if pool else []
+    found = [passage["id"] for passage in record.candidates]
+    wrong = [passage["id"] for passage in record.negatives]
+    if found:
+        fields["candidates"] = distinct([*found, *wrong, *right_ids])
+    else:
+        fields["candidates"] = distinct([*right_ids, *wrong]) if wrong else []
     return fields
 
 
