@@ -33,7 +33,7 @@ from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.tokenization_cosup import render_passage
 from trainer.data import content_id, load_corpus, load_instances, read_rows
 from trainer.passage_contents import PassageContents
-from trainer.questions import gold_ids, normalize_answer
+from trainer.questions import gold_ids, normalize_answer, spaced_words
 
 CANDIDATES_PER_NEGATIVE = 4  # more than one, because some may be right and are left out
 
@@ -204,16 +204,16 @@ def choose_negatives(query: Query, candidates: list[dict[str, Any]]) -> list[dic
 
 def holds(passage: dict[str, Any], answers: Sequence[str]) -> bool:
     """
-    Return whether title or text of a passage hold the words of an answer.
+    Return whether title or text of a passage hold the words of an answer, see [`~trainer.questions.spaced_words`].
 
     Both are normalised as for exact match, which makes one word of "1939-1945", and with all punctuation as spaces. It
     is enough if one of the two finds the answer: a right passage must not become a negative.
     """
     text = f"{passage['title']} {passage['text']}"
     for normalize in (normalize_answer, words_between_punctuation):
-        words = f" {normalize(text)} "
+        words = spaced_words(normalize(text))
         for answer in map(normalize, answers):
-            if answer and f" {answer} " in words:
+            if answer and spaced_words(answer) in words:
                 return True
     return False
 

@@ -40,6 +40,7 @@ place in `refused.jsonl`. `--on_error fail` ends at the first.
 """
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -54,7 +55,7 @@ from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.passages_cosup import hash_id
 from trainer.data import content_id
 from trainer.judging.grounding import split_sentences
-from trainer.questions import normalize_answer
+from trainer.questions import normalize_answer, spaced_words
 
 from shared.data_files import distinct
 from shared.qa_records import Columns, Record, Refused, check_given, find_columns, read_record
@@ -62,6 +63,7 @@ from shared.qa_rows import read_qa_rows
 from shared.qa_split import Survey, instance_key, question_hash, survey
 
 TRAIN, EVAL, CORPUS, REFUSED = "train.jsonl", "eval.jsonl", "corpus.jsonl", "refused.jsonl"
+UNSPACED_END = re.compile(r"(?<=[。！？])(?![。！？」』）”’]|$)\s*")  # of a sentence
 ROLES = ("question", "answer", "passage", "title", "negative", "id")  # of the columns that options name
 
 
@@ -297,7 +299,7 @@ class Output(contextlib.ExitStack):
 
     def text_to_write(self, record: Record) -> str:
         """Return the text of a segment: see `--answer_style`."""
-        sentences = split_sentences(record.passages[0]["text"])
+        sentences = sentences_of(record.passages[0]["text"])
         if not record.answers:
             return sentences[0]
         answer = record.answers[0]
@@ -305,7 +307,7 @@ class Output(contextlib.ExitStack):
             return answer
         words = normalize_answer(answer)
         for sentence in sentences:
-            if words and f" {words} " in f" {normalize_answer(sentence)} ":
+            if words and spaced_words(words) in spaced_words(normalize_answer(sentence)):
                 return sentence
         self.counts["answers left short: no sentence of the passage holds them"] += 1
         return answer
@@ -333,6 +335,11 @@ class Output(contextlib.ExitStack):
             )
         if REFUSED not in self.writers:
             Path(self.args.output_dir, REFUSED).unlink(missing_ok=True)
+
+
+def sentences_of(text: str) -> list[str]:
+    """Return the sentences of a passage; the full stops of Chinese and Japanese need no space after them."""
+    return [part for sentence in split_sentences(text) for part in UNSPACED_END.split(sentence)]
 
 
 def content_key(record: Record) -> str:

@@ -123,6 +123,9 @@ def test_negatives_are_the_nearest_passages_that_are_surely_wrong(folder, tmp_pa
         ("The Rhine's source", "the Rhine", True),
         ("The US army", "U.S.", True),  # as one word, and as two
         ("The U. S. army", "U.S.", True),
+        ("北京市是中华人民共和国的首都，", "北京", True),
+        ("サッカーは東京、で", "東京", True),
+        ("서울은 수도이다.", "서울", True),
         ("The party", "art", False),
         ("any text", "The", False),
         ("any text", "“”", False),

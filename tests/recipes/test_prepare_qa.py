@@ -271,10 +271,12 @@ def test_whole_sentences(tmp_path):
         {"question": "where?", "answer": "london", "passage": ADA["text"]},
         {"question": "what?", "answer": "note", "passage": ADA["text"]},  # no whole word of it
         {"question": "who?", "answer": "the", "passage": ADA["text"]},
+        {"question": "どこ?", "answer": "東京", "passage": "彼は画家だ。「東京で生まれた。」と言う。彼は歩く。"},
     ]
     counts, files = run(tmp_path, "a.jsonl", rows, answer_style="sentence")
-    assert [row["segments"][0]["text"] for row in files["train"]] == ["Ada was born in London.", "note", "the"]
-    assert [row.get("answers") for row in files["train"]] == [["london"], None, None]
+    texts = [row["segments"][0]["text"] for row in files["train"]]
+    assert texts == ["Ada was born in London.", "note", "the", "「東京で生まれた。」と言う。"]
+    assert [row.get("answers") for row in files["train"]] == [["london"], None, None, ["東京"]]
     assert counts["answers left short: no sentence of the passage holds them"] == 2
 
 
