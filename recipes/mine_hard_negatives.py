@@ -6,10 +6,11 @@ Add hard negatives to training instances: passages that a retriever finds near a
 
 The search is sentence-transformers' `mine_hard_negatives`. A query is the question and the text written before its
 `[NSP]`. Candidates are the right passages of all instances, and the passages of `--corpus_file`. Passages that may be
-right after all are left out: passages of the same instance and its `positives`; passages that are nearer than the
-right one, or almost as near (`--relative_margin`); and passages that hold the text to be written or one of the
-instance's `answers`, as for DPR. Any sentence-transformers model will do, even the Emb_seq of a CoSup checkpoint
-(`model.save_emb_seq`). The new negatives are appended to `negatives`.
+right after all are left out: passages of the same instance, its `positives` and its `provenance`; passages that are
+nearer than the right one, or almost as near (`--relative_margin`); and passages that hold the text to be written or
+one of the instance's `answers`, as for DPR. Any sentence-transformers model will do, even the Emb_seq of a CoSup
+checkpoint (`model.save_emb_seq`). The new negatives are appended to `negatives`; everything else in the training file
+is unchanged.
 """
 
 import importlib.util
@@ -30,9 +31,9 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
 
 from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.tokenization_cosup import render_passage
-from trainer.data import content_id, load_corpus, load_instances
+from trainer.data import content_id, load_corpus, load_instances, read_rows
 from trainer.passage_contents import PassageContents
-from trainer.questions import normalize_answer
+from trainer.questions import gold_ids, normalize_answer, spaced_words
 
 CANDIDATES_PER_NEGATIVE = 4  # more than one, because some may be right and are left out
 
@@ -54,7 +55,7 @@ class Query:
         segment (`dict`): the segment that gets the negatives.
         passage_text (`str`): the passage of the segment, as the retriever reads it.
         known_ids, known_contents (`set[str]`): ids and content hashes of passages that may be right or are negatives
-            already: all passages of the instance, and the `positives` and `negatives` of the segment.
+            already: all passages of the instance, its `provenance`, and `positives` and `negatives` of the segment.
         answers (`list[str]`): texts that no negative may hold: that of the segment, and the answers of the instance.
     """
 
@@ -112,9 +113,21 @@ def mine(args: MiningArguments) -> dict[str, int]:
         else:
             counts["with none"] += 1
     with writing_lines(args.output_file) as write:
-        for instance in instances:
-            write(instance)
+        for (_, row), instance in zip(read_rows(args.train_file), instances, strict=True):
+            write(with_negatives(row, instance))
     return counts
+
+
+def with_negatives(row: dict[str, Any], instance: dict[str, Any]) -> dict[str, Any]:
+    """Return a row of the training file with the new negatives of its instance after those that it has."""
+    if not instance["segments"]:
+        return row
+    segments = []
+    for segment, mined_segment in zip(row["segments"], instance["segments"], strict=True):
+        given = segment.get("negatives") or []
+        new = mined_segment["negatives"][len(given) :]
+        segments.append({**segment, "negatives": [*given, *new]} if new else segment)
+    return {**row, "segments": segments}
 
 
 def list_queries(instances: list[dict[str, Any]], template: str) -> list[Query]:
@@ -134,6 +147,8 @@ def make_query(text: str, instance: dict[str, Any], segment: dict[str, Any], tem
     known = [other["passage"] for other in instance["segments"] if other["passage"] is not None]
     known += segment["negatives"]
     known_ids = {passage["id"] for passage in known} | set(segment["positives"])
+    if "provenance" in instance:
+        known_ids |= gold_ids(instance)
     known_contents = {content_id(passage["title"], passage["text"]) for passage in known}
     passage_text = render_passage(segment["passage"], template)
     answers = [segment["text"], *instance.get("answers", [])]
@@ -189,16 +204,16 @@ def choose_negatives(query: Query, candidates: list[dict[str, Any]]) -> list[dic
 
 def holds(passage: dict[str, Any], answers: Sequence[str]) -> bool:
     """
-    Return whether title or text of a passage hold the words of an answer.
+    Return whether title or text of a passage hold the words of an answer, see [`~trainer.questions.spaced_words`].
 
     Both are normalised as for exact match, which makes one word of "1939-1945", and with all punctuation as spaces. It
     is enough if one of the two finds the answer: a right passage must not become a negative.
     """
     text = f"{passage['title']} {passage['text']}"
     for normalize in (normalize_answer, words_between_punctuation):
-        words = f" {normalize(text)} "
+        words = spaced_words(normalize(text))
         for answer in map(normalize, answers):
-            if answer and f" {answer} " in words:
+            if answer and spaced_words(answer) in words:
                 return True
     return False
 

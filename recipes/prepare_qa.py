@@ -5,7 +5,8 @@ Write training instances, an evaluation set and a corpus from questions with ans
     python recipes/prepare_qa.py --input_file biencoder-nq-train.json.gz --output_dir nq --num_negatives 1
     python recipes/prepare_qa.py --input_file faq.csv --output_dir faq --question_column Question \\
         --answer_column Reply --passage_column Article --title_column Headline
-    python recipes/prepare_qa.py --input_file sentence-transformers/natural-questions --output_dir pairs
+    python recipes/prepare_qa.py --input_file sentence-transformers/natural-questions --output_dir pairs \\
+        --passage_column answer
 
 The input is JSON (a list, or SQuAD's articles), JSON Lines, CSV, TSV (`.gz` or plain), Parquet, or a dataset name,
 which is streamed. It may have the form of DPR, SQuAD (v1, v2, or flat as on the Hub), pairs and triplets of
@@ -22,7 +23,9 @@ Writes `train.jsonl`, `eval.jsonl` and `corpus.jsonl` to the output folder. A ro
 Of several right passages the first is trained and the others count as right too, as do those of other rows with the
 same question. Wrong passages (triplets, `hard_negative_ctxs` and `negative_ctxs` of DPR, in this order) become the
 first `--num_negatives` negatives of the segment. In `eval.jsonl` the candidates of a question are all passages of its
-rows if some are wrong or of unknown use (`ctxs`). All passages are in `corpus.jsonl`, each once, with its content id.
+rows if some are wrong or of unknown use (`ctxs`). Those of `ctxs` keep their order, and right passages that they lack
+come last. Without `ctxs` the order means nothing: right passages come first, so `gold_in_pool: false` changes nothing.
+All passages are in `corpus.jsonl`, each once, with its content id.
 
 Rows with the same question, answers and right passages become one instance with the wrong passages of all of them. In
 `eval.jsonl`, rows with the same question and answers become one question with the right passages of all of them.
@@ -37,6 +40,7 @@ place in `refused.jsonl`. `--on_error fail` ends at the first.
 """
 
 import contextlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -51,7 +55,7 @@ from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.passages_cosup import hash_id
 from trainer.data import content_id
 from trainer.judging.grounding import split_sentences
-from trainer.questions import normalize_answer
+from trainer.questions import normalize_answer, spaced_words
 
 from shared.data_files import distinct
 from shared.qa_records import Columns, Record, Refused, check_given, find_columns, read_record
@@ -59,6 +63,7 @@ from shared.qa_rows import read_qa_rows
 from shared.qa_split import Survey, instance_key, question_hash, survey
 
 TRAIN, EVAL, CORPUS, REFUSED = "train.jsonl", "eval.jsonl", "corpus.jsonl", "refused.jsonl"
+UNSPACED_END = re.compile(r"(?<=[。！？])(?![。！？」』）”’]|$)\s*")  # of a sentence
 ROLES = ("question", "answer", "passage", "title", "negative", "id")  # of the columns that options name
 
 
@@ -294,7 +299,7 @@ class Output(contextlib.ExitStack):
 
     def text_to_write(self, record: Record) -> str:
         """Return the text of a segment: see `--answer_style`."""
-        sentences = split_sentences(record.passages[0]["text"])
+        sentences = sentences_of(record.passages[0]["text"])
         if not record.answers:
             return sentences[0]
         answer = record.answers[0]
@@ -302,7 +307,7 @@ class Output(contextlib.ExitStack):
             return answer
         words = normalize_answer(answer)
         for sentence in sentences:
-            if words and f" {words} " in f" {normalize_answer(sentence)} ":
+            if words and spaced_words(words) in spaced_words(normalize_answer(sentence)):
                 return sentence
         self.counts["answers left short: no sentence of the passage holds them"] += 1
         return answer
@@ -332,6 +337,11 @@ class Output(contextlib.ExitStack):
             Path(self.args.output_dir, REFUSED).unlink(missing_ok=True)
 
 
+def sentences_of(text: str) -> list[str]:
+    """Return the sentences of a passage; the full stops of Chinese and Japanese need no space after them."""
+    return [part for sentence in split_sentences(text) for part in UNSPACED_END.split(sentence)]
+
+
 def content_key(record: Record) -> str:
     """Return a hash of the question, the answers and the right passages of a row."""
     content = [record.question, *record.answers, *(passage["id"] for passage in record.passages)]
@@ -343,8 +353,12 @@ def evaluation_fields(record: Record, right_ids: list[str]) -> dict[str, Any]:
     fields: dict[str, Any] = {"answers": record.answers}
     if right_ids:
         fields["provenance"] = [[id] for id in right_ids]
-    pool = [passage["id"] for passage in (*record.candidates, *record.negatives)]
-    fields["candidates"] = distinct([*right_ids, *pool]) if pool else []
+    found = [passage["id"] for passage in record.candidates]
+    wrong = [passage["id"] for passage in record.negatives]
+    if found:
+        fields["candidates"] = distinct([*found, *wrong, *right_ids])
+    else:
+        fields["candidates"] = distinct([*right_ids, *wrong]) if wrong else []
     return fields
 
 

@@ -16,8 +16,8 @@ Three filters leave an instance out. To switch one off, name the others in `--fi
 
     without_passage     no segment has a passage: the paper's own code trains on none of these by default
     irrelevant          a passage is rated [Irrelevant]
-    unsupported         the text after a relevant passage has no rating or one below `--min_support`;
-                        by default, only [No support / Contradictory] is below it
+    unsupported         the text after a relevant passage has no rating or one below `--min_support`, or a text that
+                        continues it is rated below; by default, only [No support / Contradictory] is below
 
 The paper says that three filters leave 42,932 instances. Their wording was not available when this was written, so
 these filters are one reading of it. The printed table shows each filter's count, and the paper's result next to ours.
@@ -287,12 +287,27 @@ def left_out(pieces: list[Piece], filters: list[str], min_support: int) -> str |
     applies = {
         "without_passage": not passages,
         "irrelevant": len(relevant) < len(passages),
-        "unsupported": any(SUPPORT.get(piece.support, 0) < min_support for piece in relevant),
+        "unsupported": lowest_support(pieces) < min_support,
     }
     for name in FILTERS:
         if name in filters and applies[name]:
             return name
     return None
+
+
+def lowest_support(pieces: list[Piece]) -> int:
+    """Return the lowest rating of the texts on relevant passages; one that continues another need not be rated."""
+    lowest = max(SUPPORT.values())
+    is_grounded = False
+    for piece in pieces:
+        if piece.kind == "passage":
+            is_grounded = bool(piece.relevant)
+        elif piece.kind == "free":
+            is_grounded = False
+        is_rated = piece.kind == "passage" or piece.support is not None
+        if is_grounded and is_rated:
+            lowest = min(lowest, SUPPORT.get(piece.support or "", 0))
+    return lowest
 
 
 def segments_of(pieces: list[Piece], prefix: str, counts: Counter[str]) -> list[dict[str, Any]]:

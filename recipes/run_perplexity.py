@@ -24,12 +24,12 @@ from modeling_cosup import KNNMemory, MLPMemory
 from modeling_cosup.files_cosup import digest_file, write_json
 from modeling_cosup.opening_cosup import load_memory
 from modeling_cosup.token_keys_cosup import window_size
-from trainer.judging.figures import figure, figure_line, shown
+from trainer.judging.figures import figure, figure_line
 from trainer.judging.judge import command_line, environment
 from trainer.judging.overlap import NgramHashes
 from trainer.judging.perplexity import LM, Memories, TextScores, score_text
 from trainer.judging.results import FORMAT
-from trainer.reports.perplexity import text_read, write_perplexity_report
+from trainer.reports.perplexity import shown_overlap, text_read, write_perplexity_report
 from trainer.running import peak_memory
 
 from shared.indexes import faiss_options
@@ -130,10 +130,8 @@ def results_of(scores: TextScores, memories: Memories, overlaps: dict[str, float
             "seconds_per_1000_tokens": 1000 * seconds / num_tokens,
         }
         if overlap:
-            share = f"{shown(overlap, 'ngram_overlap')} % of the text"
-            warnings.append(
-                f"{share} is in {arm}, as 16-grams or as short documents: it has seen what it is judged on."
-            )
+            share = f"{shown_overlap(overlap)} of the text is in {arm}"
+            warnings.append(f"{share}, as 16-grams or as short documents: it has seen what it is judged on.")
     text = {"documents": len(scores.tokens), "left_out": scores.left_out, "tokens": num_tokens}
     return {"text": text, "arms": arms, "warnings": warnings}
 

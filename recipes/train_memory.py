@@ -6,10 +6,11 @@ Train an MLP memory on the keys of a token datastore, and fit how a memory joins
         --fit_file fit.jsonl
     python recipes/train_memory.py --model out --memory mem --fit_only true --fit_file fit.jsonl
 
-The keys are read from their files in shuffled blocks. Any option of `transformers.TrainingArguments` may be given, and
-`--resume_from_checkpoint` resumes a run. With `--fit_file`, the weight, temperature and (of a KNNMemory) k with the
-lowest perplexity are written into the config of the memory, with a hash of the text that they were fitted on. All that
-was tried is written into `memory_fit.json` next to it.
+The keys are read from their files in shuffled blocks. Any option of `transformers.TrainingArguments` may be given.
+`--resume_from_checkpoint` resumes a run of the same datastore, `--seed`, `--validation_split`, `--kl_weight` and
+`--intermediate_size`. With `--fit_file`, the weight, temperature and (of a KNNMemory) k with the lowest perplexity are
+written into the config of the memory, with a hash of the text that they were fitted on. All that was tried is written
+into `memory_fit.json` next to it.
 """
 
 from dataclasses import asdict
@@ -36,6 +37,7 @@ from trainer.judging.perplexity import gen_scores, kept_ids_of
 from trainer.memory import MemoryTrainer
 from trainer.memory_args import MemoryTrainingArguments
 from trainer.memory_fit import MemoryFit, fit_memory_config, fit_record, write_memory_config
+from trainer.reports.perplexity import shown_overlap
 from trainer.watch import last_complete_checkpoint
 
 from shared.indexes import faiss_options
@@ -123,15 +125,20 @@ def checkpoint_to_resume(args: MemoryTrainingArguments, memory: MLPMemory) -> st
     Return the folder of the checkpoint to resume from, `None` without `--resume_from_checkpoint`.
 
     Raises:
-        `ValueError`: if there is none, or if it is of a memory of another Gen.
+        `ValueError`: if there is none, or if it is of a memory of another Gen or size.
     """
     wanted = args.resume_from_checkpoint
     if wanted in (None, "false", "False"):
         return None
     folder = last_complete_checkpoint(str(args.output_dir)) if wanted in ("true", "True") else wanted
-    made_for = MLPMemory.from_pretrained(folder).gen_fingerprint
-    if made_for != memory.gen_fingerprint:
+    saved = MLPMemory.from_pretrained(folder)
+    if saved.gen_fingerprint != memory.gen_fingerprint:
         raise ValueError(f"{folder} is of a memory of another Gen: start anew.")
+    if saved.intermediate_size != memory.intermediate_size:
+        raise ValueError(
+            f"--intermediate_size is {memory.intermediate_size}, and {folder} has {saved.intermediate_size}: give the"
+            " same, or start anew."
+        )
     return folder
 
 
@@ -168,16 +175,16 @@ def fit(
     record = fit_record(script.fit_file, len(lm), overlap)
     write_memory_config(memory, folder, found.memory_config, record)
     write_json(folder / "memory_fit.json", {"fit_file": script.fit_file, **record, **asdict(found)})
-    print_fit(found, len(lm), folder)
+    print_fit(found, len(lm), folder, len(memory) if isinstance(memory, KNNMemory) else None)
     if overlap is None:
         print(f"warning: not checked: {script.memory} does not record whether it was trained on {script.fit_file}.")
     elif overlap:
-        share = f"{shown(overlap, 'ngram_overlap')} % of {script.fit_file}"
+        share = f"{shown_overlap(overlap)} of {script.fit_file}"
         print(f"warning: {share} is in the datastore, as 16-grams or as short documents: the weight is too high.")
 
 
-def print_fit(found: MemoryFit, num_tokens: int, folder: Path) -> None:
-    """Print what was found, and perplexities with and without the memory."""
+def print_fit(found: MemoryFit, num_tokens: int, folder: Path, num_entries: int | None = None) -> None:
+    """Print what was found, and perplexities with and without the memory; `num_entries` are those of a datastore."""
     config = found.memory_config
     rows = [
         ("perplexity of Gen alone", shown(found.lm_perplexity, "perplexity")),
@@ -189,6 +196,8 @@ def print_fit(found: MemoryFit, num_tokens: int, folder: Path) -> None:
     print(
         f"Fitted on {num_tokens:,} held-out tokens, {len(found.trials)} settings; written to {folder}\n{table(rows)}"
     )
+    if num_entries is not None and config.k == max(trial["k"] for trial in found.trials) < num_entries:
+        print("The best k is the largest that was tried: more neighbours may be better.")
 
 
 if __name__ == "__main__":

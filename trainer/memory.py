@@ -8,13 +8,18 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import Trainer
+from transformers.utils import logging
 
 from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
+from modeling_cosup.files_cosup import read_json, write_json
 
 from .memory_args import MemoryTrainingArguments
 from .memory_keys import ShuffledBlocks, StoredKeys, held_out_rows
 from .running import widest_float
 
+logger = logging.get_logger(__name__)
+
+TRAINING_FILE = "memory_training.json"  # next to a saved memory: what it was trained on
 EVALUATED = ("eval_loss", "eval_ntp_loss", "eval_knn_kl")
 
 
@@ -73,7 +78,8 @@ class MemoryTrainer(Trainer):
     """
     A `Trainer` whose data are the keys of a datastore, read from its files in shuffled blocks.
 
-    Checkpoints are memories, and a run can be resumed. [`MemoryTrainingArguments`] says what the loss is.
+    Checkpoints are memories, and a run can be resumed with the same datastore, `seed`, `validation_split` and
+    `kl_weight`. [`MemoryTrainingArguments`] says what the loss is.
 
     Args:
         memory ([`MLPMemory`]): trained in place.
@@ -84,7 +90,7 @@ class MemoryTrainer(Trainer):
 
     Raises:
         `ValueError`: for keys of another Gen, width or vocabulary, and for a datastore that is too small to hold out
-            documents, or to leave out an entry.
+            documents, or to leave out an entry. `train` raises it for a checkpoint of a run with other data.
     """
 
     def __init__(
@@ -98,6 +104,7 @@ class MemoryTrainer(Trainer):
         _check_training(memory, datastore, args)
         self.datastore = datastore
         self.kl_weight = args.kl_weight
+        self.validation_split = args.validation_split
         self.knn_config = memory_config or datastore.memory_config
         self.held_out = held_out_rows(datastore, args.validation_split, args.seed)
         if 0 < len(self.held_out) < args.world_size:
@@ -166,8 +173,34 @@ class MemoryTrainer(Trainer):
         return metrics
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save the memory, which is also what a checkpoint resumes from."""
-        self.accelerator.unwrap_model(self.model).save_pretrained(output_dir or self.args.output_dir)
+        """Save the memory, which is also what a checkpoint resumes from, and what it was trained on."""
+        folder = Path(output_dir or str(self.args.output_dir))
+        self.accelerator.unwrap_model(self.model).save_pretrained(folder)
+        write_json(folder / TRAINING_FILE, self._trained_on())
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Load a memory, unless it was trained on other rows, or in another order: then unseen ones are unknown."""
+        path = Path(resume_from_checkpoint, TRAINING_FILE)
+        if not path.is_file():
+            logger.warning(f"{resume_from_checkpoint} does not say which datastore it was trained on: not checked.")
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        before = read_json(path)
+        different = [name for name, value in self._trained_on().items() if before.get(name) != value]
+        if different:
+            raise ValueError(
+                f"{resume_from_checkpoint} is of a run with another {', '.join(different)}: resume it with the same,"
+                " or start anew."
+            )
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _trained_on(self) -> dict[str, Any]:
+        """Return what decides which rows are trained, in which order, and what the loss is."""
+        return {
+            "datastore": self.datastore.fingerprint,
+            "seed": self.args.seed,
+            "validation_split": self.validation_split,
+            "kl_weight": self.kl_weight,
+        }
 
 
 def _as_it_is(batch: Any) -> Any:

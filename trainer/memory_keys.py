@@ -34,7 +34,8 @@ class ShuffledBlocks(Sampler[int]):
     """
     A random order of the rows of a datastore in which its files are read block by block.
 
-    The order depends on seed and epoch alone, so a run that is resumed continues with the rows that it has not seen.
+    The order depends on the arguments and the epoch alone, so a run that is resumed with the same ones continues with
+    the rows that it has not seen.
 
     Args:
         num_rows (`int`): of the datastore.

@@ -8,6 +8,13 @@ from collections.abc import Iterable, Sequence
 VERDICTS = ("yes", "no", "true", "false", "supports", "refutes")  # answers that no passage can be searched for
 LONG_ANSWER_DATASETS = ("wow", "eli5", "alce_eli5")  # answered by whole sentences, which no passage repeats
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Letters of scripts that put no spaces between words.
+UNSPACED = (
+    "\u0e01-\u0e3e\u0e40-\u0e4e\u0e81-\u0ecf\u0edc-\u0edf"  # Thai, Lao
+    "\u1000-\u103f\u1050-\u108f\u1780-\u17d3\u17d7\u17dc\u17dd"  # Burmese, Khmer
+    "\u3005-\u3007\u3041-\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Japanese
+    "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Chinese
+)
 
 # ---------------------------------------------------------------------- gold passages
 
@@ -75,21 +82,40 @@ def _tokens(text: str) -> str:
     return " ".join(unicodedata.normalize("NFD", text).translate(_SPACES).lower().split())
 
 
+_UNSPACED_CHARACTER = re.compile(rf"[{UNSPACED}][^\w\s]*")  # and its marks
+_LATER_SYLLABLE = re.compile(r"(?<=\S)[\u1100-\u115f][\u1160-\u11ff]*")  # of a Korean word, as NFD writes it
+
+
+def spaced_words(text: str) -> str:
+    """
+    Return the words of a normalised text with a space before and after each: an answer stands in a text if one string
+    is in the other.
+
+    Chinese, Japanese, Thai, Lao, Khmer and Burmese have no spaces between words, so each character is a word. A Korean
+    word may go on with a particle, so each of its syllables is a word, but an answer begins where a word does.
+    """
+    text = unicodedata.normalize("NFD", text)
+    text = _UNSPACED_CHARACTER.sub(r" \g<0> ", text)
+    text = _LATER_SYLLABLE.sub(r" +\g<0> ", text)
+    return f" {' '.join(text.split())} "
+
+
 def has_answer(passage: dict, answers: Iterable[str]) -> bool:
     """
     Return whether a passage holds one of the answers, as DPR judges retrieval without gold passages.
 
     The tokens of the answer must stand next to each other in the title or in the text: "art" is not in "party", "1939"
-    is in "1939–1945", and "The Hague" is not in "Hague". Unlike in DPR, an answer that normalises to nothing, such as
-    "The", is in no passage.
+    is in "1939–1945", and "The Hague" is not in "Hague". Unlike in DPR, an answer is also found within text without
+    spaces and before a Korean particle, see [`spaced_words`], and one that normalises to nothing, such as "The", is in
+    no passage.
 
     Args:
         passage (`dict`): with `"text"` and, unless it has none, `"title"`.
         answers (iterable of `str`): see [`answers_to_find`] for those that mean something here.
     """
-    texts = [f" {_tokens(passage.get(name) or '')} " for name in ("title", "text")]
+    texts = [spaced_words(_tokens(passage.get(name) or "")) for name in ("title", "text")]
     for answer in answers:
-        if normalize_answer(answer) and any(f" {_tokens(answer)} " in text for text in texts):
+        if normalize_answer(answer) and any(spaced_words(_tokens(answer)) in text for text in texts):
             return True
     return False
 

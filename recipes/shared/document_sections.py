@@ -27,12 +27,13 @@ MAX_LINE = 2**20  # characters of a line of Markdown
 MAX_HEADING = 1000  # characters; a longer line is text
 NUM_TITLE_LINES = 400  # of a Markdown file are searched for its first heading
 SAMPLE_BYTES = 2**16  # to recognise an encoding
+MAX_CHARACTER_BYTES = 4  # of GB 18030; other encodings but UTF-8 have fewer
 MIN_GOOD = 4  # characters of UTF-8 for each bad place; in other encodings, few bytes happen to be UTF-8
 
 WORD = re.compile(r"\w")  # text without any is no passage
 HEADING = re.compile(r" {0,3}(#{1,6})(?:[ \t]+(.*?))?(?:[ \t]+#+)?[ \t]*$")
 UNDERLINE = re.compile(r" {0,3}(=+|-+)[ \t]*$")
-FENCE = re.compile(r" {0,3}(`{3,}(?!.*`)|~{3,})")
+FENCE = re.compile(r" {0,3}(`{3,}|~{3,})")
 FRONT_MATTER = re.compile(r"[\w-]+[ \t]*:|[ \t]+\S|- ")
 NO_PARAGRAPH = re.compile(r"\s*([-*+>|]|\d+[.)])")  # lists, quotes and tables, which an underline makes no heading
 
@@ -142,7 +143,7 @@ def open_text(path: Path) -> tuple[TextIO, str]:
     if num_bad * MIN_GOOD <= num_good:
         note = f"places that are not UTF-8, read as U+FFFD: {num_bad:,}"
         return path.open(encoding="utf-8-sig", errors="replace"), note
-    encoding = _guessed_encoding(sample)
+    encoding = _guessed_encoding(path)
     return path.open(encoding=encoding), f"read as {encoding}, as it is not UTF-8"
 
 
@@ -162,14 +163,33 @@ def _count_utf8(file: BinaryIO) -> tuple[int, int]:
     return num_bad, num_good
 
 
-def _guessed_encoding(sample: bytes) -> str:
+def _guessed_encoding(path: Path) -> str:
     from charset_normalizer import from_bytes
 
-    # Windows-1252 first: it is what most files of Western languages are, and short texts fit many encodings
-    best = from_bytes(sample, cp_isolation=["cp1252"]).best() or from_bytes(sample).best()
-    if best is None:
-        raise DocumentError("its encoding is neither UTF-8 nor any that could be recognised")
-    return best.encoding
+    for sample in _samples(path):
+        # Windows-1252 first: it is what most files of Western languages are, and short texts fit many encodings
+        best = from_bytes(sample, cp_isolation=["cp1252"]).best() or from_bytes(sample).best()
+        if best is not None:
+            return best.encoding
+    raise DocumentError("its encoding is neither UTF-8 nor any that could be recognised")
+
+
+def _samples(path: Path) -> list[bytes]:
+    """
+    Return samples of a file to guess its encoding from, the best first.
+
+    They begin with the first line that is not ASCII, because ASCII fits any encoding, and end with a line. A long line
+    is cut at several places, one of which splits no character.
+    """
+    with path.open("rb") as file:
+        line = next(line for line in iter(partial(file.readline, SAMPLE_BYTES), b"") if not line.isascii())
+        sample = (line + file.read(SAMPLE_BYTES))[:SAMPLE_BYTES]
+    if len(sample) < SAMPLE_BYTES:
+        return [sample]
+    num_whole = sample.rfind(b"\n") + 1
+    if num_whole:
+        return [sample[:num_whole]]
+    return [sample[: len(sample) - cut] for cut in range(MAX_CHARACTER_BYTES)]
 
 
 def text_sections(file: TextIO) -> Iterator[Section]:
@@ -255,11 +275,11 @@ def markdown_blocks(lines: Iterable[str]) -> Iterator[Block]:
             held, after_blank = "", False
         is_short = len(line) <= MAX_HEADING
         heading = HEADING.match(line) if is_short else None
-        opening = FENCE.match(line)
+        opening = _fence(line)
         if heading:
             yield Block(line, len(heading[1]), plain_title(heading[2] or ""))
         elif opening:
-            fence = opening[1]
+            fence = opening
             yield Block(line)
         elif is_short and after_blank and line.strip() and not NO_PARAGRAPH.match(line):
             held = line
@@ -269,6 +289,14 @@ def markdown_blocks(lines: Iterable[str]) -> Iterator[Block]:
         after_blank = bool(heading) or not line.strip()
     if held:
         yield Block(held)
+
+
+def _fence(line: str) -> str:
+    """Return the characters with which a line opens a code fence, or an empty string."""
+    opening = FENCE.match(line)
+    if not opening or (opening[1][0] == "`" and "`" in line[opening.end() :]):  # "```x```" is code within a line
+        return ""
+    return opening[1]
 
 
 def plain_title(markdown: str) -> str:

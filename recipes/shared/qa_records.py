@@ -116,7 +116,8 @@ def find_columns(names: Collection[str], given: Mapping[str, str | None], where:
     Raises:
         `ValueError`: if no column holds questions, or none holds answers or passages. Names the option.
     """
-    usual_forms = {name.lower().replace(" ", "_"): name for name in names}
+    # a column that an option names is not taken for anything else
+    usual_forms = {name.lower().replace(" ", "_"): name for name in names if name not in given.values()}
 
     def choose(role: str, usual: Iterable[str]) -> str | None:
         if given.get(role) is not None:

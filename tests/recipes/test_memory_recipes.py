@@ -7,17 +7,18 @@ import os
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
-from modeling_cosup import CoSupForCausalLM, KNNMemory, MLPMemory
+from modeling_cosup import CoSupForCausalLM, KNNMemory, MemoryConfig, MLPMemory
 from modeling_cosup.files_cosup import write_json
 from modeling_cosup.token_keys_cosup import document_ids
 from support.models import TEXTS, make_gen, make_model, make_tokenizer
 from support.recipes import fails_here, flags, write
-from trainer.memory_fit import KS
-from trainer.reports.perplexity import write_perplexity_report
+from trainer.memory_fit import KS, MemoryFit
+from trainer.reports.perplexity import shown_overlap, write_perplexity_report
 
 from shared.token_memories import read_documents
 
@@ -123,6 +124,13 @@ def test_the_report_says_what_was_left_out_and_no_memory_that_was_not_measured(r
     assert f"{text} (95 % intervals in brackets)" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("share", "expected"), [(None, "—"), (0.0, "0.0 %"), (0.00046, "< 0.1 %"), (0.0005, "0.1 %"), (0.12345, "12.3 %")]
+)
+def test_an_overlap_above_0_is_not_shown_as_0(share, expected):
+    assert shown_overlap(share) == expected
+
+
 def test_train_fit_and_measure_with_a_plain_gen(world, monkeypatch, tmp_path, capsys):
     output = tmp_path / "mlp"
     runs_here(
@@ -185,7 +193,8 @@ def test_a_datastore_is_fitted_in_its_folder(world, results, monkeypatch, tmp_pa
     fit = json.loads((tmp_path / "knn" / "memory_fit.json").read_text())
     measured = json.loads((results / "perplexity.json").read_text())
     assert fit["ngram_overlap"] == measured["arms"][str(world / "knn")]["ngram_overlap"] > 0
-    assert "is in the datastore, as 16-grams or as short documents: the weight is too high" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "is in the datastore, as 16-grams or as short documents: the weight is too high" in printed
     (tmp_path / "knn" / "memory_fit.json").unlink()  # a copy, or a repository on the Hub, does not hold it
     fitted = KNNMemory.from_pretrained(tmp_path / "knn")
     assert fitted.memory_config.to_dict() == fit["memory_config"]
@@ -205,6 +214,16 @@ def test_a_datastore_is_fitted_in_its_folder(world, results, monkeypatch, tmp_pa
     warnings = json.loads((tmp_path / "out" / "perplexity.json").read_text())["warnings"]
     assert f"Weight and temperature of {tmp_path / 'knn'} were fitted on this text." in warnings
     assert any("as 16-grams or as short documents" in warning for warning in warnings)
+
+
+@pytest.mark.parametrize(
+    ("k", "num_entries", "expected"), [(8, 100, True), (2, 100, False), (8, 8, False), (8, None, False)]
+)
+def test_a_best_k_at_the_end_of_those_tried_is_named(capsys, k, num_entries, expected):
+    trials = [{"k": tried, "temperature": 1.0, "weight": 0.5, "perplexity": 9.0} for tried in (2, 8)]
+    fit = MemoryFit(MemoryConfig(k=k), 9.0, 10.0, trials)
+    importlib.import_module("train_memory").print_fit(fit, 20, Path("mem"), num_entries)
+    assert ("more neighbours may be better" in capsys.readouterr().out) is expected
 
 
 def test_a_memory_is_built(world, monkeypatch, tmp_path, capsys):
@@ -287,6 +306,10 @@ def test_bad_options_are_reported(world, monkeypatch, tmp_path):
         (["--memory", knn, "--fit_file", tmp_path / "none.jsonl"], "no such file"),
         (["--memory", knn, "--resume_from_checkpoint", "true"], "holds no complete checkpoint"),
         (["--memory", knn, "--resume_from_checkpoint", world / "other_mlp"], "is of a memory of another Gen: start"),
+        (
+            ["--memory", knn, "--resume_from_checkpoint", world / "mlp"],
+            "intermediate_size is 4096, and .* has 8",
+        ),
     ):
         assert re.search(message, fails_here(monkeypatch, "train_memory", *common, *options))
     for option, value in (

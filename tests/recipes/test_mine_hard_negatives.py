@@ -6,6 +6,7 @@ from argparse import Namespace
 import pytest
 from mine_hard_negatives import holds, list_queries, mine
 
+from modeling_cosup.lines_cosup import read_lines
 from modeling_cosup.tokenization_cosup import render_passage
 from support.models import make_model
 from trainer.data import load_instances
@@ -122,6 +123,9 @@ def test_negatives_are_the_nearest_passages_that_are_surely_wrong(folder, tmp_pa
         ("The Rhine's source", "the Rhine", True),
         ("The US army", "U.S.", True),  # as one word, and as two
         ("The U. S. army", "U.S.", True),
+        ("北京市是中华人民共和国的首都，", "北京", True),
+        ("サッカーは東京、で", "東京", True),
+        ("서울은 수도이다.", "서울", True),
         ("The party", "art", False),
         ("any text", "The", False),
         ("any text", "“”", False),
@@ -141,6 +145,13 @@ def test_answers_of_an_instance_are_in_no_negative(folder, tmp_path):
     assert set(negatives_of(instances[0])) == {"r1", "r2", "c0", "c1"}
 
 
+def test_provenance_is_no_negative(folder, tmp_path):
+    """r2 would be as right as the passage of the segment, though it does not hold the text."""
+    rhine = {**INSTANCES[0], "provenance": [["r0"], ["r2", "c1"]]}
+    _, instances = mined(folder, tmp_path, instances=[rhine, *INSTANCES[1:]], num_negatives=4)
+    assert negatives_of(instances[0]) == ["r1"]
+
+
 def test_queries_hold_what_was_written_before(tmp_path, folder):
     instances = load_instances(options(folder, tmp_path).train_file)
     queries = [query.text for query in list_queries(instances, TEMPLATE)]
@@ -151,6 +162,21 @@ def test_new_negatives_follow_existing_ones(folder, tmp_path):
     with_negative = {**INSTANCES[0], "segments": [segment("Rhine", RIVERS[0], negatives=[CORPUS[1]])]}
     _, instances = mined(folder, tmp_path, instances=[with_negative, *INSTANCES[1:]], num_negatives=1)
     assert negatives_of(instances[0]) in (["c1", "r1"], ["c1", "r2"])
+
+
+def test_everything_else_in_the_training_file_is_unchanged(folder, tmp_path):
+    metadata = {"source": "rivers.pdf", "page": 7}
+    given = segment("Rhine", {**RIVERS[0], "metadata": metadata}, negatives=[{**CORPUS[1], "metadata": metadata}])
+    rows = [
+        {"input": "what flows through Basel?", "segments": [given, segment("free", None)], "meta": {"split": 3}},
+        {"id": "answers", "input": "where?", "answers": ["Bern"], "own field": 1},
+        *INSTANCES[1:],
+    ]
+    mined(folder, tmp_path, instances=rows, num_negatives=1)
+    written = read_lines(tmp_path / "out.jsonl")
+    new = written[0]["segments"][0]["negatives"].pop()
+    assert new["id"] in ("r1", "r2")
+    assert written[:2] == rows[:2]
 
 
 def test_a_margin_that_no_similarity_meets(folder, tmp_path):

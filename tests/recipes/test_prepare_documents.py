@@ -6,6 +6,7 @@ import random
 import re
 import shlex
 import sys
+import time
 import tracemalloc
 from io import StringIO
 from pathlib import Path
@@ -25,7 +26,7 @@ from shared import document_conversion, document_rows, document_word, document_w
 from shared.document_cache import DocumentCache
 from shared.document_conversion import convert
 from shared.document_files import DocumentError, DocumentFile, find_documents
-from shared.document_sections import SECTION_CHARACTERS, markdown_document, text_file_document
+from shared.document_sections import SECTION_CHARACTERS, markdown_blocks, markdown_document, text_file_document
 from shared.document_work import work_of
 from shared.passage_splitting import PassageSplitter
 
@@ -270,6 +271,37 @@ def test_encodings(result, tmp_path):
         assert (section.text, section.start) == ("Größe", 0)
 
 
+RUSSIAN = "Москва является столицей России.\n"
+JAPANESE = "これは日本語の文章です。東京は日本の首都です。図書館で本を借りました。天気がいいので公園を散歩した。\n"
+CHINESE = "北京是中国的首都，有很多人住在那里。图书馆里可以借书，天气好的时候大家都去公园散步。\n"
+KOREAN = "서울은 대한민국의 수도이다. 많은 사람들이 그곳에 살고 있다. 도서관에서 책을 빌렸다.\n"
+ENGLISH = "An English line.\n" * 5000  # more than a sample
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("shift_jis", JAPANESE * 2000),  # a sample may end within a character
+        ("shift_jis", "a" + JAPANESE * 2000),
+        ("euc_jp", JAPANESE * 2000),
+        ("euc_jp", "a" + JAPANESE * 2000),
+        ("gbk", CHINESE * 2000),
+        ("gbk", "a" + CHINESE * 2000),
+        ("gbk", CHINESE.strip() * 2000),  # one line
+        ("gbk", "a" + CHINESE.strip() * 2000),
+        ("euc_kr", KOREAN * 2000),
+        ("euc_kr", "a" + KOREAN * 2000),
+        ("cp1251", ENGLISH + RUSSIAN),
+        ("shift_jis", ENGLISH + JAPANESE),
+        ("cp1252", ENGLISH + "Größe"),
+    ],
+)
+def test_encodings_of_long_files(tmp_path, encoding, text):
+    path = tmp_path / "long.txt"
+    path.write_bytes(text.encode(encoding))
+    assert "".join(section.text for section in text_file_document(path, "x", False).sections) == text
+
+
 def test_what_cannot_be_read_is_listed(result, model_folder, folder, output):
     report, passages = result
     reasons = {entry["source"]: entry["reason"] for entry in report["unreadable"]}
@@ -369,6 +401,21 @@ def test_a_passage_fits_for_both_tokenizers():
     encode_passages_for_gen(model.tokenizer, passages, model.config, cut)
     encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config, cut)
     assert passages and not cut
+
+
+@pytest.mark.parametrize(
+    ("first_line", "expected"),
+    [("```", False), ("  ~~~~ a`b`", False), ("```python", False), ("```x```", True), ("```x`", True), ("``", True)],
+)
+def test_headings_after_a_line_with_backticks(first_line, expected):
+    blocks = list(markdown_blocks([f"{first_line}\n", "# head\n"]))
+    assert (blocks[-1].level == 1) is expected
+
+
+def test_a_long_line_of_backticks_is_read_quickly():
+    start = time.perf_counter()
+    assert len(list(markdown_blocks(["`" * 200_000 + "x`\n"]))) == 1
+    assert time.perf_counter() - start < 5
 
 
 LINES = "# head\n|## h2 #\n|```\n|~~~\n|===\n|---\n|\n|\n\n|- item\n|1. a\n|> q\n|    code\n"

@@ -257,15 +257,26 @@ def test_pairs_and_triplets_are_for_a_retriever(tmp_path):
     assert [question["answers"] for question in questions] == [[], []]
 
 
+def test_a_column_that_an_option_names_is_nothing_else(tmp_path):
+    """The pairs of sentence-transformers/natural-questions: an `answer` is a whole passage."""
+    rows = [{"query": "where was Ada born?", "answer": ADA["text"]}]
+    counts, files = run(tmp_path, "pairs.jsonl", rows, passage_column="answer")
+    assert counts["train.jsonl: questions with a passage alone"] == 1
+    assert files["corpus"] == [passage(ADA["text"])]
+    assert files["train"][0]["segments"] == [{"text": "Ada was born in London.", "passage": passage(ADA["text"])}]
+
+
 def test_whole_sentences(tmp_path):
     rows = [
         {"question": "where?", "answer": "london", "passage": ADA["text"]},
         {"question": "what?", "answer": "note", "passage": ADA["text"]},  # no whole word of it
         {"question": "who?", "answer": "the", "passage": ADA["text"]},
+        {"question": "どこ?", "answer": "東京", "passage": "彼は画家だ。「東京で生まれた。」と言う。彼は歩く。"},
     ]
     counts, files = run(tmp_path, "a.jsonl", rows, answer_style="sentence")
-    assert [row["segments"][0]["text"] for row in files["train"]] == ["Ada was born in London.", "note", "the"]
-    assert [row.get("answers") for row in files["train"]] == [["london"], None, None]
+    texts = [row["segments"][0]["text"] for row in files["train"]]
+    assert texts == ["Ada was born in London.", "note", "the", "「東京で生まれた。」と言う。"]
+    assert [row.get("answers") for row in files["train"]] == [["london"], None, None, ["東京"]]
     assert counts["answers left short: no sentence of the passage holds them"] == 2
 
 
@@ -274,6 +285,16 @@ def test_found_passages_are_candidates(tmp_path):
     _, files = run(tmp_path, "fid.json", rows)
     assert files["train"][0]["candidates"] == [content_id(**ADA), content_id(**BOB)]
     assert files["corpus"] == [with_id(ADA), with_id(BOB)]
+
+
+def test_candidates_of_evaluation_keep_the_order_in_which_they_were_found(tmp_path):
+    """A pool without gold is possible: right passages stand where they were found, or last."""
+    row = {"question": "where?", "answers": ["London"], "hard_negative_ctxs": [EVE]}
+    zoe = {"title": "Zoe", "text": "Zoe is near."}
+    for found, expected in (([BOB, ADA], [BOB, ADA, EVE, zoe]), ([BOB], [BOB, EVE, ADA, zoe]), ([], [ADA, zoe, EVE])):
+        rows = [{**row, "positive_ctxs": [ADA, zoe], "ctxs": found}]
+        _, files = run(tmp_path, "fid.json", rows, validation_fraction=1)
+        assert files["eval"][0]["candidates"] == [content_id(**passage) for passage in expected]
 
 
 def test_the_files_are_trained_on(tmp_path):

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from prepare_selfrag import FILTERS, main, prepare, read_pieces, report
+from prepare_selfrag import FILTERS, MIN_SUPPORT, left_out, main, prepare, read_pieces, report
 
 from trainer import load_corpus, load_instances
 from trainer.data import content_id
@@ -18,6 +18,7 @@ OTTER, MILK = (
     for title, text in [("Otter", "Otters eat fish."), ("Café", "Coffee with milk.")]
 )
 PASSAGE = "[Retrieval]<paragraph>Otter\nOtters eat fish.</paragraph>"
+CONTINUED = "[Continue to Use Evidence]They fly."
 
 
 def options(tmp_path, **changes):
@@ -100,6 +101,21 @@ def test_marks_become_segments(tmp_path):
 )
 def test_each_filter_can_be_switched_off(tmp_path, changes, expected):
     assert ids(tmp_path, **changes) == expected
+
+
+@pytest.mark.parametrize(
+    ("output", "min_support", "expected"),
+    [
+        (CONTINUED + "[No support / Contradictory]", "partial", "unsupported"),
+        (CONTINUED + CONTINUED + "[Partially supported]", "full", "unsupported"),
+        (CONTINUED + "[No support / Contradictory]", "none", None),
+        (CONTINUED + "[Utility:5]", "full", None),  # it need not be rated
+        ("[No Retrieval]So." + CONTINUED + "[No support / Contradictory]", "full", None),  # it becomes free text
+    ],
+)
+def test_the_rating_of_a_continued_text_counts(output, min_support, expected):
+    pieces = read_pieces(PASSAGE + "[Relevant]Fish.[Fully supported]" + output)
+    assert left_out(pieces, list(FILTERS), MIN_SUPPORT[min_support]) == expected
 
 
 def test_without_filters_every_text_is_kept(tmp_path):

@@ -8,7 +8,8 @@ import torch
 
 from modeling_cosup import KNNMemory, MemoryConfig, MLPMemory
 from modeling_cosup.opening_cosup import load_memory
-from trainer.memory import MemoryTrainer, knn_kl, train_mlp_memory
+from trainer import memory as trainer_memory
+from trainer.memory import TRAINING_FILE, MemoryTrainer, knn_kl, train_mlp_memory
 from trainer.memory_args import MemoryTrainingArguments
 from trainer.memory_fit import best_weight, fit_memory_config, write_memory_config
 from trainer.memory_keys import ShuffledBlocks, StoredKeys, held_out_rows
@@ -165,6 +166,26 @@ def test_a_run_resumes(datastore, tmp_path):
     trainer.train(resume_from_checkpoint=str(checkpoint))
     for name, weight in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], weight)
+
+
+def test_a_run_is_not_resumed_on_other_data(datastore, tmp_path, monkeypatch):
+    options = {"save_strategy": "steps", "save_steps": 5, "validation_split": 0.2}
+    MemoryTrainer(make_memory(), arguments(tmp_path, **options), datastore).train()
+    checkpoint = tmp_path / "checkpoint-5"
+    for store, changes, different in (
+        (make_datastore(seed=1), {}, "datastore"),
+        (make_datastore(count=48), {"seed": 7}, "datastore, seed"),
+        (datastore, {"validation_split": 0.3}, "validation_split"),
+        (datastore, {"kl_weight": 0.5}, "kl_weight"),
+    ):
+        trainer = MemoryTrainer(make_memory(), arguments(tmp_path / "new", **options | changes), store)
+        with pytest.raises(ValueError, match=f"checkpoint-5 is of a run with another {different}: resume it"):
+            trainer.train(resume_from_checkpoint=str(checkpoint))
+    (checkpoint / TRAINING_FILE).unlink()  # of an earlier version
+    warnings = []
+    monkeypatch.setattr(trainer_memory.logger, "warning", warnings.append)
+    trainer.train(resume_from_checkpoint=str(checkpoint))
+    assert len(warnings) == 1 and "checkpoint-5 does not say which datastore" in warnings[0]
 
 
 @pytest.mark.parametrize(

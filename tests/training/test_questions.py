@@ -65,7 +65,6 @@ def test_has_answer(answers, expected):
         ("Müller", "Muller", False),
         ("हिन्दी", "हिन्दी", True),
         ("हिन्दी", "हिन", False),  # vowel signs are marks, which are part of the word
-        ("東京都", "東京", False),  # no spaces: one token
         ("x²", "x", False),
         ("what is C++?", "C++", True),
         ("what is C#?", "C", True),
@@ -81,6 +80,31 @@ def test_has_answer_splits_texts_as_the_tokenizer_of_dpr_does(text, answer, expe
     )
     places = range(len(found) - len(sought) + 1)
     assert any(found[place : place + len(sought)] == sought for place in places) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "expected"),
+    [
+        ("北京市是中华人民共和国的首都。", "北京", True),
+        ("北京市是中华人民共和国的首都。", "京北", False),
+        ("李白（701—762），唐朝诗人", "701", True),
+        ("彼は1939年に東京で生まれた。", "東京", True),
+        ("彼は1939年に東京で生まれた。", "1939", True),
+        ("ソニーのPlayStationです", "PlayStation", True),
+        ("ソニーのPlayStationです", "Play", False),  # a border is needed between two letters of a script with spaces
+        ("きがいる", "きか", False),  # が is か with a mark
+        ("เขาเกิดที่กรุงเทพมหานคร", "กรุงเทพ", True),
+        ("กิ่ง", "กิ", False),  # the mark is part of the character
+        ("ភ្នំពេញជារាជធានី", "ភ្នំពេញ", True),
+        ("ရန်ကုန်မြို့", "ရန်ကုန်", True),
+        ("서울은 대한민국의 수도이다.", "서울", True),
+        ("서울은 대한민국의 수도이다.", "민국", False),  # not where a word begins
+        ("각은", "가", False),  # 각 is 가 with a final consonant
+        ("1945년에 KBS는", "KBS", True),
+    ],
+)
+def test_has_answer_in_text_without_spaces(text, answer, expected):
+    assert has_answer({"text": text}, ["nothing", answer]) is expected
 
 
 def test_has_answer_without_a_title():

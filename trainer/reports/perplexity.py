@@ -46,13 +46,20 @@ def text_read(text: dict[str, int]) -> str:
     return words
 
 
+def shown_overlap(share: float | None) -> str:
+    """Return in percent how much of a text is in a memory; a share above 0 is never shown as 0."""
+    if share is None:
+        return MISSING
+    percent = shown(share, "ngram_overlap")
+    return "< 0.1 %" if share and float(percent) == 0 else f"{percent} %"
+
+
 def _table(arms: dict) -> Table:
     header = ["", "weight", "k", "T", "entries", figure("perplexity").label, figure("nll").label]
     table = Table([*header, "NLL to Gen alone", figure("ngram_overlap").label, "s", "s per 1,000 tokens"], [])
     for name, arm in arms.items():
         config = arm["memory_config"] or {}
         entries = MISSING if arm["entries"] is None else f"{arm['entries']:,}"
-        overlap = MISSING if arm["ngram_overlap"] is None else f"{shown(arm['ngram_overlap'], 'ngram_overlap')} %"
         is_datastore = arm["entries"] is not None
         cells: list[Cell] = [
             "Gen alone" if not config else name,
@@ -63,7 +70,7 @@ def _table(arms: dict) -> Table:
             figure_cell(arm["perplexity"], "perplexity"),
             figure_cell(arm["nll"], "nll"),
             _difference_cell(arm["difference"]),
-            overlap,
+            shown_overlap(arm["ngram_overlap"]),
             f"{arm['seconds']:,.2f}",
             f"{arm['seconds_per_1000_tokens']:,.3f}",
         ]
