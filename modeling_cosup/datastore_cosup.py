@@ -361,7 +361,7 @@ class KNNMemory(SearchableKeys):
             repo_id (`str`): `namespace/name`, or a name in your own namespace; created if it does not exist.
             commit_message, private, token: see `PreTrainedModel.push_to_hub`.
             model (`str`, *optional*): repository of the model that it belongs to, for the card.
-            license (`str`, *optional*): identifier of the licence of the texts; without it the card says `unknown`.
+            license (`str`, *optional*): of the texts; defaults to the one on the repository's card, or `unknown`.
             **commit_options: `commit_description`, `revision`, `create_pr`.
 
         Raises:

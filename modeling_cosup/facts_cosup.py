@@ -102,6 +102,11 @@ def load_facts(name_or_path: str | Path, **hub_options: Any) -> Facts:
     return cast(Facts, facts)
 
 
+def published_facts(repo_id: str, token: str | bool | None = None, revision: str | None = None) -> Facts:
+    """Return the facts in a repository. A branch that a push will make begins as a copy of the main one."""
+    return load_facts(repo_id, token=token, revision=revision) or load_facts(repo_id, token=token)
+
+
 def facts_of(model: HashedModel, weights: str | None = None) -> Facts:
     """
     Return the facts of the checkpoint that a model was loaded from, as far as they still hold for its weights.

@@ -20,6 +20,8 @@ from huggingface_hub import (
     DatasetInfo,
     HfApi,
     ModelInfo,
+    RepoCard,
+    metadata_load,
     snapshot_download,
 )
 from transformers.utils import logging
@@ -39,6 +41,7 @@ CARD_MARKER = (
     "<!-- CoSup wrote this card from what training recorded. Proofread it, complete it, then remove this comment:"
     " a card without it is never replaced. -->"
 )
+METADATA_OF_WEIGHTS = {"base_model", "base_model_relation", "model-index"}  # a new card does not keep them
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -179,7 +182,8 @@ def push_files(
 
     If the process or the server dies, the repository stays unchanged. A second call completes the push without sending
     again the large files that had arrived. A card that its owner edited (without [`CARD_MARKER`]) is not replaced.
-    Adapters are not added to a whole model: it would then be loaded as their base.
+    Metadata of a replaced card that the new one does not state, such as the licence or a gate, is kept. Adapters are
+    not added to a whole model: it would then be loaded as their base.
 
     Args:
         files (`dict[str, Path | str | bytes]`): path in the repository to a local file, or its content.
@@ -207,10 +211,15 @@ def push_files(
     if ADAPTER_CONFIG_FILE in files and CONFIG_FILE in old_names:
         raise ValueError(f"{repo_id} holds a whole model: push adapters to a repository of their own.")
 
-    replaces_card = CARD_FILE in files and CARD_FILE in old_names
-    if replaces_card and not _is_generated_card(api, repo_id, repo_type, head.sha, token):
-        logger.warning(f"{repo_id} has a card that its owner wrote; it is not replaced.")
-        files = {name: content for name, content in files.items() if name != CARD_FILE}
+    files = dict(files)
+    if CARD_FILE in files and CARD_FILE in old_names:
+        old_card = Path(api.hf_hub_download(repo_id, CARD_FILE, revision=head.sha, repo_type=repo_type, token=token))
+        text = old_card.read_text(encoding="utf-8")
+        if CARD_MARKER in text or not _YAML_HEADER.sub("", text).strip():  # a new repository's card is only metadata
+            files[CARD_FILE] = _with_kept_metadata(files[CARD_FILE], old_card)
+        else:
+            logger.warning(f"{repo_id} has a card that its owner wrote; it is not replaced.")
+            del files[CARD_FILE]
 
     operations: list[CommitOperationAdd | CommitOperationDelete] = []
     for name in sorted(old_names - set(files)):
@@ -232,9 +241,21 @@ def push_files(
     )
 
 
-def _is_generated_card(api: HfApi, repo_id: str, repo_type: str, commit: str | None, token: str | bool | None) -> bool:
-    """Return whether the card at a commit still has our marker, or is the empty one of a new repository."""
-    path = api.hf_hub_download(repo_id, CARD_FILE, revision=commit, repo_type=repo_type, token=token)
-    text = Path(path).read_text(encoding="utf-8")
-    body = _YAML_HEADER.sub("", text)
-    return CARD_MARKER in text or not body.strip()
+def _with_kept_metadata(content: Path | str | bytes, old_card: Path) -> bytes:
+    """Return a card with the metadata of the one that it replaces, as far as it does not state its own."""
+    text = content if isinstance(content, bytes) else Path(content).read_bytes()
+    card = RepoCard(text.decode())
+    old = metadata_load(old_card) or {}
+    stated = card.data.to_dict()
+    if stated.get("license") == "unknown":
+        del stated["license"]
+    names = old.keys() - stated.keys()
+    if CARD_MARKER in old_card.read_text(encoding="utf-8"):  # otherwise its owner chose all of it
+        names -= METADATA_OF_WEIGHTS
+    if "license" in stated:
+        names -= {"license_name", "license_link"}  # they describe another licence
+    if not names:
+        return text
+    for name in sorted(names):
+        card.data[name] = old[name]
+    return card.content.encode()

@@ -317,7 +317,7 @@ class MLPMemory(nn.Module):
             commit_message, commit_description, private, token, revision, create_pr: as in
                 `PreTrainedModel.push_to_hub`.
             model (`str`, *optional*): repository of the model that it belongs to, for the card.
-            license (`str`, *optional*): identifier of the licence; without it the card says `unknown`.
+            license (`str`, *optional*): of the memory; defaults to the one on the repository's card, or `unknown`.
 
         Returns:
             `huggingface_hub.CommitInfo`.

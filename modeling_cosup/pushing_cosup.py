@@ -7,7 +7,7 @@ from typing import Any
 
 from huggingface_hub import CommitInfo
 
-from .facts_cosup import facts_to_push, lasting_facts, load_facts
+from .facts_cosup import facts_to_push, lasting_facts, published_facts
 from .hub_cosup import (
     CARD_FILE,
     FACTS_FILE,
@@ -58,8 +58,7 @@ def push_folder(
         check_adapter_base(base, repo_id)
     repo_id = make_repo(repo_id, private, token)
     weights = None if adapters else model.hash_all_weights()
-    # a branch that the push makes begins as a copy of the main one
-    earlier = load_facts(repo_id, token=token, revision=revision) or load_facts(repo_id, token=token)
+    earlier = published_facts(repo_id, token, revision)
     if variant is not None:  # stands next to the weights that were measured
         weights = earlier.get("weights")
     keeps_measured = variant is not None or (weights is not None and earlier.get("weights") == weights)

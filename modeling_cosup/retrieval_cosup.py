@@ -332,7 +332,7 @@ class PassageIndex(SearchableStore):
             repo_id (`str`): `namespace/name`, or a name in your own namespace; created if it does not exist.
             commit_message, commit_description, private, token, revision, create_pr: see `PreTrainedModel.push_to_hub`.
             model (`str`, *optional*): repository of the model that built the index, for the card.
-            license (`str`, *optional*): identifier of the passages' licence; without it the card says `unknown`.
+            license (`str`, *optional*): of the passages; defaults to the one on the repository's card, or `unknown`.
 
         Returns:
             `huggingface_hub.CommitInfo`.

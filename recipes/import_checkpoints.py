@@ -422,9 +422,14 @@ def retriever_pair(args: ImportArguments) -> CoSupForCausalLM:
         **control_tokens,
         **settings,
     )
+    prompts = f"The prompt of passages is {model.config.passage_prompt!r}"
+    if args.query_from != "gen":
+        prompts += f", the one of queries {model.config.query_prompt!r}"
+    print(f"{prompts}.", flush=True)
     keeps_head = head is not None
     if is_sentence_transformers and (keeps_head or facts.head is None):
-        compare(model, args.emb_seq, own_head=keeps_head)
+        own_queries = args.query_from == "emb_seq" or encoder_name == args.emb_seq
+        compare(model, args.emb_seq, keeps_head, own_queries)
     return model
 
 

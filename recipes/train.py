@@ -38,6 +38,8 @@ from transformers.utils import logging
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.facts_cosup import load_facts
+from modeling_cosup.files_cosup import write_json
+from modeling_cosup.hub_cosup import FACTS_FILE
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_instances
 from trainer.card import complete_card, held_out_group, write_card
 from trainer.hub import push_checkpoint
@@ -108,6 +110,8 @@ def train(run: Run) -> CoSupForCausalLM | None:
         with waiting_for_the_slowest():
             if trainer.is_world_process_zero():
                 run.results["before"] = measure_before(trainer, run)
+    if args.push_to_hub and script.license and trainer.is_world_process_zero():  # now, for pushes during training
+        write_json(run.output_dir / FACTS_FILE, {**load_facts(run.output_dir), "license": script.license})
     resume: str | bool | None = args.resume_from_checkpoint
     if resume in ("True", "true"):
         resume = True

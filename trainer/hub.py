@@ -22,7 +22,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from modeling_cosup.card_cosup import model_card
-from modeling_cosup.facts_cosup import Facts, ResultGroup, lasting_facts, load_facts
+from modeling_cosup.facts_cosup import Facts, ResultGroup, lasting_facts, load_facts, published_facts
 from modeling_cosup.files_cosup import write_json
 from modeling_cosup.hub_cosup import (
     CARD_FILE,
@@ -119,7 +119,7 @@ class HubMixin(TrainerBase):
             language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
                 (*optional*): as in `Trainer`. Tasks become tags. Datasets that are not repositories on the Hub are not
                 linked, and `dataset_args` are not shown. What is not given keeps the value that was recorded before
-                in `output_dir`.
+                in `output_dir`, or else in the repository that is pushed to.
             results (`list[dict]`, *optional*): results of evaluations, see [`result_group`]; defaults to the last
                 `evaluate()` of each set with these weights.
             index (`str`, *optional*): dataset repository, or folder, of the index; see [`write_card`].
@@ -142,6 +142,7 @@ class HubMixin(TrainerBase):
         }
         given = {name: value for name, value in fields.items() if value}
         output_dir = _output_dir(self.args)
+        self._keep_published_facts(output_dir, self.args.hub_token, self.args.hub_revision)
         facts = cast(Facts, {**lasting_facts(load_facts(output_dir)), **given})
         training = training_record(self.args, self.model, self.train_dataset, self.state)
         training["curves"] = draw_losses(training["log"], Path(output_dir) / CURVES_FILE)
@@ -149,6 +150,14 @@ class HubMixin(TrainerBase):
         facts["results"] = self._held_out_results() if results is None else results
         repo_id = self.hub_model_id or self.args.hub_model_id or output_dir
         write_card(self.model, output_dir, repo_id, facts, index, question, self._saved_weights)
+
+    def _keep_published_facts(self, folder: str | Path, token: str | None, revision: str | None) -> None:
+        """Add to a folder's facts what the repository states for any weights, such as its licence."""
+        if self.hub_model_id is None:
+            return
+        published = lasting_facts(published_facts(self.hub_model_id, token, revision))
+        if published:
+            write_json(Path(folder) / FACTS_FILE, {**published, **load_facts(folder)})
 
     def _held_out_results(self) -> list[ResultGroup]:
         """Return the recall that `evaluate()` has last measured with the current weights, for each evaluation set."""
@@ -213,11 +222,13 @@ class HubMixin(TrainerBase):
         _check_base(self.model, self.hub_model_id or self.args.hub_model_id)
         self.callback_handler.on_push_begin(self.args, self.state, self.control)
         token = self.args.hub_token if token is None else token
+        revision = revision or self.args.hub_revision
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
+        self._keep_published_facts(_output_dir(self.args), token, revision)
         self.create_model_card(**kwargs)
         self._finish_current_push()
         assert self.hub_model_id is not None  # set when the repository was created
@@ -227,7 +238,7 @@ class HubMixin(TrainerBase):
             self.hub_model_id,
             commit_message,
             token=token,
-            revision=revision or self.args.hub_revision,
+            revision=revision,
             adapters=adapter_config(self.model) is not None,
         )
         return push() if blocking else self._hub_api.run_as_future(push)
@@ -247,7 +258,9 @@ class HubMixin(TrainerBase):
             return
         base_name = None if adapters is None else adapters.base_model_name_or_path
         assert self.hub_model_id is not None  # set when the repository was created
-        facts = lasting_facts(load_facts(_output_dir(self.args)))  # nothing has been measured with these weights
+        self._keep_published_facts(folder, self.args.hub_token, self.args.hub_revision)
+        recorded = cast(Facts, {**load_facts(folder), **load_facts(_output_dir(self.args))})
+        facts = lasting_facts(recorded)  # nothing has been measured with these weights
         if facts:
             write_json(folder / FACTS_FILE, facts)
         card = model_card(without_peft(self.model), self.hub_model_id, facts, base_name)

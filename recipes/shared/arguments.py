@@ -187,10 +187,13 @@ class ScriptArguments:
     num_examples: int = field(default=4, metadata={"help": "Answers to print with their passages."})
     license: str | None = field(
         default=None,
-        metadata={"help": "Licence of the checkpoint, for its card. Default: unknown."},
+        metadata={"help": "Licence of the checkpoint, for its card. Default: the repository's, or unknown."},
     )
     corpus_license: str | None = field(
-        default=None, metadata={"help": "Licence of the passages, for the card of the index. Default: unknown."}
+        default=None,
+        metadata={
+            "help": "Licence of the passages, for the card of the index. Default: its repository's, or unknown."
+        },
     )
     push_index: bool = field(
         default=False,

@@ -20,14 +20,17 @@ SAMPLES = [
 
 
 @torch.no_grad()
-def compare(model: CoSupForCausalLM, name: str, own_head: bool) -> None:
+def compare(model: CoSupForCausalLM, name: str, own_head: bool, own_queries: bool) -> None:
     """
     Compare the embeddings of a few passages with those that sentence-transformers computes, if it is installed.
+
+    The passage prompt is the model's own. Where `encode_document` or `encode_query` reads another one, a line says so.
 
     Args:
         model ([`CoSupForCausalLM`]): the imported model.
         name (`str`): repository or folder of the retriever.
         own_head (`bool`): whether `emb_head` comes from the retriever; a new head is left out of the comparison.
+        own_queries (`bool`): whether the retriever also makes the queries.
 
     Raises:
         `ValueError`: if they differ by more than 1e-4 of their length (2e-2 if weights are not float32).
@@ -64,3 +67,14 @@ def compare(model: CoSupForCausalLM, name: str, own_head: bool) -> None:
         f"The embeddings equal sentence-transformers' own: they differ by at most {difference:.1e} of their length.",
         flush=True,
     )
+    prompts = {"document": ("passage", model.config.passage_prompt)}
+    if own_queries:
+        prompts["query"] = ("query", model.config.query_prompt)
+    for task, (option, prompt) in prompts.items():
+        other = reference.prompts[task]
+        if other != prompt:
+            print(
+                f"But its encode_{task} reads {other!r} before a text, not {prompt!r}: if you want that, give"
+                f" --{option}_prompt {other!r}.",
+                flush=True,
+            )

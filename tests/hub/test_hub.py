@@ -266,7 +266,7 @@ def test_what_a_repository_holds(published, tmp_path):
     assert "GPT2LMHeadModel | BertModel" in card
 
     names, card = listing(hub, "tester/two_tokenizers-index", "dataset")
-    for text in ("license: unknown", "n<1K", "viewer: false", "5 passages"):
+    for text in ("license: cc-by-sa-4.0", "n<1K", "viewer: false", "5 passages"):  # the first push gave the licence
         assert text in card
     assert {"index_config.json", "embeddings-00000.safetensors", "passages-00000.arrow"} <= set(names)
 

@@ -149,6 +149,20 @@ def test_the_card_says_what_was_trained_and_measured(trained):
         assert "loss_curves.png" in names
 
 
+def test_pushes_during_training_state_the_licence(hub, trained):
+    code = """
+import json
+from pathlib import Path
+from huggingface_hub import HfApi, hf_hub_download
+commits = [commit for commit in HfApi().list_repo_commits("tester/trained") if "in progress" in commit.title]
+cards = [hf_hub_download("tester/trained", "README.md", revision=commit.commit_id) for commit in commits]
+print(json.dumps([Path(card).read_text() for card in cards]))
+"""
+    cards = hub.run(code)
+    assert cards
+    assert all("license: apache-2.0" in card for card in cards)
+
+
 def test_resume_states_data_and_secrets_stay_here(hub, trained):
     output, printed, names, _, downloaded = trained
     assert {"model.safetensors", "config.json", "modeling_cosup.py", "README.md", "results.json"} <= set(names)

@@ -6,13 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from huggingface_hub import CommitOperationDelete
+from huggingface_hub import CommitOperationDelete, RepoCard
 
 import trainer.hub
-from modeling_cosup import CoSupForCausalLM, facts_cosup, hub_cosup
+from modeling_cosup import CoSupForCausalLM, MLPMemory, facts_cosup, hub_cosup
 from modeling_cosup.card_cosup import model_card
 from modeling_cosup.files_cosup import write_json
-from support.models import make_emb_seq, make_gen, make_model, make_tokenizer
+from support.models import PASSAGES, make_emb_seq, make_gen, make_model, make_tokenizer
+from trainer import CoSupTrainer, CoSupTrainingArguments
 from trainer.card import write_card
 from trainer.hub import push_checkpoint
 
@@ -184,6 +185,77 @@ def test_what_a_push_states_stays_true_for_the_next_one(stub):
     facts = json.loads(stub.read("training_facts.json"))
     assert facts["license"] == "mit"
     assert "index" not in facts  # it is of the earlier weights
+
+
+@pytest.mark.parametrize("when", ["during training", "at the end"])
+def test_a_push_by_training_keeps_what_the_repository_states(stub, tmp_path, when):
+    make_model().push_to_hub("me/m", license="mit", tags=["mine"])
+    rows = [{"input": "q", "segments": [{"text": "t", "passage": PASSAGES[0]}]}]
+    args = CoSupTrainingArguments(str(tmp_path / "out"), report_to="none")
+    run = CoSupTrainer(make_model(), args, train_dataset=rows)
+    run.hub_model_id, run.push_in_progress = "me/m", None
+    if when == "during training":
+        run.save_model(tmp_path / "out" / "checkpoint-1", _internal_call=True)
+        run._push_from_checkpoint(str(tmp_path / "out" / "checkpoint-1"))
+        run._finish_current_push()
+    else:
+        run.push_to_hub(license="apache-2.0")
+    expected = "mit" if when == "during training" else "apache-2.0"
+    assert len(stub.commits) == 2
+    facts, metadata = json.loads(stub.read("training_facts.json")), metadata_of(stub)
+    assert (facts["license"], facts["tags"]) == (expected, ["mine"])
+    assert metadata["license"] == expected
+    assert "mine" in metadata["tags"]
+    make_model().push_to_hub("me/m")
+    assert metadata_of(stub)["license"] == expected
+
+
+GATE = {"extra_gated_prompt": "You agree: not to\nshare it.", "extra_gated_fields": {"Company": "text"}}
+LLAMA2 = {"license": "llama2", "license_name": "Llama 2", "license_link": "LICENSE"}
+
+
+def metadata_of(stub):
+    return RepoCard(stub.read("README.md")).data.to_dict()
+
+
+def write_metadata(stub, **metadata):
+    """Set metadata of the repository's card, as the editor on the Hub's page does."""
+    text = stub.read("README.md") if "README.md" in stub.files else "---\n{}\n---\n"
+    card = RepoCard(text)
+    for name, value in metadata.items():
+        card.data[name] = value
+    stub.files["README.md"] = str(card).encode()
+
+
+@pytest.mark.parametrize("pushed", ["model", "adapters", "memory"])
+def test_the_first_push_keeps_the_licence_and_the_gate_of_a_new_repository(stub, pushed):
+    write_metadata(stub, **LLAMA2, **GATE, base_model="me/base", tags=["other"])
+    if pushed == "memory":
+        MLPMemory.from_gen(make_model(), intermediate_size=8).push_to_hub("me/m")
+    else:
+        model = make_model() if pushed == "model" else adapted_model()
+        model.push_to_hub("me/m")
+    metadata = metadata_of(stub)
+    assert metadata | LLAMA2 | GATE | {"base_model": "me/base"} == metadata
+    assert metadata["tags"][0] != "other"  # our card states tags
+    assert hub_cosup.CARD_MARKER in stub.read("README.md")
+
+
+def test_a_new_card_keeps_metadata_of_the_earlier_one_but_nothing_about_its_weights(stub):
+    model = make_model()
+    model.push_to_hub("me/m")
+    about_weights = {"base_model": "me/base", "model-index": [{"name": "m", "results": []}]}
+    write_metadata(stub, **LLAMA2, **GATE, **about_weights)
+    model.push_to_hub("me/m")
+    metadata = metadata_of(stub)
+    assert metadata | LLAMA2 | GATE == metadata
+    assert not about_weights.keys() & metadata.keys()
+    model.push_to_hub("me/m", license="mit")
+    metadata = metadata_of(stub)
+    assert metadata["license"] == "mit"
+    assert metadata | GATE == metadata
+    assert "license_name" not in metadata  # of the other licence
+    assert "license_link" not in metadata
 
 
 def test_the_index_of_a_card_on_the_hub_is_a_repository(stub, tmp_path):

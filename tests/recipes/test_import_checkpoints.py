@@ -321,6 +321,34 @@ def test_a_retriever_embeds_passages_and_queries_as_before(tmp_path, monkeypatch
     assert out.retrievals[0][0].passages[0]["id"] == index[best]["id"]
 
 
+@pytest.mark.parametrize(
+    ("query_from", "stated", "passage", "query", "others"),
+    [
+        ("emb_seq", {"prompts": {"query": "q: ", "document": "d: "}}, "d: ", "q: ", set()),
+        ("emb_seq", {"prompts": {"query": "q: ", "passage": "p: "}}, "p: ", "q: ", {"document"}),
+        ("emb_seq", {"prompts": {"x": "X: "}, "default_prompt_name": "x"}, "X: ", "X: ", {"document", "query"}),
+        ("gen", {"prompts": {"x": "X: "}, "default_prompt_name": "x"}, "X: ", "X: ", {"document", "query"}),
+    ],
+)
+def test_the_import_says_where_the_library_reads_other_prompts(
+    tmp_path, monkeypatch, library, capsys, query_from, stated, passage, query, others
+):
+    pair = retriever(tmp_path)
+    rewrite(tmp_path / "retriever" / "config_sentence_transformers.json", lambda config: {**config, **stated})
+    import_here(monkeypatch, *pair, "--query_from", query_from, "--output_dir", tmp_path / "out")
+    printed = capsys.readouterr().out
+    assert f"The prompt of passages is {passage!r}" in printed
+    assert (f"the one of queries {query!r}." in printed) == (query_from == "emb_seq")
+    reference = library.SentenceTransformer(str(tmp_path / "retriever"))
+    texts = ["Radium is an element."]
+    for task, prompt in (("document", passage), ("query", query)):
+        by_task = torch.tensor(getattr(reference, f"encode_{task}")(texts))
+        by_prompt = torch.tensor(reference.encode(texts, prompt=prompt))
+        assert torch.allclose(by_task, by_prompt, atol=1e-6) == (task not in others)
+        is_told = f"its encode_{task} reads '' before a text, not {prompt!r}" in printed
+        assert is_told == (task in others and (task == "document" or query_from == "emb_seq"))
+
+
 def test_a_retriever_reads_the_question_alone(tmp_path, monkeypatch, library):
     pair = [*retriever(tmp_path, modules=[normalize()]), "--query_from", "emb_seq"]
     template = ROOT / "recipes" / "configs" / "question_only.jinja"
