@@ -93,12 +93,12 @@ def test_what_travels_is_small_enough_to_be_read():
     asking what could stay there. The total was 7,000 until lines became shorter and got type annotations, 8,900
     until every kind of tokenizer, encoder and prompt was either read right or refused, 9,500 until there were token
     memories, 12,300 until rows of different requests shared one loop and passages had metadata, 13,000 until a
-    push replaced only what it is about, and 13,500 until folders, encoders and device copies of an index were checked
-    while other processes change them.
+    push replaced only what it is about, 13,500 until folders, encoders and device copies of an index were checked
+    while other processes change them, and 13,750 until equal scores had one order and a push kept a card's licence.
     """
     lengths = {path.name: len(path.read_text().splitlines()) for path in TRAVELS}
     assert max(lengths.values()) <= 450, lengths
-    assert sum(lengths.values()) <= 13750, lengths
+    assert sum(lengths.values()) <= 13800, lengths
 
 
 def is_pickle(path):
