@@ -40,6 +40,7 @@ def metadata_text(metadata: Mapping[str, Any], where: str = "metadata") -> str:
         try:
             text = json.dumps({key: entry}, ensure_ascii=False, allow_nan=False)
             text.encode()
+            reason = "" if _numbers_fit(entry) else "holds an integer of more than 64 bits"
         except UnicodeEncodeError:
             reason = "holds half a surrogate pair, which is not a character"
         except RecursionError:
@@ -48,8 +49,6 @@ def metadata_text(metadata: Mapping[str, Any], where: str = "metadata") -> str:
             reason = f"is of type {type(entry).__name__}, or holds a value that is not JSON"
         except ValueError:
             reason = "holds a number that is not finite, or holds itself"
-        else:
-            reason = "" if _numbers_fit(entry) else "holds an integer of more than 64 bits"
         if reason:
             raise ValueError(f"{where}: metadata[{key!r}] {reason}.")
     return json.dumps(metadata, ensure_ascii=False)

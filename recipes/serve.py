@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from shared.cli import clear_errors, parse
 
-from serving.arguments import ServeArguments
+from serving.arguments import INDEX_TIMEOUT, ServeArguments
 from shared.indexes import check_faiss_option, check_index_options, faiss_options, open_index
 from shared.memory_options import MemoryOptions, open_memory
 
@@ -134,7 +134,8 @@ def index_options(args: ServeArguments) -> dict[str, Any]:
     """Return the options of the index. A search in Milvus must fail soon, because running answers wait for it."""
     if args.index_uri is None:
         return faiss_options(args)
-    return {"timeout": args.index_timeout, "max_retries": 1}
+    timeout = INDEX_TIMEOUT if args.index_timeout is None else args.index_timeout
+    return {"timeout": timeout, "max_retries": 1}
 
 
 def open_own_engine(args: ServeArguments) -> Engine:

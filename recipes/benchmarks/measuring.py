@@ -5,6 +5,7 @@ import ctypes
 import gc
 import platform
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,6 +26,30 @@ def resident_bytes(name: str, process: str = "self") -> int:
         if line.startswith(name):
             return int(line.split()[1]) * 1024
     raise ValueError(f"/proc/{process}/status has no {name}.")
+
+
+@contextlib.contextmanager
+def memory_samples(resident_bytes: Callable[[], int]) -> Iterator[list[int]]:
+    """Append what `resident_bytes()` returns to a list: once a second while the context lasts."""
+    samples: list[int] = []
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(1 if samples else 0):
+            samples.append(resident_bytes())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    try:
+        yield samples
+    finally:
+        done.set()
+        thread.join()
+
+
+def thinned(samples: list[int], count: int = 12) -> list[int]:
+    """Return about `count` of the samples, evenly spread."""
+    return samples[:: max(1, len(samples) // count)]
 
 
 class Meter:

@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 PLAIN, STREAMED, CANCELLED, DISCONNECTED = "plain", "streamed", "cancelled", "disconnected"
+LAST_CHUNK = b"0\r\n\r\n"
 
 
 @dataclass
@@ -71,7 +72,8 @@ class Outcome:
         error (`str`): what went wrong; empty where nothing did.
         text (`str`), passages (`list[list[str]]`), tokens (`int`): the answer, the ids of the passages of each
             retrieval, and the number of decoded tokens.
-        first_token (`float`), total (`float`): seconds to the first text of a stream, and to the end.
+        first_token (`float`, *optional*): seconds to the first text of a stream that has one.
+        total (`float`): seconds to the end.
     """
 
     question: int
@@ -81,7 +83,7 @@ class Outcome:
     text: str = ""
     passages: list[list[str]] = field(default_factory=list)
     tokens: int = 0
-    first_token: float = 0.0
+    first_token: float | None = None
     total: float = 0.0
 
 
@@ -177,14 +179,20 @@ class Client:
 
 
 def is_complete(received: list[tuple[float, bytes]]) -> bool:
-    """Return whether a response has ended; that of a stream ends with an empty chunk."""
-    if received[-1][1].endswith(b"0\r\n\r\n"):
-        return True
-    head, _, body = received[0][1].partition(b"\r\n\r\n")
+    """Return whether a response has ended, wherever its reads were split; a stream ends with an empty chunk."""
+    start = b""
+    num_read = 0
+    while b"\r\n\r\n" not in start:
+        if num_read == len(received):
+            return False  # the head is not complete
+        start += received[num_read][1]
+        num_read += 1
+    head, _, body = start.partition(b"\r\n\r\n")
+    rest = [data for _, data in received[num_read:]]
     length = re.search(rb"\ncontent-length: *(\d+)", head, re.IGNORECASE)
-    if length is None:
-        return False
-    return len(body) + sum(len(data) for _, data in received[1:]) >= int(length[1])
+    if length is not None:
+        return len(body) + sum(map(len, rest)) >= int(length[1])
+    return b"".join([body, *rest[-len(LAST_CHUNK) :]]).endswith(LAST_CHUNK)  # a read has at least one byte
 
 
 # ---------------------------------------------------------------------- after the load
@@ -248,14 +256,14 @@ def read_stream(outcome: Outcome, content: bytes) -> None:
         raise ValueError("the stream ended without [DONE]")
 
 
-def first_text(exchange: Exchange) -> float:
-    """Return the seconds to the first text of a stream, 0 without one."""
+def first_text(exchange: Exchange) -> float | None:
+    """Return the seconds to the first text of a stream; `None` if it has no text."""
     received = b""
     for seconds, data in exchange.received:
         received += data
         if re.search(rb'"content":"[^"]', received):
             return seconds - exchange.start
-    return 0.0
+    return None
 
 
 def take_retrievals(outcome: Outcome, message: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # recipes/, for `shared`
 
 from shared.cli import clear_errors, parse
 
+import numpy as np
 import torch
 
 from modeling_cosup import Completion, CoSupConfig, CoSupForCausalLM, RetrievalConfig, Retriever
@@ -43,7 +44,17 @@ from modeling_cosup.files_cosup import write_json
 from modeling_cosup.lines_cosup import read_lines
 from modeling_cosup.tokenization_cosup import encode_prompt
 
-from measuring import Meter, print_hardware, print_table, resident_bytes, spread, spread_text, take_turns
+from measuring import (
+    Meter,
+    memory_samples,
+    print_hardware,
+    print_table,
+    resident_bytes,
+    spread,
+    spread_text,
+    take_turns,
+    thinned,
+)
 from random_world import World
 from server_clients import CANCELLED, DISCONNECTED, PLAIN, STREAMED, Job, Outcome
 from serving.api import ApiSettings, build_app
@@ -338,26 +349,39 @@ def latency(service: Service) -> dict[str, Any]:
     faults: list[str] = []
     for num_clients, measured in rounds.items():
         faults += service.faults(measured.outcomes)
-        result: dict[str, Any] = {"clients": num_clients, "answers": len(measured.outcomes)}
-        for name in ("first_token", "total"):
-            result[name] = percentiles([getattr(outcome, name) for outcome in measured.outcomes if outcome.finished])
-        results.append(result)
-        cells = [f"{1000 * value:.0f}" for name in ("first_token", "total") for value in result[name].values()]
-        rows.append([str(num_clients), str(result["answers"]), *cells])
-    header = ["clients", "answers", "first text p50 ms", "p95 ms", "whole answer p50 ms", "p95 ms"]
+        results.append({"clients": num_clients, **latencies(measured.outcomes)})
+        counts = [str(results[-1][name]) for name in ("clients", "answers", "with_text")]
+        rows.append([*counts, *latency_cells(results[-1])])
+    header = ["clients", "answers", "with text", "first text p50 ms", "p95 ms", "whole answer p50 ms", "p95 ms"]
     print_table(header, rows)
     return {"loads": results, "faults": faults}
 
 
-def percentiles(values: list[float]) -> dict[str, float]:
-    """Return the median and the 95th percentile."""
-    return {"p50": statistics.median(values), "p95": statistics.quantiles(values, n=20, method="inclusive")[-1]}
+def latencies(outcomes: list[Outcome]) -> dict[str, Any]:
+    """Return the times of finished answers; an answer without text has no time to its first text."""
+    finished = [outcome for outcome in outcomes if outcome.finished]
+    first_token = [outcome.first_token for outcome in finished if outcome.first_token is not None]
+    result: dict[str, Any] = {"answers": len(outcomes), "with_text": len(first_token)}
+    for name, seconds in (("first_token", first_token), ("total", [outcome.total for outcome in finished])):
+        if seconds:
+            p50, p95 = np.percentile(seconds, [50, 95]).tolist()
+            result[name] = {"p50": p50, "p95": p95}
+    return result
+
+
+def latency_cells(result: dict[str, Any]) -> list[str]:
+    """Return the milliseconds of [`latencies`] as a table shows them."""
+    cells = []
+    for name in ("first_token", "total"):
+        for quantile in ("p50", "p95"):
+            cells.append(f"{1000 * result[name][quantile]:.0f}" if name in result else "—")
+    return cells
 
 
 def soak(service: Service) -> dict[str, Any]:
     """Keep all clients busy; some of them break off."""
     args = service.args
-    with memory_samples(service) as samples:
+    with memory_samples(service.resident_bytes) as samples:
         measured = service.ask(args.num_clients, shares=SOAK_SHARES, seconds=args.seconds)
     faults = service.faults(measured.outcomes)
     if busy := service.busy():
@@ -377,30 +401,6 @@ def soak(service: Service) -> dict[str, Any]:
         "resident_bytes": samples,
         "faults": faults,
     }
-
-
-@contextlib.contextmanager
-def memory_samples(service: Service) -> Iterator[list[int]]:
-    """Append the resident memory of server and engine, in bytes, to a list: once a second while the context lasts."""
-    samples: list[int] = []
-    done = threading.Event()
-
-    def sample() -> None:
-        while not done.wait(1 if samples else 0):
-            samples.append(service.resident_bytes())
-
-    thread = threading.Thread(target=sample)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        done.set()
-        thread.join()
-
-
-def thinned(samples: list[int], count: int = 12) -> list[int]:
-    """Return about `count` of the samples, evenly spread."""
-    return samples[:: max(1, len(samples) // count)]
 
 
 # ---------------------------------------------------------------------- what is served

@@ -10,6 +10,7 @@ The HTTP API of a server: OpenAI's routes for chats, completions, embeddings and
 """
 
 import copy
+import json
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -164,7 +165,8 @@ class _Api:
     async def embeddings(self, body: EmbeddingBody, request: Request) -> Response:
         """Embed passages, or queries."""
         self._check_model(body.model)
-        return JSONResponse(await unless_disconnected(request.receive, embed(self.engine, body)))
+        content = await unless_disconnected(request.receive, embed(self.engine, body))
+        return Response(content, media_type="application/json")
 
     async def health(self) -> Response:
         """Tell whether requests can be answered."""
@@ -279,7 +281,9 @@ class _Api:
         """Return the response to a body; its engine's work ends if the client leaves."""
         num_prompt_tokens = sum(len(job.request.prompt_ids) for job in jobs) // (body.n or 1)
         if self.settings.log_prompts:
-            logger.info("%s: %s", shape.head["id"], body.model_dump_json(exclude_unset=True))
+            sent = json.dumps(await request.json(), ensure_ascii=False)
+            sent = sent.encode("utf-8", "backslashreplace").decode()  # ignored fields may hold half a surrogate pair
+            logger.info("%s: %s", shape.head["id"], sent)
         answers = Answers(self.engine, jobs, shape, num_prompt_tokens, self._metrics, self.settings.log_prompts)
         if body.stream:
             return await unless_disconnected(request.receive, answers.stream(body.includes_usage))

@@ -10,6 +10,7 @@ from shared.indexes import FAISS_HELP, INDEX_HELP, INDEX_URI_HELP
 ENGINES = ("embedded", "vllm")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 KEY_VARIABLE = "COSUP_API_KEY"
+INDEX_TIMEOUT = 5.0  # seconds
 
 
 @dataclass(kw_only=True)
@@ -20,9 +21,12 @@ class ServeArguments:
     index: str | None = field(default=None, metadata={"help": f"{INDEX_HELP}; without it nothing is retrieved"})
     index_uri: str | None = field(default=None, metadata={"help": INDEX_URI_HELP})
     allow_faiss_files: bool = field(default=False, metadata={"help": FAISS_HELP, "flag": True})
-    index_timeout: float = field(
-        default=5.0,
-        metadata={"help": "seconds that a search in Milvus may take; it is sent twice, and then its request fails"},
+    index_timeout: float | None = field(
+        default=None,
+        metadata={
+            "help": "seconds that a search in Milvus (--index_uri) may take, 5 by default; it is sent twice, and then "
+            "its request fails"
+        },
     )
     engine: str = field(
         default="embedded",
@@ -96,8 +100,10 @@ class ServeArguments:
             raise ValueError(f"--max_waiting {self.max_waiting}: expected at least 0.")
         if not 0 <= self.shutdown_timeout < math.inf:
             raise ValueError(f"--shutdown_timeout {self.shutdown_timeout}: expected a finite number, at least 0.")
-        if not 0 < self.index_timeout < math.inf:
+        if self.index_timeout is not None and not 0 < self.index_timeout < math.inf:
             raise ValueError(f"--index_timeout {self.index_timeout}: expected a finite number above 0.")
+        if self.index_timeout is not None and self.index_uri is None:
+            raise ValueError("--index_timeout is for an index in Milvus: give --index_uri.")
         if self.request_timeout is not None and not 0 < self.request_timeout < math.inf:
             expected = "a finite number above 0; leave it out for never"
             raise ValueError(f"--request_timeout {self.request_timeout}: expected {expected}.")

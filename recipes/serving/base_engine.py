@@ -5,15 +5,13 @@ import logging
 from collections.abc import Coroutine, Sequence
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from modeling_cosup import CoSupConfig
 from modeling_cosup.tokenization_cosup import encode_prompt
 
 from serving.checks import check_passages
-from serving.engine import QueueFull, SearchFailed, ShuttingDown, UnsupportedSetting
+from serving.engine import Embeddings, QueueFull, SearchFailed, ShuttingDown, UnsupportedSetting
 
 logger = logging.getLogger("cosup.serving")
 T = TypeVar("T")
@@ -59,21 +57,21 @@ class BaseEngine:
 
     # ------------------------------------------------------------------ embeddings
 
-    async def embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
-        """Return the embeddings `(N, h)` of passages `{"title", "text"}`, as in the index."""
+    async def embed_passages(self, passages: Sequence[dict[str, Any]]) -> Embeddings:
+        """Return the embeddings of passages `{"title", "text"}`, as in the index."""
         self._check_open()
         self._check_encoder()
         check_passages(passages)
         self._check_room()
         return await self._run(self._embed_passages(passages))
 
-    async def embed_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return the query embeddings `(N, h)` of texts, as Gen makes them at the first `[NSP]` of an answer."""
+    async def embed_queries(self, texts: Sequence[str]) -> Embeddings:
+        """Return the query embeddings of texts, as Gen makes them at the first `[NSP]` of an answer."""
         self._check_open()
         self._check_room()
         return await self._run(self._embed_texts(texts))
 
-    async def _embed_texts(self, texts: Sequence[str]) -> NDArray[np.float32]:
+    async def _embed_texts(self, texts: Sequence[str]) -> Embeddings:
         nsp = self.config.nsp_token_id
         if nsp is None:
             raise UnsupportedSetting("queries: this model has no [NSP] token.")
@@ -120,12 +118,12 @@ class BaseEngine:
         """Raise [`UnsupportedSetting`] if no passages can be embedded."""
         raise NotImplementedError
 
-    async def _embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
-        """Return the embeddings `(N, h)` of passages that were checked."""
+    async def _embed_passages(self, passages: Sequence[dict[str, Any]]) -> Embeddings:
+        """Return the embeddings of passages that were checked."""
         raise NotImplementedError
 
-    async def _embed_queries(self, prompts: list[list[int]]) -> NDArray[np.float32]:
-        """Return the query embeddings `(N, h)` of token ids that end in `[NSP]`."""
+    async def _embed_queries(self, prompts: list[list[int]]) -> Embeddings:
+        """Return the query embeddings of token ids that end in `[NSP]`."""
         raise NotImplementedError
 
     async def _run(self, work: Coroutine[Any, Any, T]) -> T:

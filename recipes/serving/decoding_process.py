@@ -173,7 +173,7 @@ def packed(report: Report) -> tuple[Any, ...]:
         for event in delivery.events:
             is_plain = isinstance(event, TokenEvent) and event.logprobs is None
             events.append(event.token_id if is_plain else event)
-        deliveries.append((delivery.number, events, delivery.ended, delivery.error, delivery.embeds))
+        deliveries.append((delivery.number, events, delivery.ended, delivery.error, delivery.embeddings))
     return deliveries, report.num_running, report.num_crashes, report.end
 
 

@@ -12,9 +12,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from modeling_cosup.cache_cosup import maskable_attention
 from modeling_cosup.trace_cosup import Logprobs, Retrieval, Row
@@ -22,6 +20,7 @@ from modeling_cosup.trace_cosup import Logprobs, Retrieval, Row
 from serving.base_engine import search_failed
 from serving.engine import (
     BackendFailed,
+    Embeddings,
     EndEvent,
     EngineError,
     Event,
@@ -67,14 +66,14 @@ class Delivery:
         events (`list[Event]`): new ones.
         ended (`bool`): whether this is the last delivery.
         error ([`EngineError`], *optional*): why it is the last, if something failed.
-        embeds (`NDArray[np.float32]`, *optional*): `(N, h)`, of the texts.
+        embeddings ([`Embeddings`], *optional*): of the texts.
     """
 
     number: int
     events: list[Event] = field(default_factory=list)
     ended: bool = False
     error: EngineError | None = None
-    embeds: NDArray[np.float32] | None = None
+    embeddings: Embeddings | None = None
 
 
 @dataclass
@@ -275,13 +274,13 @@ class DecodingThread:
 
     def _embed(self, number: int, method: str, items: list[Any]) -> None:
         try:
-            embeds = getattr(self.served, method)(items)
+            embeddings = getattr(self.served, method)(items)
         except Exception as error:
             logger.error("Texts could not be embedded.", exc_info=error)
             failure = BackendFailed(f"The texts could not be embedded ({type(error).__name__}).")
             self._report([Delivery(number, ended=True, error=failure)])
             return
-        self._report([Delivery(number, ended=True, embeds=embeds)])
+        self._report([Delivery(number, ended=True, embeddings=embeddings)])
 
 
 # ---------------------------------------------------------------------- events

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from serving.base_engine import BaseEngine
 from serving.decoding_process import DecodingProcess
@@ -18,6 +17,7 @@ from serving.decoding_thread import DecodingThread, Delivery, Report
 from serving.engine import (
     BackendFailed,
     DeadlineExceeded,
+    Embeddings,
     EngineError,
     EngineLoad,
     Event,
@@ -76,7 +76,7 @@ class EmbeddedEngine(BaseEngine):
         self.decoding = decoding
         self._numbers = itertools.count()
         self._streams: dict[int, _Stream] = {}  # requests that have not ended
-        self._batches: dict[int, asyncio.Future[NDArray[np.float32]]] = {}  # texts that are embedded
+        self._batches: dict[int, asyncio.Future[Embeddings]] = {}  # texts that are embedded
         self._report = Report()  # the last one, without its deliveries
         self._last_crash = -math.inf  # `time.monotonic()` of it
         self._mean_seconds = 1.0  # that a request takes; the last ones count most
@@ -266,15 +266,15 @@ class EmbeddedEngine(BaseEngine):
                 "passages: Emb_seq, which embeds them, is not in memory; load the model with load_emb_seq=True."
             )
 
-    async def _embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
+    async def _embed_passages(self, passages: Sequence[dict[str, Any]]) -> Embeddings:
         return await self._embed(list(passages), self.decoding.embed_passages)
 
-    async def _embed_queries(self, prompts: list[list[int]]) -> NDArray[np.float32]:
+    async def _embed_queries(self, prompts: list[list[int]]) -> Embeddings:
         return await self._embed(prompts, self.decoding.embed_queries)
 
-    async def _embed(self, items: list[T], embed: Callable[[int, list[T]], None]) -> NDArray[np.float32]:
+    async def _embed(self, items: list[T], embed: Callable[[int, list[T]], None]) -> Embeddings:
         """Embed items, some of them after each pass; if the client leaves, no more of them."""
-        batches = [np.zeros((0, self.config.embedding_size), np.float32)]
+        batches = [Embeddings(np.zeros((0, self.config.embedding_size), np.float32), 0)]
         for start in range(0, len(items), _EMBEDDING_BATCH):
             self._check_decoding()
             number = next(self._numbers)
@@ -285,7 +285,8 @@ class EmbeddedEngine(BaseEngine):
             finally:
                 if self._batches.pop(number, None) is not None:
                     self.decoding.cancel(number)
-        return np.concatenate(batches)
+        embeds = np.concatenate([batch.embeds for batch in batches])
+        return Embeddings(embeds, sum(batch.num_tokens for batch in batches))
 
     def _resolve(self, delivery: Delivery) -> None:
         future = self._batches.pop(delivery.number)
@@ -294,5 +295,5 @@ class EmbeddedEngine(BaseEngine):
         if delivery.error is not None:
             future.set_exception(delivery.error)
         else:
-            assert delivery.embeds is not None
-            future.set_result(delivery.embeds)
+            assert delivery.embeddings is not None
+            future.set_result(delivery.embeddings)

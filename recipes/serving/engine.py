@@ -101,6 +101,19 @@ class EndEvent:
 Event: TypeAlias = TokenEvent | RetrievalEvent | EndEvent
 
 
+class Embeddings(NamedTuple):
+    """
+    The embeddings of texts.
+
+    Args:
+        embeds (`NDArray[np.float32]`): `(N, h)`, in the order of the texts.
+        num_tokens (`int`): tokens that the encoder read for them, prompts and special tokens included.
+    """
+
+    embeds: NDArray[np.float32]
+    num_tokens: int
+
+
 # ---------------------------------------------------------------------- what goes wrong
 
 
@@ -189,12 +202,12 @@ class Engine(Protocol):
         """
         ...
 
-    async def embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
-        """Return the embeddings `(N, h)` of passages `{"title", "text"}`, as in the index."""
+    async def embed_passages(self, passages: Sequence[dict[str, Any]]) -> Embeddings:
+        """Return the embeddings of passages `{"title", "text"}`, as in the index."""
         ...
 
-    async def embed_queries(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return the query embeddings `(N, h)` of texts, as Gen makes them at the first `[NSP]` of an answer."""
+    async def embed_queries(self, texts: Sequence[str]) -> Embeddings:
+        """Return the query embeddings of texts, as Gen makes them at the first `[NSP]` of an answer."""
         ...
 
     def load(self) -> EngineLoad:

@@ -18,7 +18,7 @@ from serving.engine import (
     ShuttingDown,
     UnsupportedSetting,
 )
-from serving.protocol import RetrievalBody
+from serving.protocol import PASSAGE_TAG, RetrievalBody
 
 logger = logging.getLogger("cosup.serving")
 
@@ -103,7 +103,7 @@ def from_engine(error: EngineError) -> ApiError:
 def from_validation(error: RequestValidationError) -> ApiError:
     """Return what a client gets for the first problem of a body."""
     problem = error.errors()[0]
-    names = [part for part in problem["loc"] if part != "body"]
+    names = [part for part in problem["loc"] if part not in ("body", PASSAGE_TAG)]
     if problem["type"] == "json_invalid":
         return ApiError(400, f"The body is no JSON: {problem['ctx']['error']} at character {names[0]}.")
     field = _path(names)
@@ -120,7 +120,7 @@ def from_validation(error: RequestValidationError) -> ApiError:
         most = problem["ctx"]["max_length"]
         return ApiError(400, f"{field} has {len(value):,} {unit}, expected at most {most:,}.", field)
     message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] in ("model_type", "model_attributes_type"):  # pydantic speaks of Python
+    if problem["type"] in ("model_type", "model_attributes_type", "dict_type"):  # pydantic speaks of Python
         message = "Input should be a JSON object"
     if isinstance(value, str | int | float) and str(value).strip():
         message += f", found {str(value)[:80]!r}"

@@ -5,6 +5,7 @@ from typing import Any
 from modeling_cosup.lookup_cosup import Lookup
 from modeling_cosup.retriever_cosup import Retriever
 from modeling_cosup.settings_cosup import RetrievalConfig
+from modeling_cosup.tokenization_cosup import encode_texts
 from modeling_cosup.trace_cosup import Row
 
 from serving.base_engine import search_failed
@@ -21,6 +22,7 @@ class PreparedLookup(Lookup):
 
     def __init__(self, model: Any, retriever: Retriever | None) -> None:
         super().__init__(model, retriever)
+        self._separator = encode_texts(model.tokenizer, ["\n"])[0]  # now: later a thread may use the tokenizer
         self._last: tuple[RetrievalConfig, Row] | None = None
 
     def prepare_row(self, row: Row) -> None:

@@ -12,7 +12,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     ValidationInfo,
     field_validator,
     model_validator,
@@ -88,9 +90,22 @@ TokenIds = list[Annotated[int, Field(ge=0, le=LARGEST_ID)]]
 
 
 class Body(BaseModel):
-    """A JSON object without unknown fields, whose values are not converted."""
+    """A JSON object without unknown fields, whose values are not converted; null stands for a field's default."""
 
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for name, value in values.items():
+            field = cls.model_fields.get(name)
+            has_default = field is not None and not field.is_required()
+            if value is not None or not has_default:
+                kept[name] = value
+        return kept
 
 
 # ---------------------------------------------------------------------- parts of bodies
@@ -104,15 +119,44 @@ class TextPart(Body):
 
 
 class PassageBody(Body):
-    """A passage that the client gives."""
+    """A passage that the client gives; one of an answer's `retrievals` can be sent back as it is."""
 
     text: Annotated[Text, AfterValidator(_check_not_blank), Field(min_length=1, max_length=MAX_PASSAGE_CHARACTERS)]
     title: Annotated[Text, Field(max_length=MAX_PASSAGE_CHARACTERS)] = ""
     id: Text | None = None
+    metadata: dict[str, Any] | None = None
+
+    def passage(self) -> dict[str, Any]:
+        """Return the passage as `RetrievalConfig.passages` takes it."""
+        return {"id": self.id, "title": self.title, "text": self.text, "metadata": self.metadata}
 
 
-def _one_text(content: Any) -> Any:
-    """Return the text of a message whose content is a text, or a list of text parts."""
+PASSAGE_TAG = "(passage)"  # stands in the path of an error, where the client sees none
+
+
+def _kind_of_passage(value: Any) -> str | None:
+    """Return the tag of a passage, or of its id."""
+    if isinstance(value, str):
+        return "id"
+    if isinstance(value, dict | PassageBody):
+        return PASSAGE_TAG
+    return None
+
+
+PassageOrId = Annotated[
+    Annotated[PassageBody, Tag(PASSAGE_TAG)] | Annotated[Text, Tag("id")],
+    Discriminator(
+        _kind_of_passage,
+        custom_error_type="passage_type",
+        custom_error_message="expected an object with text and title, or the id of a passage",
+    ),
+]
+
+
+def _one_text(content: Any, info: ValidationInfo) -> Any:
+    """Return the text of a message whose content is a text, a list of text parts, or null of an assistant."""
+    if content is None and info.data.get("role") == "assistant":  # a refusal
+        return ""
     if not isinstance(content, list):
         return content
     texts = []
@@ -128,7 +172,7 @@ class Message(Body):
     """A message of a chat. What else an assistant's message holds, such as its citations, is ignored."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Text, BeforeValidator(_one_text, json_schema_input_type=str | list[TextPart])]
+    content: Annotated[Text, BeforeValidator(_one_text, json_schema_input_type=str | list[TextPart] | None)]
     name: Any = None
     annotations: Any = None
     audio: Any = None
@@ -186,15 +230,16 @@ class RetrievalBody(Body):
     force_nsp_first: bool = False
     forbid_nsp: bool = False
     candidates: Annotated[list[Text], Field(max_length=MAX_CANDIDATES)] | None = None
-    passages: Annotated[list[PassageBody], Field(max_length=MAX_PASSAGES)] | None = None
+    passages: Annotated[list[PassageOrId], Field(max_length=MAX_PASSAGES)] | None = None
     min_score: float | None = None
     no_repeat_passages: bool = False
     forget_passages: Literal["recompute", "mask"] | None = None
 
     @field_validator("passages")
     @classmethod
-    def _check_passages(cls, passages: list[PassageBody] | None) -> list[PassageBody] | None:
-        num_characters = sum(len(passage.title) + len(passage.text) for passage in passages or ())
+    def _check_passages(cls, passages: list[PassageBody | str] | None) -> list[PassageBody | str] | None:
+        given = [passage for passage in passages or () if isinstance(passage, PassageBody)]
+        num_characters = sum(len(passage.title) + len(passage.text) for passage in given)
         if num_characters > MAX_PASSAGE_CHARACTERS:
             raise ValueError(f"{num_characters:,} characters together, expected at most {MAX_PASSAGE_CHARACTERS:,}")
         return passages
@@ -209,7 +254,7 @@ class RetrievalBody(Body):
         candidates = None if self.candidates is None else [self.candidates]
         passages = None
         if self.passages is not None:
-            passages = [[passage.model_dump() for passage in self.passages]]
+            passages = [[passage if isinstance(passage, str) else passage.passage() for passage in self.passages]]
         return RetrievalConfig(
             top_k=self.top_k,
             max_retrievals=self.max_retrievals,
@@ -227,7 +272,7 @@ class RetrievalBody(Body):
 
 
 class GenerationBody(Body):
-    """What bodies of chats and completions share; `None` stands for the server's default."""
+    """What bodies of chats and completions share; without a value a field has the server's default."""
 
     model: Text
     max_tokens: Annotated[int, Field(ge=1)] | None = None

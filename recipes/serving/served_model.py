@@ -5,9 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import PreTrainedTokenizerBase
 
 from modeling_cosup import CoSupConfig, CoSupForCausalLM, Memory, MemoryConfig, Retriever
@@ -17,12 +15,12 @@ from modeling_cosup.decoding_cosup import Decoder
 from modeling_cosup.packing_cosup import pad_rows
 from modeling_cosup.scores_cosup import depends_on_scores_only
 from modeling_cosup.settings_cosup import DecisionSettings, DecodingSettings, RowSettings
-from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_queries_for_emb_seq
 from modeling_cosup.trace_cosup import Row
 
 from serving.base_engine import check_least
 from serving.checks import check_request
-from serving.engine import GenerationRequest
+from serving.engine import Embeddings, GenerationRequest
 from serving.prepared_lookup import PreparedLookup
 
 _MOST_DECISIONS = 256  # kept for later requests
@@ -165,15 +163,20 @@ class ServedModel:
     # ------------------------------------------------------------------ embeddings
 
     @torch.no_grad()
-    def embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
-        """Return the embeddings `(N, h)` of passages, as in the index."""
+    def embed_passages(self, passages: Sequence[dict[str, Any]]) -> Embeddings:
+        """Return the embeddings of passages, as in the index."""
         rows = encode_passages_for_emb_seq(self.model.emb_seq_tokenizer, passages, self.config)
-        return _as_array(self.model.encode_passages(*pad_rows(rows, device=self.model._input_device())))
+        return _embeddings(self.model.encode_passages(*pad_rows(rows, device=self.model._input_device())), rows)
 
-    def embed_queries(self, prompts: Sequence[list[int]]) -> NDArray[np.float32]:
-        """Return the query embeddings `(N, h)` of token ids that end in `[NSP]`."""
-        return _as_array(self.model.embed_prompts(prompts))
+    def embed_queries(self, prompts: Sequence[list[int]]) -> Embeddings:
+        """Return the query embeddings of token ids that end in `[NSP]`."""
+        rows = prompts
+        if self.config.query_from != "gen":
+            tokenizers = (self.model.tokenizer, self.model.emb_seq_tokenizer)
+            rows, _ = encode_queries_for_emb_seq(*tokenizers, prompts, self.config)  # what its encoder will read
+        return _embeddings(self.model.embed_prompts(prompts), rows)
 
 
-def _as_array(embeds: torch.Tensor) -> NDArray[np.float32]:
-    return embeds.float().cpu().numpy()
+def _embeddings(embeds: torch.Tensor, rows: Sequence[list[int]]) -> Embeddings:
+    """Return embeddings `(N, h)` and the number of tokens of the rows that were read."""
+    return Embeddings(embeds.float().cpu().numpy(), sum(map(len, rows)))

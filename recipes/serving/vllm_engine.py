@@ -11,12 +11,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
 from contextlib import aclosing, asynccontextmanager
+from copy import deepcopy
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.initialization import no_init_weights
 from transformers.utils import logging
@@ -33,6 +34,7 @@ from serving.checks import check_request
 from serving.engine import (
     BackendFailed,
     DeadlineExceeded,
+    Embeddings,
     EngineLoad,
     Event,
     GenerationRequest,
@@ -138,7 +140,9 @@ class VllmEngine(BaseEngine):
             head = read_weight(model, "emb_head.weight")
             assert head is not None  # the checkpoint would not load without it
             self.query_head = head.float()
-        self.lookup = PreparedLookup(model, index)
+        # a tokenizer serves one thread at a time: given passages are encoded by a copy, in one thread at a time
+        self.lookup = PreparedLookup(SimpleNamespace(config=model.config, tokenizer=deepcopy(model.tokenizer)), index)
+        self._preparing = asyncio.Lock()
         self.searches = SearchQueue(self.lookup)
         self._slots = asyncio.Semaphore(max_running)
         self._running = 0
@@ -304,8 +308,9 @@ class VllmEngine(BaseEngine):
         retrieves = (self.has_index or retrieval.passages is not None) and not retrieval.forbid_nsp
         greedy = DecisionSettings(LogitsProcessorList(), [], do_sample=False, prompt_length=len(request.prompt_ids))
         row = Row(0, list(request.prompt_ids), RowSettings(greedy, request.max_new_tokens, retrieval, retrieves))
-        if retrieval.passages is not None:  # encodes them, and a tokenizer serves one thread at a time
-            self.lookup.prepare_row(row)
+        if retrieval.passages is not None:
+            async with self._preparing:
+                await asyncio.to_thread(self.lookup.prepare_row, row)
         elif retrieval.candidates is not None:
             await asyncio.to_thread(self.lookup.prepare_row, row)
         return Answer(self.settings, request, self.gen, self.lookup, row, self._find)
@@ -314,35 +319,41 @@ class VllmEngine(BaseEngine):
         """Return the passages for a row of which Gen sees `view`, up to and including `[NSP]`."""
         query_embed = None
         if row.given_passages is None or row.settings.retrieval.output_query_embeds:
-            query_embed = (await self._query_embeds([view], session))[0]  # (h,)
+            query_embed = (await self._query_embeds(self._query_rows([view]), session))[0]  # (h,)
         return await self.searches.find(row, query_embed)
 
     # ------------------------------------------------------------------ embedding
 
+    def _query_rows(self, prompts: list[list[int]]) -> list[list[int]]:
+        """Return the token ids that the second server reads for prompts that end in `[NSP]`."""
+        if self.config.query_from == "gen":
+            return prompts
+        return encode_queries_for_emb_seq(self.tokenizer, self.model.emb_seq_tokenizer, prompts, self.config)[0]
+
     async def _query_embeds(self, rows: list[list[int]], session: str = "") -> torch.Tensor:
-        """Return the query embeddings `(N, h)` of token ids that end in `[NSP]`."""
-        if self.config.query_from == "emb_seq":
-            rows, _ = encode_queries_for_emb_seq(self.tokenizer, self.model.emb_seq_tokenizer, rows, self.config)
+        """Return the query embeddings `(N, h)` of rows that [`_query_rows`] made."""
         states = torch.from_numpy(await self.query.embed(rows, session))
         if self.query_head is not None:
             states = states @ self.query_head.T
         return self.model._normalize(states)
 
-    async def _embed_queries(self, prompts: list[list[int]]) -> NDArray[np.float32]:
+    async def _embed_queries(self, prompts: list[list[int]]) -> Embeddings:
         if not prompts:
-            return np.zeros((0, self.config.embedding_size), np.float32)
-        return (await self._query_embeds(prompts)).numpy()
+            return Embeddings(np.zeros((0, self.config.embedding_size), np.float32), 0)
+        rows = self._query_rows(prompts)
+        return Embeddings((await self._query_embeds(rows)).numpy(), sum(map(len, rows)))
 
     def _check_encoder(self) -> None:
         if self.encoder is None:
             raise UnsupportedSetting("passages: Emb_seq, which embeds them, is not served; start with --encoder_url.")
 
-    async def _embed_passages(self, passages: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
+    async def _embed_passages(self, passages: Sequence[dict[str, Any]]) -> Embeddings:
         assert self.encoder is not None  # checked before
         if not passages:
-            return np.zeros((0, self.config.embedding_size), np.float32)
+            return Embeddings(np.zeros((0, self.config.embedding_size), np.float32), 0)
         ids: list[list[int]] = []
         for passage in passages:
             ids += encode_passages_for_emb_seq(self.model.emb_seq_tokenizer, [passage], self.config)
             await asyncio.sleep(0)  # other requests go on
-        return self.model._normalize(torch.from_numpy(await self.encoder.embed(ids))).numpy()
+        embeds = self.model._normalize(torch.from_numpy(await self.encoder.embed(ids)))
+        return Embeddings(embeds.numpy(), sum(map(len, ids)))

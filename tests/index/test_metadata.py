@@ -62,6 +62,17 @@ def test_bad_metadata_is_named(metadata, message):
         corpus_passages([WITH, {**WITHOUT, "metadata": metadata}])
 
 
+@pytest.mark.parametrize("depth", range(100, 1100, 50))
+def test_nested_metadata_is_read_or_refused(depth):
+    value = nested(depth)
+    try:
+        checked = check_metadata({"a": value}, "here")
+    except ValueError as error:
+        assert "metadata['a'] is nested too deeply" in str(error)
+    else:
+        assert json.dumps(checked) == json.dumps({"a": value})
+
+
 def test_metadata_is_copied_and_nothing_is_none():
     metadata = {"a": (1, 2), "missing": None, "deep": {"kept": None}}
     checked = check_metadata(metadata, "here")

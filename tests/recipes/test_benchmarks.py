@@ -274,6 +274,9 @@ def test_an_answer_that_is_lost_or_mixed_up_is_a_fault(monkeypatch):
         ([CHUNKED, EVENT_1, EVENT_2, b"0\r\n\r\n"], "streamed", "He did.", ""),
         ([CHUNKED, EVENT_1, b"0\r\n\r\n"], "streamed", "He ", "the stream ended without [DONE]"),
         ([b"HTTP/1.1 429 X\r\ncontent-length: 4\r\n\r\nfull"], "plain", "", "status 429: full"),
+        # a head, and the last chunk, in two reads
+        ([CHUNKED[:20], CHUNKED[20:], EVENT_1, EVENT_2, b"0\r\n", b"\r\n"], "streamed", "He did.", ""),
+        ([b"HTTP/1.1 429 X\r\ncont", b"ent-length: 10\r\n\r\n", b"full queue"], "plain", "", "status 429: full"),
     ],
 )
 def test_clients_read_answers_after_the_load(monkeypatch, parts, kind, text, error):
@@ -287,9 +290,43 @@ def test_clients_read_answers_after_the_load(monkeypatch, parts, kind, text, err
     outcome = exchange.outcome
     assert (outcome.text, outcome.finished) == (text, not error)
     assert error in outcome.error
-    assert outcome.first_token == (2 if kind == "streamed" and not error else 0)
+    assert outcome.first_token == (parts.index(EVENT_1) + 1 if kind == "streamed" and not error else None)
     if not error:
         assert (outcome.passages, outcome.tokens) == ([["p1"]], 4)
+
+
+@pytest.mark.parametrize(
+    "response", [CHUNKED + EVENT_1 + b"0\r\n\r\n", HEAD + b"content-length: 10\r\n\r\nfull queue"]
+)
+def test_a_response_ends_with_its_last_byte_however_it_is_read(monkeypatch, response):
+    monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
+    from server_clients import is_complete
+
+    bytewise = [(0.0, response[i : i + 1]) for i in range(len(response))]
+    assert [is_complete(bytewise[: i + 1]) for i in range(len(response))] == [False] * (len(response) - 1) + [True]
+    for split in range(1, len(response)):
+        parts = [(0.0, response[:split]), (0.0, response[split:])]
+        assert (is_complete(parts[:1]), is_complete(parts)) == (False, True)
+
+
+def test_an_answer_without_text_has_no_time_to_its_first_text(monkeypatch):
+    pytest.importorskip("uvicorn", reason="serves")
+    monkeypatch.setattr(sys, "path", [str(RECIPES / "benchmarks"), *sys.path])
+    import server_load
+
+    from server_clients import Exchange, Outcome, read
+
+    role = chunk('data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\ndata: [DONE]\n\n')
+    exchange = Exchange(Outcome(0, "streamed", total=5), 10, [(15.0, CHUNKED + role + b"0\r\n\r\n")], is_complete=True)
+    read(exchange)
+    empty = exchange.outcome
+    assert (empty.finished, empty.first_token) == (True, None)
+    with_text = Outcome(1, "streamed", finished=True, first_token=2.0, total=3.0)
+    result = server_load.latencies([empty, with_text])
+    assert (result["answers"], result["with_text"]) == (2, 1)
+    assert result["first_token"] == {"p50": 2.0, "p95": 2.0}
+    assert result["total"] == pytest.approx({"p50": 4.0, "p95": 4.9})
+    assert server_load.latency_cells(server_load.latencies([empty])) == ["—", "—", "5000", "5000"]
 
 
 def test_folders_of_documents_have_their_size(tmp_path, monkeypatch):

@@ -123,6 +123,7 @@ def test_a_server_that_is_open_to_the_network_warns(tmp_path, monkeypatch, capsy
         ({"request_timeout": math.nan}, "--request_timeout nan: expected a finite number above 0"),
         ({"index_timeout": math.inf}, "--index_timeout inf: expected a finite number above 0."),
         ({"index_timeout": math.nan}, "--index_timeout nan: expected a finite number above 0"),
+        ({"index_timeout": 1.0}, "--index_timeout is for an index in Milvus: give --index_uri."),
         ({"shutdown_timeout": -1.0}, "--shutdown_timeout -1.0: expected a finite number, at least 0."),
         ({"shutdown_timeout": math.inf}, "--shutdown_timeout inf: expected a finite number, at least 0"),
         ({"shutdown_timeout": math.nan}, "--shutdown_timeout nan: expected a finite number, at least 0"),

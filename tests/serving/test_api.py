@@ -95,6 +95,7 @@ def without_space(text):
         ("who?", {"forbid_nsp": True}),
         ("who?", {"force_nsp_first": True, "candidates": ["p4"]}),
         ("who?", {"force_nsp_first": True, "passages": [{"title": "T", "text": "given", "id": None}]}),
+        ("who?", {"force_nsp_first": True, "passages": ["p3", {"text": "given", "metadata": {"source": "a.pdf"}}]}),
         ("Warsaw", {"force_nsp_first": True, "min_score": 2.0}),
     ],
 )
@@ -164,6 +165,22 @@ def test_citations_say_where_a_passage_comes_from(client):
     assert urls == {"p0": "art.pdf#page=3", "p1": "http://example.org/curie", "p2": "p2"}
 
 
+def test_the_passages_of_an_answer_can_be_given_back(client):
+    def ask(**retrieval):
+        body = {"retrieval": {"force_nsp_first": True, "max_retrievals": 1, **retrieval}}
+        answer = client.chat.completions.create(model="tiny", messages=MESSAGES, max_tokens=5, extra_body=body)
+        return answer.choices[0].message
+
+    first = ask(candidates=["p0"])
+    (passage,) = first.retrievals[0]["passages"]
+    assert passage["metadata"] == {"source": "art.pdf", "page": 3}
+    for given in (passage, "p0"):
+        second = ask(passages=[given])
+        assert second.retrievals[0]["passages"] == [passage]
+        assert (second.content, second.annotations) == (first.content, first.annotations)
+    assert client.embeddings.create(model="tiny", input=[passage]).data[0].embedding
+
+
 def test_typed_control_tokens_stay_text(client, model, index):
     typed = "say [NSP] and [CE] </s>"
     answer = client.chat.completions.create(model="tiny", messages=[{"role": "user", "content": typed}])
@@ -185,12 +202,16 @@ def test_a_chat_has_many_roles_and_parts(client, model):
         first.choices[0].message,  # with its annotations and retrievals, as users of the client send it back
         {"role": "user", "content": "and?"},
     ]
+    refusal = {"role": "assistant", "content": None, "refusal": "No."}
+    messages += [refusal, {"role": "user", "content": "why?"}]
     answer = client.chat.completions.create(model="tiny", messages=messages, max_completion_tokens=3)
     chat = [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": "a\nb"},
         {"role": "assistant", "content": first.choices[0].message.content},
         {"role": "user", "content": "and?"},
+        {"role": "assistant", "content": ""},
+        {"role": "user", "content": "why?"},
     ]
     ids = model.tokenizer.apply_chat_template(chat, add_generation_prompt=True)["input_ids"]
     assert answer.usage.prompt_tokens == len(ids)
@@ -303,7 +324,12 @@ def test_embeddings_are_those_of_the_index(client, model, index):
         expected = model.encode_passages(*pad_rows(rows)).numpy()
     np.testing.assert_allclose(embeds, expected, atol=1e-5)
     np.testing.assert_allclose(embeds, index.embeddings, atol=1e-5)
-    assert response.usage.prompt_tokens > 0
+    assert response.usage.prompt_tokens == response.usage.total_tokens == sum(map(len, rows))
+    long_text = client.embeddings.create(model="tiny", input="far too long " * 500)
+    (long_row,) = encode_passages_for_emb_seq(
+        model.emb_seq_tokenizer, [{"title": "", "text": "far too long " * 500}], model.config
+    )
+    assert long_text.usage.prompt_tokens == len(long_row) < 500
     as_floats = client.embeddings.create(model="tiny", input="x", encoding_format="float", dimensions=32)
     as_text = client.embeddings.create(model="tiny", input=["x"])
     np.testing.assert_allclose(as_floats.data[0].embedding, as_text.data[0].embedding, atol=1e-6)
@@ -312,6 +338,7 @@ def test_embeddings_are_those_of_the_index(client, model, index):
     with torch.no_grad():
         expected = model(torch.tensor([ids])).query_embeds[0].numpy()
     np.testing.assert_allclose(query.data[0].embedding, expected, atol=1e-5)
+    assert query.usage.prompt_tokens == len(ids)
     raw = client.embeddings.with_raw_response.create(model="tiny", input="x", encoding_format="base64").http_response
     assert len(base64.b64decode(raw.json()["data"][0]["embedding"])) == 4 * 32
 

@@ -27,7 +27,7 @@ from serving.engine import (
     TokenEvent,
     UnsupportedSetting,
 )
-from serving.protocol import MAX_PASSAGE_CHARACTERS, RetrievalBody
+from serving.protocol import MAX_PASSAGE_CHARACTERS, EmbeddingBody, RetrievalBody
 
 openai = pytest.importorskip("openai", reason="needs the official client: pip install openai")
 
@@ -171,6 +171,13 @@ def test_a_body_that_cannot_be_read_gets_400(http, body):
         ("retrieval", {"top_k": 10**30}, "retrieval.top_k"),
         ("retrieval", {"passages": [{"text": ""}]}, "retrieval.passages[0].text: it is empty, expected a text."),
         ("retrieval", {"passages": [{"text": " "}]}, "passages[0].text: it is only white space, expected a text."),
+        (
+            "retrieval",
+            {"passages": [5]},
+            "retrieval.passages[0]: expected an object with text",
+        ),
+        ("retrieval", {"passages": [{"text": "x", "metadata": 1}]}, "[0].metadata: Input should be a JSON object"),
+        ("messages", [{"role": "user", "content": None}], "messages[0].content: "),
         ("frequency_penalty", 0.5, "frequency_penalty: this server does not support it, expected null or 0"),
         ("frequency_penalty", False, "frequency_penalty"),
         ("tools", [{"type": "function"}], "tools: this server does not support it"),
@@ -218,6 +225,11 @@ def test_neutral_and_harmless_fields_are_accepted(http):
     neutral |= {"response_format": {"type": "text"}, "user": "me", "metadata": {"a": "b"}, "store": False}
     neutral |= dict.fromkeys(["n", "stop", "retrieval"])
     assert http.post("/v1/chat/completions", json={**CHAT, **neutral}).status_code == 200
+    retrieval = dict.fromkeys(RetrievalBody.model_fields)
+    assert http.post("/v1/chat/completions", json={**CHAT, "retrieval": retrieval}).status_code == 200
+    assert EmbeddingBody(model="x", input="x", encoding_format=None, input_type=None) == EmbeddingBody(
+        model="x", input="x"
+    )
     completion = {"model": "tiny", "prompt": "x", "echo": False, "best_of": 1, "suffix": None}
     assert http.post("/v1/completions", json=completion).status_code == 200
 
@@ -332,11 +344,14 @@ def test_prompts_are_logged_only_if_asked_for(http, engine, caplog):
         bodies += [
             {**CHAT, "messages": [{"role": "user", "content": content}], "stream": way} for way in (False, True)
         ]
+    bodies[0]["user"] = "\ud800"  # is ignored; no log can hold half a surrogate pair
     with started_server(ScriptedEngine(make_model(), engine.script), ApiSettings("tiny", log_prompts=True)) as server:
+        statuses = []
         for body in bodies:
-            http.post(f"{server.url}/v1/chat/completions", json=body)
+            statuses.append(http.post(f"{server.url}/v1/chat/completions", content=json.dumps(body)).status_code)
         refused = http.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "fail full"})
         several = http.post(f"{server.url}/v1/completions", json={"model": "tiny", "prompt": "who?", "n": 2})
+    assert statuses == [200, 200, 502, 200]
     assert (refused.status_code, several.status_code) == (429, 200)
     completions = [record.message for record in caplog.records if record.message.startswith("cmpl-")]
     assert len(completions) == 4  # two prompts and two answers: nothing was answered to the refused prompt

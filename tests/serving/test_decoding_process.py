@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from modeling_cosup import CoSupForCausalLM, RetrievalConfig
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 from support.served_answers import alone, check_answer, make_parts, requests_of
 
 from serving import embedded_engine
@@ -65,7 +66,9 @@ def test_answers_and_a_killed_process(tmp_path):
             if request.incremental:
                 take_final_ends(events, output.retrievals[0])
             check_answer(events, request, output, model.generation_config.eos_token_id)
-        embeds = await engine.embed_passages([index[0]])
+        embeds, num_tokens = await engine.embed_passages([index[0]])
+        (row,) = encode_passages_for_emb_seq(model.emb_seq_tokenizer, [index[0]], model.config)
+        assert num_tokens == len(row)
         np.testing.assert_allclose(embeds, index.embeddings[:1], atol=1e-5)
         unknown = replace(requests[0], retrieval=RetrievalConfig(candidates=[["nowhere"]]))
         with pytest.raises(UnsupportedSetting, match=r"^candidates: .*nowhere") as refused:

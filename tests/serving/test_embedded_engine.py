@@ -456,7 +456,7 @@ def test_stopping_finishes_or_cancels_what_was_accepted(model, index, drain):
         outcomes = await asyncio.gather(*tasks, return_exceptions=True)
         if drain:
             assert [len(outcome) for outcome in outcomes] == [41, 41]
-            np.testing.assert_allclose(await embedding, np.tile(index.embeddings, (12, 1))[:70], atol=1e-5)
+            np.testing.assert_allclose((await embedding).embeds, np.tile(index.embeddings, (12, 1))[:70], atol=1e-5)
         else:
             assert [type(outcome) for outcome in outcomes] == [ShuttingDown] * 2
             with pytest.raises(ShuttingDown):
@@ -503,17 +503,21 @@ def test_embeddings_between_passes_are_those_of_index_and_generate(model, index)
         running = asyncio.create_task(events_of(engine, long_request(model)))
         await until_load(engine, 1, 0)
         passages = [PASSAGES[i % 6] for i in range(40)]
-        embeds = await engine.embed_passages(passages)
+        embeds, num_tokens = await engine.embed_passages(passages)
+        rows = encode_passages_for_emb_seq(model.emb_seq_tokenizer, passages, model.config)
+        assert num_tokens == sum(map(len, rows))
         assert embeds.dtype == np.float32
         np.testing.assert_allclose(embeds, np.tile(index.embeddings, (7, 1))[:40], atol=1e-5)
         ids, mask = pad_rows(encode_passages_for_emb_seq(model.emb_seq_tokenizer, PASSAGES[:1], model.config))
         np.testing.assert_allclose(embeds[:1], model.encode_passages(ids, mask).detach(), atol=1e-5)
         texts = ["who?", "who painted the Night Watch?"]
-        queries = await engine.embed_queries(texts)
+        queries, num_tokens = await engine.embed_queries(texts)
+        assert num_tokens == sum(len(encode_prompt(model.tokenizer, text)) + 1 for text in texts)  # and [NSP]
         for text, query in zip(texts, queries, strict=True):
             events = await events_of(engine, request(model, 2, text, force_nsp_first=True, output_query_embeds=True))
             np.testing.assert_allclose(query, events[0].retrieval.query_embed, atol=1e-5)
-        assert (await engine.embed_queries([])).shape == (0, 32)
+        nothing = await engine.embed_queries([])
+        assert (nothing.embeds.shape, nothing.num_tokens) == ((0, 32), 0)
         assert not running.done()
         running.cancel()
 
@@ -545,7 +549,7 @@ def test_embeddings_wait_in_the_same_queue_and_leave_it_with_their_client(model,
         answer = asyncio.create_task(events_of(engine, request(model)))
         await until_load(engine, 0, 3)
         goes_on.set()
-        assert [len(await tasks[number]) for number in (0, 2)] == [1, 3]
+        assert [len((await tasks[number]).embeds) for number in (0, 2)] == [1, 3]
         assert isinstance((await answer)[-1], EndEvent)
         assert num_prompts == [1, 3]
         assert (engine.load().running, engine.load().waiting) == (0, 0)
@@ -563,7 +567,7 @@ def test_embeddings_that_cannot_be_made_are_refused(model, index, monkeypatch):
         monkeypatch.setattr(model, "encode_passages", None)
         with pytest.raises(BackendFailed, match="TypeError"):
             await engine.embed_passages(PASSAGES)
-        assert (await engine.embed_queries(["who?"])).shape == (1, 32)
+        assert (await engine.embed_queries(["who?"])).embeds.shape == (1, 32)
 
     run(test, model, index)
 
@@ -572,7 +576,7 @@ def test_passages_need_emb_seq_in_memory(model, monkeypatch):
     async def test(engine):
         with pytest.raises(UnsupportedSetting, match="load_emb_seq"):
             await engine.embed_passages(PASSAGES)
-        assert (await engine.embed_queries(["who?"])).shape == (1, 32)
+        assert (await engine.embed_queries(["who?"])).embeds.shape == (1, 32)
 
     monkeypatch.setattr(model, "emb_seq", None)
     run(test, model)

@@ -39,7 +39,7 @@ GOOD: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def world():
-    with served_world(max_position_embeddings=96) as world:
+    with served_world(max_position_embeddings=96, log_prompts=True) as world:
         yield world
 
 
@@ -113,7 +113,7 @@ def test_requests_from_the_schema(http, operations, path, mode):
 # ---------------------------------------------------------------------- next to good ones
 
 NUMBERS = st.integers() | st.floats() | st.integers(-3, 9) | st.sampled_from([2**63, -(2**63), 10**30, 1e308])
-SCALARS = st.none() | st.booleans() | NUMBERS | st.text(max_size=12) | st.sampled_from(["[NSP]", "[CE]", "</s>", ""])
+SCALARS = st.none() | st.booleans() | NUMBERS | st.text(max_size=12) | st.sampled_from(["[NSP]", "</s>", "", "\ud800"])
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
@@ -130,6 +130,7 @@ PLAUSIBLE = {  # values that a request may have; the rest is random
     "messages": st.just([{"role": "system", "content": "Answer."}, {"role": "user", "content": "who? [NSP]"}]),
     "min_score": st.floats(-1, 1),
     "n": st.integers(1, 3),
+    "passages": st.lists(st.sampled_from(["p0", {"text": "x", "metadata": {"page": 3}}]), max_size=2),
     "no_repeat_passages": st.booleans(),
     "prompt": st.lists(st.integers(0, 399), min_size=1, max_size=9) | st.lists(st.text(min_size=1), max_size=3),
     "seed": st.integers(-(2**63), 2**63 - 1),

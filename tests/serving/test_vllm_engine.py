@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from modeling_cosup import RetrievalConfig
-from modeling_cosup.tokenization_cosup import encode_prompt, encode_texts
+from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq, encode_prompt, encode_texts, query_length
 from support.models import PASSAGES, make_model, make_tokenizer
 from support.served_answers import alone, check_answer, check_logprobs, make_parts, requests_of
 from support.serving import running_server
@@ -35,6 +35,7 @@ from serving.engine import (
     TokenEvent,
     UnsupportedSetting,
 )
+from serving.served_model import ServedModel
 from serving.vllm_engine import VllmEngine, model_without_weights
 
 
@@ -180,7 +181,11 @@ def test_embeddings_are_those_of_the_model(world):
     async def test(engine):
         return await engine.embed_queries(["who?", "Curie"]), await engine.embed_passages(PASSAGES)
 
-    queries, passages = world.run(test)
+    (queries, num_query_tokens), (passages, num_passage_tokens) = world.run(test)
+    rows = encode_passages_for_emb_seq(world.model.emb_seq_tokenizer, PASSAGES, world.model.config)
+    assert num_passage_tokens == sum(map(len, rows))
+    prompts = [encode_prompt(world.model.tokenizer, text) for text in ("who?", "Curie")]
+    assert num_query_tokens == sum(map(len, prompts)) + 2  # the [NSP]s
     assert np.abs(passages - world.index.embeddings.numpy()).max() < 1e-5
     for text, embed in zip(["who?", "Curie"], queries, strict=True):
         ids = [*encode_prompt(world.model.tokenizer, text), world.model.config.nsp_token_id]
@@ -211,9 +216,19 @@ def test_queries_of_other_kinds_of_models(tmp_path, settings):
 
         async def test(engine):
             assert engine.context_length == 512
-            return await events_of(engine, request)
+            return await events_of(engine, request), await engine.embed_queries(["who? " * 20])
 
-        events = world.run(test)
+        events, queries = world.run(test)
+    prompt = [*request.prompt_ids, world.model.config.nsp_token_id]
+    embedded = ServedModel(world.model).embed_queries([prompt])
+    assert queries.embeds == pytest.approx(embedded.embeds, abs=1e-4)
+    num_tokens = len(prompt)
+    if "max_passage_length" in settings:
+        num_tokens = query_length(world.model.emb_seq_tokenizer, world.model.config)  # cut
+        assert num_tokens < len(prompt)
+    assert queries.num_tokens == embedded.num_tokens
+    if settings.get("query_from") != "emb_seq" or "max_passage_length" in settings:
+        assert queries.num_tokens == num_tokens
     output = alone(world.model, world.index, request)
     check_answer(events, request, output, world.ends())
     query_embed = next(event.retrieval.query_embed for event in events if isinstance(event, RetrievalEvent))
@@ -553,7 +568,7 @@ def test_embeddings_wait_in_the_same_queue(world):
             await engine.embed_queries(["who?"])
         with pytest.raises(QueueFull, match=message):
             await events_of(engine, world.request(2, forbid_nsp=True))
-        assert [embeds.shape for embeds in await asyncio.gather(*embeddings)] == [(1, 32)] * 2
+        assert [result.embeds.shape for result in await asyncio.gather(*embeddings)] == [(1, 32)] * 2
 
     world.run(test, max_running=1, max_waiting=1)
 
@@ -612,7 +627,7 @@ def test_stopping_finishes_or_ends_embeddings(world, drain):
         with pytest.raises(ShuttingDown):
             await engine.embed_passages(PASSAGES)
         if drain:
-            assert np.abs(await embedding - world.index.embeddings.numpy()).max() < 1e-5
+            assert np.abs((await embedding).embeds - world.index.embeddings.numpy()).max() < 1e-5
         else:
             with pytest.raises(ShuttingDown):
                 await embedding

@@ -66,12 +66,15 @@ class ServedWorld:
 
 @contextlib.contextmanager
 def served_world(
-    max_position_embeddings: int = 2048, api_keys: Sequence[str] = (), **engine_options: Any
+    max_position_embeddings: int = 2048,
+    api_keys: Sequence[str] = (),
+    log_prompts: bool = False,
+    **engine_options: Any,
 ) -> Iterator[ServedWorld]:
     """Serve a random model, which now and then retrieves, until the context ends."""
     gen_kwargs = {"max_position_embeddings": max_position_embeddings}
     model = make_model("gpt2", gen_kwargs=gen_kwargs)
     index = model.build_index(PASSAGES, show_progress_bar=False)
     engine = EmbeddedEngine.in_thread(model, index, **engine_options)
-    with running_server(engine, ApiSettings(MODEL, api_keys=api_keys)) as url:
+    with running_server(engine, ApiSettings(MODEL, api_keys=api_keys, log_prompts=log_prompts)) as url:
         yield ServedWorld(model, index, engine, url)

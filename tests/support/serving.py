@@ -7,11 +7,10 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Sequence
 from contextlib import aclosing, contextmanager
 from typing import Any
 
-import numpy as np
-
 from serving.api import ApiSettings, build_app
 from serving.engine import (
     BackendFailed,
+    Embeddings,
     EngineLoad,
     Event,
     GenerationRequest,
@@ -96,10 +95,10 @@ class ScriptedEngine:
             if not self.running:
                 self.idle.set()
 
-    async def embed_passages(self, passages: Sequence[dict[str, Any]]) -> np.ndarray:
+    async def embed_passages(self, passages: Sequence[dict[str, Any]]) -> Embeddings:
         raise UnsupportedSetting("input_type: Emb_seq is not loaded.")
 
-    async def embed_queries(self, texts: Sequence[str]) -> np.ndarray:
+    async def embed_queries(self, texts: Sequence[str]) -> Embeddings:
         raise BackendFailed("no answer")
 
     def load(self) -> EngineLoad:
