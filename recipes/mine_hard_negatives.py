@@ -9,17 +9,14 @@ The search is sentence-transformers' `mine_hard_negatives`. A query is the quest
 right after all are left out: passages of the same instance, its `positives` and its `provenance`; passages that are
 nearer than the right one, or almost as near (`--relative_margin`); and passages that hold the text to be written or
 one of the instance's `answers`, as for DPR. Any sentence-transformers model will do, even the Emb_seq of a CoSup
-checkpoint (`model.save_emb_seq`). The new negatives are appended to `negatives`; everything else in the training file
-is unchanged.
+checkpoint (`model.save_emb_seq`). The new negatives are appended to `negatives`; all other fields of a row are copied
+as they are.
 """
 
 import importlib.util
+import json
 import re
-import sys
-import unicodedata
-from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from shared.cli import check_options, clear_errors, parse, table_of_counts
@@ -33,7 +30,9 @@ from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.tokenization_cosup import render_passage
 from trainer.data import content_id, load_corpus, load_instances, read_rows
 from trainer.passage_contents import PassageContents
-from trainer.questions import gold_ids, normalize_answer, spaced_words
+from trainer.questions import gold_ids
+
+from shared.held_answers import holds_answer
 
 CANDIDATES_PER_NEGATIVE = 4  # more than one, because some may be right and are left out
 
@@ -79,8 +78,8 @@ def mine(args: MiningArguments) -> dict[str, int]:
         `dict`: how many queries were read, and how many got all the requested negatives, fewer, or none.
 
     Raises:
-        `ValueError`: if an option is out of range, an instance or passage is malformed, an id has two contents in the
-            training file and the corpus, or there is no query.
+        `ValueError`: if an option is out of range, an instance or passage is malformed, JSON lacks what a field holds,
+            an id has two contents in the training file and the corpus, or there is no query.
         `OSError`: for a model that cannot be loaded.
     """
     if args.num_negatives < 1 or not 0 <= args.range_min < args.range_max:
@@ -89,6 +88,7 @@ def mine(args: MiningArguments) -> dict[str, int]:
             "expected at least 1, and 0 or more and less than range_max."
         )
     instances = load_instances(args.train_file)
+    check_fields(args.train_file)
     queries = list_queries(instances, args.passage_template)
     if not queries:
         raise ValueError(f"{args.train_file}: none of {len(instances)} instances has a passage, so there is no query.")
@@ -116,6 +116,16 @@ def mine(args: MiningArguments) -> dict[str, int]:
         for (_, row), instance in zip(read_rows(args.train_file), instances, strict=True):
             write(with_negatives(row, instance))
     return counts
+
+
+def check_fields(train_file: str) -> None:
+    """Raise a `ValueError` for a field that JSON lacks, such as a date or an image, before anything is searched."""
+    for where, row in read_rows(train_file):
+        for name, value in row.items():
+            try:
+                json.dumps(value)
+            except TypeError as error:
+                raise ValueError(f"{where}: {name} cannot be written as JSON ({error}): remove this column.") from None
 
 
 def with_negatives(row: dict[str, Any], instance: dict[str, Any]) -> dict[str, Any]:
@@ -196,37 +206,11 @@ def choose_negatives(query: Query, candidates: list[dict[str, Any]]) -> list[dic
     """Return the candidates that are not known and do not hold an answer of the query, in the same order."""
     negatives = []
     for passage in candidates:
-        may_be_right = query.knows(passage) or holds(passage, query.answers)
+        text = f"{passage['title']} {passage['text']}"
+        may_be_right = query.knows(passage) or holds_answer(text, query.answers)
         if not may_be_right:
             negatives.append(passage)
     return negatives
-
-
-def holds(passage: dict[str, Any], answers: Sequence[str]) -> bool:
-    """
-    Return whether title or text of a passage hold the words of an answer, see [`~trainer.questions.spaced_words`].
-
-    Both are normalised as for exact match, which makes one word of "1939-1945", and with all punctuation as spaces. It
-    is enough if one of the two finds the answer: a right passage must not become a negative.
-    """
-    text = f"{passage['title']} {passage['text']}"
-    for normalize in (normalize_answer, words_between_punctuation):
-        words = spaced_words(normalize(text))
-        for answer in map(normalize, answers):
-            if answer and spaced_words(answer) in words:
-                return True
-    return False
-
-
-def words_between_punctuation(text: str) -> str:
-    """Normalise a text with a space for each character of punctuation, such as "–" and "“", and each symbol."""
-    return normalize_answer(text.translate(spaces_for_punctuation()))
-
-
-@cache
-def spaces_for_punctuation() -> dict[int, str]:
-    """Return a table for `str.translate` with all punctuation (P) and symbols (S) of Unicode."""
-    return {code: " " for code in range(sys.maxunicode + 1) if unicodedata.category(chr(code))[0] in "PS"}
 
 
 if __name__ == "__main__":

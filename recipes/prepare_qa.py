@@ -23,8 +23,9 @@ Writes `train.jsonl`, `eval.jsonl` and `corpus.jsonl` to the output folder. A ro
 Of several right passages the first is trained and the others count as right too, as do those of other rows with the
 same question. Wrong passages (triplets, `hard_negative_ctxs` and `negative_ctxs` of DPR, in this order) become the
 first `--num_negatives` negatives of the segment. In `eval.jsonl` the candidates of a question are all passages of its
-rows if some are wrong or of unknown use (`ctxs`). Those of `ctxs` keep their order, and right passages that they lack
-come last. Without `ctxs` the order means nothing: right passages come first, so `gold_in_pool: false` changes nothing.
+rows if some are wrong or of unknown use (`ctxs`). Those of `ctxs` keep their order. After them come wrong passages,
+and last of all right ones that `ctxs` lack: with `gold_in_pool: false`, a pool of all candidates holds them too.
+Without `ctxs` nothing was ranked: right passages come first, and `gold_in_pool` has no effect.
 All passages are in `corpus.jsonl`, each once, with its content id.
 
 Rows with the same question, answers and right passages become one instance with the wrong passages of all of them. In
@@ -55,9 +56,9 @@ from modeling_cosup.lines_cosup import writing_lines
 from modeling_cosup.passages_cosup import hash_id
 from trainer.data import content_id
 from trainer.judging.grounding import split_sentences
-from trainer.questions import normalize_answer, spaced_words
 
 from shared.data_files import distinct
+from shared.held_answers import holds_answer
 from shared.qa_records import Columns, Record, Refused, check_given, find_columns, read_record
 from shared.qa_rows import read_qa_rows
 from shared.qa_split import Survey, instance_key, question_hash, survey
@@ -305,9 +306,8 @@ class Output(contextlib.ExitStack):
         answer = record.answers[0]
         if self.args.answer_style == "short":
             return answer
-        words = normalize_answer(answer)
         for sentence in sentences:
-            if words and spaced_words(words) in spaced_words(normalize_answer(sentence)):
+            if holds_answer(sentence, [answer]):
                 return sentence
         self.counts["answers left short: no sentence of the passage holds them"] += 1
         return answer

@@ -296,7 +296,7 @@ def left_out(pieces: list[Piece], filters: list[str], min_support: int) -> str |
 
 
 def lowest_support(pieces: list[Piece]) -> int:
-    """Return the lowest rating of the texts on relevant passages; one that continues another need not be rated."""
+    """Return the lowest rating of the texts on relevant passages; a continuation without a rating is ignored."""
     lowest = max(SUPPORT.values())
     is_grounded = False
     for piece in pieces:

@@ -33,6 +33,7 @@ if __name__ == "__main__":  # --help and a wrong option do not wait for the impo
 import yaml
 
 from modeling_cosup.files_cosup import digest, read_json, write_json
+from trainer.judging.results import write_results
 from trainer.reports.experiment import write_experiment_report
 from trainer.reports.experiment_figures import Results
 from trainer.watch import last_complete_checkpoint
@@ -320,7 +321,7 @@ def train(run: Run, accelerate_config: str) -> None:
             "processes": launched.get("num_processes", 1),
             "code": code_digest(),
         }
-        write_json(done, {**facts, **training_facts(model)})
+        write_results(done, {**facts, **training_facts(model)})  # a loss may be NaN
 
 
 def check_key(folder: Path, key: str) -> None:

@@ -59,6 +59,7 @@ from trainer.judging.nli import entailment_label
 from trainer.questions import normalize_answer
 
 from shared.processes import set_cpu_threads
+from shared.progress_bars import progress_bars
 
 Pair = tuple[str, str, str]  # premise, hypothesis, kind
 Segment = tuple[str, dict]  # question, and the segment of an instance
@@ -72,8 +73,14 @@ TRIES = 20  # segments that are drawn in search of another passage and another t
 
 
 def main() -> None:
-    """Make pairs, train on them, save the model, and measure its accuracy on held-out pairs."""
+    """Read the options and train."""
     nli, args = parse([NLIArguments, TrainingArguments], __doc__)
+    with progress_bars(hidden=bool(args.disable_tqdm)):
+        train(nli, args)
+
+
+def train(nli: NLIArguments, args: TrainingArguments) -> None:
+    """Make pairs, train on them, save the model, and measure its accuracy on held-out pairs."""
     torch.backends.cuda.enable_cudnn_sdp(False)  # on an H100 its gradients can be NaN: pytorch issue 196678
     with clear_errors():
         set_cpu_threads(nli.num_threads, args.use_cpu)

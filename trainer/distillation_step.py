@@ -30,7 +30,7 @@ from .distributed import gather_objects
 from .model_setup import without_peft
 from .nearest_tokens import indicator_1, target_token_ids
 from .position_bias import Sums, added, by_candidate, place_sums, without_bias
-from .questions import gold_ids, has_answer
+from .questions import answer_place, gold_ids
 from .reader_scores import MAX_TOKENS, answer_log_likelihoods, passage_shares, token_attention
 from .reading import ReaderRow, batches_by_length, reader_row
 from .recording import without_compilation
@@ -339,7 +339,7 @@ class DistillationStepMixin(CandidatesMixin):
         for feature, candidates in zip(features, retrieved, strict=True):
             if feature.get("answers"):
                 passages = [{"title": candidate.title, "text": candidate.text} for candidate in candidates]
-                hits.append(float(any(has_answer(passage, feature["answers"]) for passage in passages)))
+                hits.append(float(answer_place(passages, feature["answers"]) > 0))
             if feature.get("provenance"):
                 ids = {candidate.id for candidate in candidates}
                 found.append(float(not ids.isdisjoint(gold_ids({"provenance": feature["provenance"]}))))

@@ -5,6 +5,7 @@ import string
 import unicodedata
 from collections.abc import Iterable, Sequence
 
+ANSWERS_IN_PASSAGES = 2  # number of the rule of `answers_to_find` and `answer_place`; raise it when they change
 VERDICTS = ("yes", "no", "true", "false", "supports", "refutes")  # answers that no passage can be searched for
 LONG_ANSWER_DATASETS = ("wow", "eli5", "alce_eli5")  # answered by whole sentences, which no passage repeats
 WITHOUT_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -94,6 +95,8 @@ def spaced_words(text: str) -> str:
     Chinese, Japanese, Thai, Lao, Khmer and Burmese have no spaces between words, so each character is a word. A Korean
     word may go on with a particle, so each of its syllables is a word, but an answer begins where a word does.
     """
+    if text.isascii():
+        return f" {' '.join(text.split())} "
     text = unicodedata.normalize("NFD", text)
     text = _UNSPACED_CHARACTER.sub(r" \g<0> ", text)
     text = _LATER_SYLLABLE.sub(r" +\g<0> ", text)
@@ -113,11 +116,23 @@ def has_answer(passage: dict, answers: Iterable[str]) -> bool:
         passage (`dict`): with `"text"` and, unless it has none, `"title"`.
         answers (iterable of `str`): see [`answers_to_find`] for those that mean something here.
     """
-    texts = [spaced_words(_tokens(passage.get(name) or "")) for name in ("title", "text")]
-    for answer in answers:
-        if normalize_answer(answer) and any(spaced_words(_tokens(answer)) in text for text in texts):
-            return True
-    return False
+    return answer_place([passage], answers) > 0
+
+
+def answer_place(passages: Iterable[dict], answers: Iterable[str]) -> int:
+    """
+    Return the place of the first passage that holds an answer, counted from 1, or 0 if none does.
+
+    Args:
+        passages (iterable of `dict`), answers (iterable of `str`): see [`has_answer`].
+    """
+    sought = [spaced_words(_tokens(answer)) for answer in answers if normalize_answer(answer)]
+    for place, passage in enumerate(passages, 1):
+        for name in ("title", "text"):
+            text = spaced_words(_tokens(passage.get(name) or ""))
+            if any(words in text for words in sought):
+                return place
+    return 0
 
 
 def answer_lists(question: dict) -> list[list[str]]:

@@ -178,8 +178,8 @@ def _samples(path: Path) -> list[bytes]:
     """
     Return samples of a file to guess its encoding from, the best first.
 
-    They begin with the first line that is not ASCII, because ASCII fits any encoding, and end with a line. A long line
-    is cut at several places, one of which splits no character.
+    They begin with the first line that is not ASCII, because ASCII fits any encoding, and end with a line. A sample of
+    one long line is tried with 0 to 3 bytes less, because its last character may be cut.
     """
     with path.open("rb") as file:
         line = next(line for line in iter(partial(file.readline, SAMPLE_BYTES), b"") if not line.isascii())

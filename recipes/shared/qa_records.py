@@ -116,8 +116,9 @@ def find_columns(names: Collection[str], given: Mapping[str, str | None], where:
     Raises:
         `ValueError`: if no column holds questions, or none holds answers or passages. Names the option.
     """
-    # a column that an option names is not taken for anything else
-    usual_forms = {name.lower().replace(" ", "_"): name for name in names if name not in given.values()}
+    # A column that an option names is not also used for another role, but an id or a title may be one.
+    taken = [name for role, name in given.items() if role not in ("id", "title")]
+    usual_forms = {name.lower().replace(" ", "_"): name for name in names if name not in taken}
 
     def choose(role: str, usual: Iterable[str]) -> str | None:
         if given.get(role) is not None:

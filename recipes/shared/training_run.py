@@ -18,7 +18,7 @@ from trainer.judging.judge import evaluate_tasks
 from trainer.judging.retrieval import Ranking
 from trainer.judging.scoring import check_questions, measure, score_rankings
 from trainer.judging.tasks import Task, task_name
-from trainer.questions import provenance_unknown, ranking_can_be_judged
+from trainer.questions import answer_lists, provenance_unknown, ranking_can_be_judged
 
 from shared.arguments import ScriptArguments
 
@@ -30,6 +30,9 @@ PRINTED = (  # mode and figure, printed if it was measured
     ("retrieval", "em"),
     ("gold", "em"),
     ("off", "em"),
+    ("retrieval", "list_f1"),
+    ("gold", "list_f1"),
+    ("off", "list_f1"),
     ("retrieval", "nsp_not_needed"),
     ("retrieval", "em_not_needed"),
 )
@@ -84,17 +87,17 @@ def read_questions(run: Run) -> list[dict]:
     Read the questions of the evaluation set, and check that they can be judged before and after training.
 
     Raises:
-        `ValueError`: without a corpus or index, without a question whose retrieval can be judged, or for questions
-            that cannot be judged.
+        `ValueError`: without a corpus or index, without a question that needs a passage for all that is known, or
+            for questions that cannot be judged.
     """
     eval_file = run.script.eval_file
     if run.corpus is None and run.script.index is None:
         raise ValueError("--eval_file needs --corpus_file (or --index): its questions are answered from that corpus.")
     questions = evaluation_task(run).read_questions(run.corpus, answers_required=True)
-    if not any(ranking_can_be_judged(question) for question in questions):
+    if not any(ranking_can_be_judged(question) or answer_lists(question) for question in questions):
         raise ValueError(
-            f"{eval_file}: no question has provenance, nor an answer to look for in passages, so there is nothing to "
-            "retrieve."
+            f"{eval_file}: no question has provenance, an answer to look for in passages, or a list of answers, so "
+            "there is nothing to retrieve."
         )
     check_questions(questions, eval_file)
     return questions
@@ -102,9 +105,12 @@ def read_questions(run: Run) -> list[dict]:
 
 def held_out(model: CoSupForCausalLM, index: Retriever, run: Run) -> dict[str, Measured]:
     """
-    Return the NTP loss of the reference answers, and the recall and hit rate of the query embeddings over the corpus.
+    Return the NTP loss of the reference answers, and the recall and hit rate of the query embeddings over the corpus;
+    nothing of what cannot be judged on these questions.
     """
     questions = [question for question in run.questions if ranking_can_be_judged(question)]
+    if not questions:
+        return reference_loss(model, run)
     rankings = rank_passages(model, index, questions, run.args.per_device_eval_batch_size)
     ks = [k for k in (1, 5) if k < len(index)]  # among as many places as passages, nothing is missed
     figures = measure(score_rankings([Ranking.of(ranking) for ranking in rankings], questions, ks))
@@ -140,7 +146,7 @@ def evaluate(model: CoSupForCausalLM, run: Run) -> list:
     public_names = ("n", "passages", "cor", "modes", "query", "left_out")
     results["evaluation"] = {name: evaluation[name] for name in public_names}
     figures_of_mode = {mode: answers["metrics"] for mode, answers in evaluation["modes"].items()}
-    figures_of_mode[QUERY] = evaluation["query"]["corpus"]
+    figures_of_mode[QUERY] = evaluation["query"].get("corpus", {})
     print(
         f"\n{len(run.questions)} questions over an index of {evaluation['passages']:,} passages"
         " (95 % intervals in brackets)\n"
@@ -150,7 +156,7 @@ def evaluate(model: CoSupForCausalLM, run: Run) -> list:
         if name in figures_of_mode.get(mode, {}):  # no gold passages are known of some sets
             rows.append((f"{MODES[mode]}: {figure(name).label}", figure_line(figures_of_mode[mode][name], name)))
     print(table(rows))
-    if "before" in results:
+    if results.get("before"):
         after = reference_loss(model, run)
         for name, value in figures_of_mode[QUERY].items():
             if name in results["before"]:

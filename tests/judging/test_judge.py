@@ -17,7 +17,7 @@ from trainer.judging.matching import retrieved_ids
 from trainer.judging.results import read_results
 from trainer.judging.runs import Clock
 from trainer.judging.tasks import Task
-from trainer.questions import gold_ids
+from trainer.questions import ANSWERS_IN_PASSAGES, gold_ids
 from trainer.reports.comparison import compare_results
 from trainer.reports.evaluation import write_report
 
@@ -177,16 +177,42 @@ def test_questions_without_an_answer_to_find_have_no_hit_rate(model, tmp_path):
     assert any("2 of 3 questions have no answer to look for" in note for note in task["left_out"])
 
 
-def test_a_ranking_of_an_earlier_version_has_no_hit_rate(model, tmp_path):
-    """Its passages were not searched for answers: nothing is known, which is not a miss."""
+def test_a_ranking_by_another_rule_is_made_again(model, tmp_path):
+    """Of an earlier version, whose run.json does not name its rule, or of another one; other settings are refused."""
     task = Task("t", **write_world(tmp_path, QUESTIONS))
-    ranking_file = tmp_path / "out" / "t" / "query" / "ranking.jsonl"
+    folder = tmp_path / "out" / "t" / "query"
     before = evaluate_tasks(model, [task], tmp_path / "out", ["query"])["tasks"]["t"]["query"]["corpus"]
     assert "hit_rate@1" in before
-    rows = read_lines(ranking_file)
-    ranking_file.write_text("".join(json.dumps({"id": row["id"], "corpus": row["corpus"]}) + "\n" for row in rows))
-    after = evaluate_tasks(model, [task], tmp_path / "out", ["query"])["tasks"]["t"]["query"]["corpus"]
-    assert after == {name: measured for name, measured in before.items() if not name.startswith("hit_rate")}
+    settings = json.loads((folder / "run.json").read_text())
+    assert settings.pop("answers in passages") == ANSWERS_IN_PASSAGES
+    places = {"answer_places": {"corpus": 0}}
+    rows = [json.dumps({**row, **places}) + "\n" for row in read_lines(folder / "ranking.jsonl")]
+    for rule in ({}, {"answers in passages": 1}):
+        (folder / "run.json").write_text(json.dumps({**settings, **rule}))
+        (folder / "ranking.jsonl").write_text("".join(rows))
+        after = evaluate_tasks(model, [task], tmp_path / "out", ["query"])["tasks"]["t"]["query"]["corpus"]
+        assert after == before
+    (folder / "run.json").write_text(json.dumps({**settings, "weights": "others"}))
+    with pytest.raises(ValueError, match="(?s)query holds answers of other settings.*  weights: the model has other"):
+        evaluate_tasks(model, [task], tmp_path / "out", ["query"])
+
+
+@pytest.mark.parametrize("num_lists", [1, len(QUESTIONS)])
+def test_rankings_of_questions_that_are_no_longer_ranked_do_not_count(model, tmp_path, monkeypatch, num_lists):
+    """An earlier version ranked passages for questions of unknown provenance whose answer is a list."""
+    lists = {"provenance": [], "meta": {"provenance_unknown": True, "answers": [["Alpha"], ["Beta"]]}}
+    questions = [changed(question, **lists) for question in QUESTIONS[:num_lists]] + QUESTIONS[num_lists:]
+    task = Task("t", **write_world(tmp_path, questions))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(runs, "ANSWERS_IN_PASSAGES", 1)
+        earlier.setattr(runs, "ranking_can_be_judged", lambda question: True)
+        evaluate_tasks(model, [task], tmp_path / "out", ["off"])
+    scores_file = tmp_path / "out" / "t" / "query" / "scores.jsonl"
+    scores_file.touch()
+    query = evaluate_tasks(model, [task], tmp_path / "out", ["off"])["tasks"]["t"]["query"]
+    num_ranked = len(QUESTIONS) - num_lists
+    assert (query["corpus"]["mrr"]["n"] == num_ranked) if num_ranked else query == {}
+    assert scores_file.exists() == bool(num_ranked)
 
 
 def test_recall_among_as_many_places_as_passages_is_no_figure(model, world, tmp_path, monkeypatch):
@@ -289,7 +315,7 @@ def test_a_refusal_says_what_has_changed_and_questions_are_tokenized_once_for_al
     evaluate_tasks(model, [Task("t", **world, **SHORT)], output, ["forced"], index_cache=tmp_path / "cache")
     fewer = Task("t", **world, **SHORT, max_eval_samples=3)
     with pytest.raises(
-        ValueError, match="(?s)  questions: the evaluation set has changed[^\n]*\n  number of questions:"
+        ValueError, match="(?s)  questions: those asked in this mode have changed[^\n]*\n  number of questions:"
     ):
         evaluate_tasks(model, [fewer], output, ["forced"], index_cache=tmp_path / "cache")
     monkeypatch.setattr(

@@ -163,6 +163,7 @@ def test_which_metric_is_cor():
     assert cor_metric("eli5", nli=False) == "rouge_l"
     assert cor_metric("eli5", claims=True) == "claim_recall"
     assert cor_metric("eli5", nli=False, claims=True) is None
+    assert cor_metric("my own set", nli=False, lists=True) == "list_f1"
     for metric in set(DATASET_METRICS.values()) & {"short_answer", "f1"}:
         assert correctness("supports", ["supports"], metric) == 1.0
 

@@ -115,6 +115,11 @@ def test_one_answer_of_a_list_is_not_all_of_it():
     prose = score([cited], questions[:1], metric="short_answer", entail=says_yes)  # the task does not ask for a list
     assert prose["citation_recall"] == [1.0]
     assert "list_f1" not in score([prediction(questions[1], "Rhine")], questions[1:])
+    own = {**questions[0], "dataset": "own"}  # the references say that it is a list, not the name of the set
+    assert score([prediction(own, "Rhine")], [own])["cor"] == [0.5]
+    assert cor_names([own]) == ["list_f1"]
+    assert score([cited], [own], entail=says_yes)["citation_recall"] == [1.0]
+    assert score([prediction(own, "Rhine")], [own], metric="em")["cor"] == [1.0]
     with pytest.raises(ValueError, match="1 of 2 questions have no meta.answers, which list_f1, their Cor, compares"):
         check_questions(questions, "rivers")
 
@@ -221,6 +226,8 @@ ASKED = [
 PLAIN = [ASKED[0], {**ASKED[2], "meta": {}}]  # neither a claim of FEVER nor one with claims of ALCE
 WITHOUT_PASSAGE = {**FREE, "answers": ["hello"]}
 OF_UNKNOWN_PROVENANCE = {**UNKNOWN, "answers": ["x"]}
+LISTS = [{**question, "meta": {**question.get("meta", {}), "answers": [["Night"]]}} for question in ASKED]
+FREE_LIST = {**WITHOUT_PASSAGE, "meta": {"answers": [["hello"]]}}
 
 
 def measured_names(questions, entail):
@@ -255,17 +262,17 @@ def missing_under(*conditions):
 @pytest.mark.parametrize(
     ("conditions", "mode", "retrieved", "asked"),
     [
-        (["the model does not search"], "gold", ["p0"], ASKED),
-        (["no answer holds grounded text", "nothing was retrieved"], "retrieval", [], ASKED),
-        (["no question has meta.claims", "no question is of FEVER"], "retrieval", ["p0"], PLAIN),
+        (["the model does not search"], "gold", ["p0"], [*ASKED, WITHOUT_PASSAGE]),
+        (["no answer holds grounded text", "nothing was retrieved"], "retrieval", [], [*ASKED, WITHOUT_PASSAGE]),
+        (["no question has meta.claims", "no question is of FEVER"], "retrieval", ["p0"], [*PLAIN, WITHOUT_PASSAGE]),
+        (["all answers are lists"], "retrieval", ["p0"], [*LISTS, FREE_LIST]),
     ],
 )
 def test_figures_are_missing_when_the_vocabulary_says_so(conditions, mode, retrieved, asked):
     """The conditions of `missing_if` hold for each figure that names them, and for no other one."""
     complete = measured_names([*ASKED, WITHOUT_PASSAGE], says_yes)
-    questions = [*asked, WITHOUT_PASSAGE]
-    predictions = [prediction(question, "Night hello", retrieved, "text of p0") for question in questions]
-    measured = set(measure(score(predictions, questions, mode, entail=says_yes)))
+    predictions = [prediction(question, "Night hello", retrieved, "text of p0") for question in asked]
+    measured = set(measure(score(predictions, asked, mode, entail=says_yes)))
     assert complete - measured == complete & missing_under(*conditions)
     assert complete & missing_under(*conditions)
 

@@ -1,15 +1,19 @@
 """Hard negatives found by a real (tiny) sentence-transformers model: nearest passages, exclusions, and bad input."""
 
+import datetime
 import json
 from argparse import Namespace
 
 import pytest
-from mine_hard_negatives import holds, list_queries, mine
+from datasets import Dataset
+from mine_hard_negatives import choose_negatives, list_queries, mine
 
 from modeling_cosup.lines_cosup import read_lines
 from modeling_cosup.tokenization_cosup import render_passage
 from support.models import make_model
 from trainer.data import load_instances
+
+from shared.held_answers import holds_answer
 
 TEMPLATE = "{title}. {text}"
 
@@ -99,7 +103,8 @@ def test_negatives_are_the_nearest_passages_that_are_surely_wrong(folder, tmp_pa
         answer = query.segment["text"]
         allowed = []
         for candidate in RIVERS + CORPUS[:2]:
-            if candidate["id"] not in query.known_ids and not holds(candidate, [answer]):
+            text = f"{candidate['title']} {candidate['text']}"
+            if candidate["id"] not in query.known_ids and not holds_answer(text, [answer]):
                 allowed.append(candidate)
         texts = [render_passage(candidate, TEMPLATE) for candidate in allowed]
         scores = model.similarity(model.encode_query([query.text]), model.encode_document(texts))[0]
@@ -131,9 +136,8 @@ def test_negatives_are_the_nearest_passages_that_are_surely_wrong(folder, tmp_pa
         ("any text", "“”", False),
     ],
 )
-def test_a_passage_holds_an_answer_next_to_any_punctuation(text, answer, expected):
-    assert holds(passage("p", text), ["nothing", answer]) is expected
-    assert holds(passage("p", "", title=text), [answer]) is expected
+def test_a_text_holds_an_answer_next_to_any_punctuation(text, answer, expected):
+    assert holds_answer(text, ["nothing", answer]) is expected
 
 
 def test_answers_of_an_instance_are_in_no_negative(folder, tmp_path):
@@ -143,6 +147,12 @@ def test_answers_of_an_instance_are_in_no_negative(folder, tmp_path):
     assert set(negatives_of(instances[0])) == {"r1", "r2", "c0"}
     _, instances = mined(folder, tmp_path, instances=[{**sentence, "answers": ["x"]}, *INSTANCES[1:]], num_negatives=4)
     assert set(negatives_of(instances[0])) == {"r1", "r2", "c0", "c1"}
+
+
+def test_a_title_may_hold_the_answer(folder, tmp_path):
+    (query, *_) = list_queries(load_instances(options(folder, tmp_path).train_file), TEMPLATE)
+    of_title, other = passage("t", "It is long.", title="The Rhine"), passage("o", "It is short.", title="Ems")
+    assert choose_negatives(query, [of_title, other]) == [other]
 
 
 def test_provenance_is_no_negative(folder, tmp_path):
@@ -177,6 +187,16 @@ def test_everything_else_in_the_training_file_is_unchanged(folder, tmp_path):
     new = written[0]["segments"][0]["negatives"].pop()
     assert new["id"] in ("r1", "r2")
     assert written[:2] == rows[:2]
+
+
+def test_a_field_that_json_lacks_is_named_before_the_search(folder, tmp_path, monkeypatch):
+    rows = [{**INSTANCES[0], "written": datetime.date(2024, 5, 1)}]
+    Dataset.from_list(rows).to_parquet(tmp_path / "data" / "train.parquet")
+    monkeypatch.setattr("mine_hard_negatives.search", lambda *args: pytest.fail("searched"))
+    given = options(folder, tmp_path)
+    given.train_file = str(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"\(train\), row 0: written cannot be written as JSON .*date"):
+        mine(given)
 
 
 def test_a_margin_that_no_similarity_meets(folder, tmp_path):

@@ -266,17 +266,31 @@ def test_a_column_that_an_option_names_is_nothing_else(tmp_path):
     assert files["train"][0]["segments"] == [{"text": "Ada was born in London.", "passage": passage(ADA["text"])}]
 
 
+def test_a_title_may_also_be_the_id_or_the_question(tmp_path):
+    rows = [{"title": "Ada", "question": "where?", "answer": "London", "context": ADA["text"]}]
+    _, files = run(tmp_path, "a.jsonl", rows, id_column="title")
+    assert (files["train"][0]["id"], files["corpus"][0]["title"]) == ("Ada", "Ada")
+    _, files = run(tmp_path, "a.jsonl", rows, title_column="question")
+    assert (files["train"][0]["input"], files["corpus"][0]["title"]) == ("where?", "where?")
+
+
 def test_whole_sentences(tmp_path):
     rows = [
         {"question": "where?", "answer": "london", "passage": ADA["text"]},
         {"question": "what?", "answer": "note", "passage": ADA["text"]},  # no whole word of it
         {"question": "who?", "answer": "the", "passage": ADA["text"]},
         {"question": "どこ?", "answer": "東京", "passage": "彼は画家だ。「東京で生まれた。」と言う。彼は歩く。"},
+        {"question": "首都は?", "answer": "東京", "passage": "国は日本。首都は東京。"},
+        {"question": "首都?", "answer": "北京", "passage": "国是中国。首都是北京，人口多。"},
+        {"question": "où?", "answer": "Paris", "passage": "One word is said. She said “Paris” twice."},
     ]
     counts, files = run(tmp_path, "a.jsonl", rows, answer_style="sentence")
     texts = [row["segments"][0]["text"] for row in files["train"]]
-    assert texts == ["Ada was born in London.", "note", "the", "「東京で生まれた。」と言う。"]
-    assert [row.get("answers") for row in files["train"]] == [["london"], None, None, ["東京"]]
+    assert texts == [
+        *("Ada was born in London.", "note", "the", "「東京で生まれた。」と言う。"),
+        *("首都は東京。", "首都是北京，人口多。", "She said “Paris” twice."),
+    ]
+    assert [row.get("answers") for row in files["train"][:4]] == [["london"], None, None, ["東京"]]
     assert counts["answers left short: no sentence of the passage holds them"] == 2
 
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -119,7 +120,7 @@ def test_bad_input_is_named_with_its_place_before_training(inputs, tmp_path, mon
     [
         ({"meta": {"provenance_unknown": True}}, None),  # HR@k judges the retrieval
         ({"provenance": None}, None),
-        ({"meta": {"provenance_unknown": True}, "answers": ["yes"]}, "nor an answer to look for in passages"),
+        ({"meta": {"provenance_unknown": True}, "answers": ["yes"]}, "an answer to look for in passages, or a list"),
         ({}, "none of the 1 questions"),  # it needs no passage
     ],
 )
@@ -138,6 +139,27 @@ def test_questions_without_gold_passages_are_judged_by_their_answers(tmp_path, q
     else:
         with pytest.raises(ValueError, match=message):
             recipe.read_questions(this_run)
+
+
+def test_lists_of_unknown_provenance_are_judged_by_their_f1(tmp_path, capsys):
+    """No ranking can be right or wrong for them: there is nothing to measure before training."""
+    meta = {"provenance_unknown": True, "answers": [["Rembrandt"], ["Vermeer"]]}
+    row = {"id": "q", "input": "who?", "answers": ["Rembrandt", "Vermeer"], "provenance": [], "meta": meta}
+    recipe = importlib.import_module("train")
+    eval_file = str(write(tmp_path / "eval.jsonl", [row]))
+    script = recipe.ScriptArguments(eval_file=eval_file, corpus_file="corpus.jsonl", max_new_tokens=3)
+    this_run = recipe.Run(script, CoSupTrainingArguments(str(tmp_path), report_to="none"), corpus=PASSAGES)
+    this_run.questions = recipe.read_questions(this_run)
+    model = make_model()
+    index = model.build_index(PASSAGES, show_progress_bar=False)
+    index.save_pretrained(tmp_path / "index")
+    this_run.results["before"] = recipe.held_out(model, index, this_run)
+    assert this_run.results["before"] == {}
+    recipe.evaluate(model, this_run)
+    printed = capsys.readouterr().out
+    for mode in ("own retrieval", "retrieval off"):
+        assert re.search(rf"{mode}: list F1 +0\.0", printed)
+    assert "before and after training" not in printed
 
 
 @pytest.mark.parametrize(

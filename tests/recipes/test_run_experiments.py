@@ -20,6 +20,7 @@ from support.experiments import write_experiment
 from support.models import PASSAGES, make_emb_seq, make_gen, make_tokenizer
 from support.nli_models import make_classifier
 from support.recipes import write
+from trainer.reports.experiment import _training_row
 
 from experiments import launching
 from experiments.definition import load_experiment
@@ -267,6 +268,21 @@ def test_an_arm_whose_start_fails_fails_once_and_says_why(inputs, tmp_path, run_
 
 
 @pytest.mark.slow
+def test_a_training_whose_last_loss_is_nan_is_done(tmp_path, monkeypatch):
+    """JSON has no NaN. Other arms still run, and the report says that the loss is missing."""
+    run = launching.Run("co", 0, {}, tmp_path / "model", tmp_path / "evaluation")
+    monkeypatch.setattr(run_experiments, "check_key", lambda folder, key: None)
+    monkeypatch.setattr(run_experiments, "launch", lambda *args: ("train.py", 1.0))
+    facts = {"steps": 3, "parameters": {"gen": 10**6}, "losses": {"loss": 2.0, "ntp_loss": float("nan")}}
+    monkeypatch.setattr(run_experiments, "training_facts", lambda model: facts)
+    run_experiments.train(run, str(ROOT / "recipes/accelerate_configs/single.yaml"))
+    trained = json.loads((run.folder / "trained.json").read_text())
+    assert trained["losses"] == {"loss": 2.0, "ntp_loss": None}
+    assert trained["not_finite"] == {"losses.ntp_loss": "nan"}
+    row = _training_row({"arm": "co", "seed": 0, "trained": trained, "evaluated": None})
+    assert row[5] == "ntp —"
+
+
 def test_a_killed_training_resumes(inputs, tmp_path, run_here):
     """After the runner and its training are killed, a second call gives the weights of a training without a kill."""
     overrides = [

@@ -168,11 +168,13 @@ def test_from_instances_to_gr(tmp_path):
         save_strategy="no",
         report_to="none",
         num_threads=1,
+        disable_tqdm="true",
     )
     command = [RECIPE, *settings]
     result = run_forked(*command, cwd=tmp_path)
     assert result.returncode == 0, result.stderr[-2000:]
     assert "accuracy, wrong text" in result.stdout
+    assert "%|" not in result.stderr  # no progress bar
     results = json.loads((tmp_path / "nli" / "eval_results.json").read_text())
     for kind in ("all", "entailed", "other_passage", "wrong_text"):
         assert results[f"eval_accuracy_{kind}"] >= 0.85, results

@@ -7,6 +7,7 @@ import pytest
 from trainer.judging.correctness import DATASET_METRICS
 from trainer.questions import (
     LONG_ANSWER_DATASETS,
+    answer_place,
     answers_to_find,
     evidence_sets,
     gold_ids,
@@ -105,6 +106,14 @@ def test_has_answer_splits_texts_as_the_tokenizer_of_dpr_does(text, answer, expe
 )
 def test_has_answer_in_text_without_spaces(text, answer, expected):
     assert has_answer({"text": text}, ["nothing", answer]) is expected
+
+
+def test_answer_place():
+    passages = [{"text": "nothing"}, {"title": "1642", "text": ""}, {"text": "in 1642"}]
+    assert answer_place(passages, iter(["x", "1642"])) == 2  # the answers are prepared once for all passages
+    assert answer_place(passages[:1], ["1642"]) == 0
+    assert answer_place(passages, ["The"]) == 0
+    assert answer_place([], ["1642"]) == 0
 
 
 def test_has_answer_without_a_title():

@@ -17,12 +17,11 @@ from modeling_cosup.encoding_cosup import evaluating
 from modeling_cosup.metadata_cosup import traced_passage
 from modeling_cosup.tokenization_cosup import encode_prompt
 
-from ..questions import answers_to_find, gold_ids
+from ..questions import answer_place, answers_to_find, gold_ids
 from ..tokenizing import tokenize_instance
 from .figures import MODES, QUERY, SEARCHING
 from .grounding import split_sentences
 from .intervals import Mean
-from .retrieval import answer_place
 
 RANKING_LENGTH = 100  # number of passages in a ranking over the whole corpus
 

@@ -180,7 +180,7 @@ def add_metric(figure: Figure, function: TextMetric) -> None:
     ANSWER_METRICS[figure.name] = TEXT_METRICS[figure.name] = function
 
 
-def cor_metric(dataset: str, nli: bool = True, claims: bool = False) -> str | None:
+def cor_metric(dataset: str, nli: bool = True, claims: bool = False, lists: bool = False) -> str | None:
     """
     Return the name of the metric that is Cor on a dataset.
 
@@ -191,11 +191,18 @@ def cor_metric(dataset: str, nli: bool = True, claims: bool = False) -> str | No
             so.
         claims (`bool`): whether the question has ALCE's reference claims. If so, it is judged by them. (The name of
             the dataset does not tell, because ALCE's ELI5 and KILT's have the same one.)
+        lists (`bool`): whether the answer is a list, see [`~trainer.questions.answer_lists`]. If so, it is judged as
+            one: by the metrics of short answers, one item would count as the whole list.
 
     Returns:
         `str`, or `None` if the metric needs an NLI model and there is none.
     """
-    metric = "claim_recall" if claims else DATASET_METRICS.get(dataset, "short_answer")
+    if claims:
+        metric = "claim_recall"
+    elif lists:
+        metric = "list_f1"
+    else:
+        metric = DATASET_METRICS.get(dataset, "short_answer")
     if nli:
         return metric
     without_nli: dict[str, str | None] = {"fever_nli": "fever_label", "claim_recall": None}

@@ -167,7 +167,7 @@ def _share_judge(entail: Judge | None) -> Judge | SharedJudge | None:
     all_have_one = all(gather_objects(entail is not None))
     if entail is None or not all_have_one:
         return entail
-    return SharedJudge(entail, host_group(LONGEST_WAIT))  # while one of them still answers
+    return SharedJudge(entail, host_group(LONGEST_WAIT))  # the others wait while one still answers
 
 
 def environment(model: PreTrainedModel) -> dict:
@@ -254,6 +254,8 @@ def _score_rankings(run: TaskRun) -> dict[str, dict[str, Scores]]:
             rows.append({"id": row.pop("id"), "scope": scope, **row})
     if rows:
         write_lines(run.folder / QUERY / "scores.jsonl", rows)
+    else:
+        (run.folder / QUERY / "scores.jsonl").unlink(missing_ok=True)  # of an earlier version
     return scores
 
 

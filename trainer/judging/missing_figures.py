@@ -7,6 +7,8 @@ _MISSING_WITHOUT: dict[Need, str] = {
     "judge": "there is no NLI model",
     "no_passage": "every question needs a passage",
 }
+_KILT = ("accuracy", "em", "f1", "rouge_l")
+_GATED = tuple(f"kilt_{name}" for name in _KILT)
 # Why figures are missing although there is what they need -> their names.
 _MISSING_IF: dict[str, tuple[str, ...]] = {
     "Gen learns no tokens (supervision: nsp)": ("ntp_loss",),
@@ -26,10 +28,7 @@ _MISSING_IF: dict[str, tuple[str, ...]] = {
     "the model does not search": (
         *(entry.name for entry in RETRIEVAL_WHILE_GENERATING),
         "cor_minus",
-        "kilt_accuracy",
-        "kilt_em",
-        "kilt_f1",
-        "kilt_rouge_l",
+        *_GATED,
         "gr_success",
         "gr_failure",
     ),
@@ -39,11 +38,12 @@ _MISSING_IF: dict[str, tuple[str, ...]] = {
         "later_query_recall@k",
         "hit_rate@k",
     ),
-    "all answers are verdicts, whole sentences or lists": ("hit_rate@k",),
+    "no question has an answer that one passage could hold (verdicts, whole sentences, lists)": ("hit_rate@k",),
     "the search is exact": ("ann_recall@k",),
     "log_indicators is not set": ("indicator_1",),
     "its metric lacks what it needs, such as an NLI model": ("cor",),
-    "no question has answers, or all answers are lists": ("accuracy", "em", "f1", "rouge_l"),
+    "no question has answers": (*_KILT, *_GATED, "em_not_needed"),
+    "all answers are lists": (*_KILT, *_GATED, "em_not_needed"),
     "rouge is not installed": ("rouge_l", "kilt_rouge_l"),
     "no question is of FEVER": ("fever_label", "fever_nli"),
     "no question has meta.qa_pairs": ("str_em", "str_hit"),

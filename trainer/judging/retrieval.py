@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from ..questions import evidence_sets, has_answer
+from ..questions import evidence_sets
 from .intervals import Mean
 
 KILT_KS = (1, 5)  # the k of kilt_recall@k
@@ -25,7 +25,8 @@ class Ranking(NamedTuple):
 
     Args:
         ids (`Sequence[str]`): ids of the passages, best first.
-        answer_place (`int`, *optional*): see [`answer_place`]; `None` if the question has no answer to search for.
+        answer_place (`int`, *optional*): see [`~trainer.questions.answer_place`]; `None` if the question has no
+            answer to search for.
     """
 
     ids: Sequence[str]
@@ -153,27 +154,13 @@ def ndcg(ranking: Sequence[str], provenance: Provenance, k: int = 10) -> float:
     return gain / best_gain
 
 
-def answer_place(passages: Iterable[dict], answers: Sequence[str]) -> int:
-    """
-    Return the place of the first passage that holds an answer, counted from 1, or 0 if none does.
-
-    Args:
-        passages (iterable of `dict`): best first, with `"title"` and `"text"`.
-        answers (`list[str]`): see [`~trainer.questions.answers_to_find`].
-    """
-    for place, passage in enumerate(passages, 1):
-        if has_answer(passage, answers):
-            return place
-    return 0
-
-
 def hit_rate_at_k(answer_place: int, k: int) -> float:
     """
     Return 1.0 if one of the first `k` passages holds an answer string, 0.0 otherwise. No gold passage is needed.
     Papers on open-domain questions call this HR@k, top-k accuracy or recall@k.
 
     Args:
-        answer_place (`int`): see [`answer_place`].
+        answer_place (`int`): see [`~trainer.questions.answer_place`].
         k (`int`): number of passages.
     """
     _check_k(k)

@@ -16,7 +16,7 @@ from modeling_cosup.files_cosup import digest, read_json, write_json
 from modeling_cosup.lines_cosup import read_lines, write_lines
 
 from ..distributed import barrier, rank, world_size
-from ..questions import answer_lists, gold_ids, ranking_can_be_judged
+from ..questions import ANSWERS_IN_PASSAGES, answer_lists, gold_ids, ranking_can_be_judged
 from .answers import answer, prompt_ids, rank_passages, wrong_passages
 from .correctness import exact_match, worded
 from .figures import GIVEN, QUERY, SCOPES, figure, shown
@@ -27,8 +27,10 @@ from .scoring import check_questions
 from .tasks import Task, check_ids, open_index
 
 NOT_IN_OLD_RUNS = ("prompts", "model config", "generation config")  # settings that an older run.json lacks
+ANSWER_RULE = "answers in passages"  # the setting of rankings that says by which rule answers were looked for
+DECIDED_BY_RULE = {ANSWER_RULE, "questions", "number of questions", "prompts"}  # it says which rankings can be judged
 HASHED = {  # settings of which run.json holds a digest -> what a change of it means
-    "questions": "the evaluation set has changed: a question, its answers, provenance, candidates or meta",
+    "questions": "those asked in this mode have changed: a question, its answers, provenance, candidates or meta",
     "weights": "the model has other weights",
     "prompts": "the same questions give other tokens: the tokenizer or its chat template has changed",
 }
@@ -99,7 +101,7 @@ class TaskRun:
         if self.index is not None:
             check_ids(self.task, self.questions, self.index)
             if "wrong" in self.modes:
-                wrong_passages(self.needing, self.index, self.seed)  # raises if there are none
+                wrong_passages(self.needing, self.index, self.seed)  # raises if there are too few
         elif set(self.modes) != {"off"}:
             raise ValueError(
                 f"Task {self.task.name} has neither an index nor a corpus_file; only mode 'off' needs neither."
@@ -117,7 +119,11 @@ class TaskRun:
         return None if self.index is None else len(self.index)
 
     def rank_passages(self) -> None:
-        """Write `query/ranking.jsonl` unless there is no index, see [`~trainer.judging.answers.rank_passages`]."""
+        """
+        Write `query/ranking.jsonl` unless there is no index, see [`~trainer.judging.answers.rank_passages`].
+
+        A ranking that was searched for answers by another rule is made again. It takes little time.
+        """
         if self.index is None or not self.ranked:
             return
         folder, done = self._begin(QUERY, RANKING_FILE)
@@ -163,7 +169,7 @@ class TaskRun:
     def rankings(self) -> dict[str, list[Ranking]]:
         """Read the rankings: scope (`"corpus"`, `"pool"`) -> the ranking of each question of `ranked`."""
         path = self.folder / QUERY / RANKING_FILE
-        if not path.exists():
+        if not self.ranked or not path.exists():  # an earlier version ranked passages for other questions too
             return {}
         rankings: dict[str, list[Ranking]] = {}
         for row, _ in match_by_id(read_lines(path), self.ranked):
@@ -197,7 +203,9 @@ class TaskRun:
             settings[name] = getattr(self.task, name)
         if mode == "wrong":
             settings["seed"] = self.seed
-        if mode != QUERY:
+        if mode == QUERY:
+            settings[ANSWER_RULE] = ANSWERS_IN_PASSAGES
+        else:
             settings["memory"] = memory_settings(self.memory, self.memory_config)
             generation_config = self.model.generation_config.to_diff_dict()
             generation_config.pop("transformers_version", None)
@@ -216,13 +224,16 @@ class TaskRun:
         """
         folder = self.folder / mode
         settings = self._settings(mode)
+        done = (folder / file_name).exists()
         if (folder / RUN_FILE).exists():
             previous = read_json(folder / RUN_FILE)
             compared = [key for key in settings if key in previous or key not in NOT_IN_OLD_RUNS]
             different = [key for key in compared if previous.get(key) != settings[key]]
             if "questions" in different and "prompts" in different:
-                different.remove("prompts")  # of other questions
-            if different:
+                different.remove("prompts")  # other questions give other prompts anyway
+            if ANSWER_RULE in different and DECIDED_BY_RULE.issuperset(different):
+                done = False
+            elif different:
                 lines = []
                 for key in different:
                     change = HASHED.get(key, f"then {previous.get(key)!r}, now {settings[key]!r}")
@@ -231,10 +242,10 @@ class TaskRun:
                     f"{folder} holds answers of other settings; choose another output_dir, or delete it.\n"
                     + "\n".join(lines)
                 )
-        done = (folder / file_name).exists()
         barrier()  # all processes have looked before anything changes
         if rank() == 0 and not done:
             (folder / "parts").mkdir(parents=True, exist_ok=True)
+            (folder / file_name).unlink(missing_ok=True)  # a ranking by another rule
             write_json(folder / RUN_FILE, settings)
         barrier()
         return folder, done

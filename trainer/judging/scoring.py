@@ -202,7 +202,8 @@ def _metric_of(question: dict, metric: str | None = None, nli: bool = True) -> s
     """
     if metric in NLI_METRICS and not nli:
         return None
-    return metric or cor_metric(question["dataset"], nli, claims=has_claims(question))
+    lists = bool(answer_lists(question))
+    return metric or cor_metric(question["dataset"], nli, claims=has_claims(question), lists=lists)
 
 
 def _cor(predictions: list[dict], questions: list[dict], metric: str | None, entail: Judge | None) -> Scores:
@@ -286,7 +287,7 @@ def _text_scores_of(prediction: dict, question: dict, r_precision: float | None)
     meta = question.get("meta", {})
     if any(answer.strip() for answer in question["answers"]):
         names = [name for name in ANSWER_METRICS if name != "rouge_l" or has_rouge()]
-        if answer_lists(question):  # by EM, F1 and the like, one of the answers would count as all
+        if answer_lists(question):  # by EM, F1 and the like, one item would count as the whole list
             names = [name for name in names if name not in KILT_METRICS]
         scores = answer_scores(prediction["output"], question["answers"], names)
         if r_precision is not None:

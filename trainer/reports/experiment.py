@@ -281,9 +281,11 @@ def _training_row(run: dict) -> list[Cell]:
         seconds += ", its last part"
     evaluation = f"{run['evaluated']['seconds']:,.0f} s" if run["evaluated"] else MISSING
     sizes = " + ".join(f"{count / 1e6:,.1f}M" for count in trained["parameters"].values())
-    parts = {name.removesuffix("_loss"): loss for name, loss in trained["losses"].items() if name != "loss"}
-    losses = ", ".join(f"{part} {loss:.3f}" for part, loss in parts.items())
-    return [_run_name(run), steps, seconds, evaluation, sizes, losses, trained["hardware"]]
+    losses = []
+    for name, loss in trained["losses"].items():
+        if name != "loss":
+            losses.append(f"{name.removesuffix('_loss')} {MISSING if loss is None else f'{loss:.3f}'}")
+    return [_run_name(run), steps, seconds, evaluation, sizes, ", ".join(losses), trained["hardware"]]
 
 
 def _commands(results: Results) -> list[Block]:

@@ -17,6 +17,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from modeling_cosup import CoSupForCausalLM
 from modeling_cosup.files_cosup import read_json, write_json
 from trainer import CoSupTrainer, CoSupTrainingArguments
+from trainer.judging.results import write_results
 
 from gpu_parts.errors import one_line
 from gpu_parts.runner import Context, Skip, free_memory, is_usable, peak_memory
@@ -105,7 +106,7 @@ def train_and_judge(context: Context, arm: str, seed: int, folder: Path) -> dict
     if not was_trained_on(training_file, inputs) or not (model_folder.exists() or finished):
         shutil.rmtree(folder, ignore_errors=True)
         training = train(context, arm, seed, inputs, model_folder)
-        write_json(training_file, {"inputs": inputs.facts(), **training})
+        write_results(training_file, {"inputs": inputs.facts(), **training})  # a loss may be NaN
         gc.collect()  # not `free_memory`: the record shows the peak of training and judging
         if context.device.type == "cuda":
             torch.cuda.empty_cache()
