@@ -7,6 +7,7 @@ from typing import Any
 from .files_cosup import parse_json
 
 MAX_METADATA_BYTES = 16_384  # of its JSON text; Milvus holds 65,536
+MAX_METADATA_DEPTH = 64  # lists and objects within each other; far fewer than json and pickle can take
 
 
 def check_metadata(value: object, where: str) -> dict[str, Any] | None:
@@ -17,7 +18,7 @@ def check_metadata(value: object, where: str) -> dict[str, Any] | None:
 
     Raises:
         `ValueError`: unless it is an object of finite numbers, encodable texts, lists and objects, of at most
-            `MAX_METADATA_BYTES`; names the place.
+            `MAX_METADATA_BYTES` and `MAX_METADATA_DEPTH`; names the place.
     """
     if value is None:
         return None
@@ -37,30 +38,30 @@ def check_metadata(value: object, where: str) -> dict[str, Any] | None:
 def metadata_text(metadata: Mapping[str, Any], where: str = "metadata") -> str:
     """Return metadata as JSON text; `ValueError` names a key whose value is not JSON."""
     for key, entry in metadata.items():
+        reason = _flaw(entry)
         try:
-            text = json.dumps({key: entry}, ensure_ascii=False, allow_nan=False)
-            text.encode()
-            reason = "" if _numbers_fit(entry) else "holds an integer of more than 64 bits"
+            if not reason:
+                json.dumps({key: entry}, ensure_ascii=False, allow_nan=False).encode()
         except UnicodeEncodeError:
             reason = "holds half a surrogate pair, which is not a character"
-        except RecursionError:
-            reason = "is nested too deeply"
         except TypeError:
             reason = f"is of type {type(entry).__name__}, or holds a value that is not JSON"
         except ValueError:
-            reason = "holds a number that is not finite, or holds itself"
+            reason = "holds a number that is not finite"
         if reason:
             raise ValueError(f"{where}: metadata[{key!r}] {reason}.")
     return json.dumps(metadata, ensure_ascii=False)
 
 
-def _numbers_fit(entry: Any) -> bool:
-    """Return whether all integers of a JSON value have at most 64 bits."""
-    if isinstance(entry, Mapping):
-        return all(map(_numbers_fit, entry.values()))
-    if isinstance(entry, list | tuple):
-        return all(map(_numbers_fit, entry))
-    return not isinstance(entry, int) or -(2**63) <= entry < 2**63
+def _flaw(entry: Any, depth: int = 0) -> str:
+    """Return what is wrong with the depth and the integers of a JSON value; empty if nothing is."""
+    if isinstance(entry, Mapping | list | tuple):
+        if depth == MAX_METADATA_DEPTH:
+            return f"is nested too deeply, expected at most {MAX_METADATA_DEPTH} levels"
+        values = entry.values() if isinstance(entry, Mapping) else entry
+        return next(filter(None, (_flaw(value, depth + 1) for value in values)), "")
+    fits = not isinstance(entry, int) or -(2**63) <= entry < 2**63
+    return "" if fits else "holds an integer of more than 64 bits"
 
 
 def read_metadata(text: str, where: str) -> dict[str, Any]:

@@ -29,14 +29,14 @@ def resident_bytes(name: str, process: str = "self") -> int:
 
 
 @contextlib.contextmanager
-def memory_samples(resident_bytes: Callable[[], int]) -> Iterator[list[int]]:
-    """Append what `resident_bytes()` returns to a list: once a second while the context lasts."""
+def memory_samples(measure: Callable[[], int]) -> Iterator[list[int]]:
+    """Append what `measure()` returns to a list: once a second while the context lasts."""
     samples: list[int] = []
     done = threading.Event()
 
     def sample() -> None:
         while not done.wait(1 if samples else 0):
-            samples.append(resident_bytes())
+            samples.append(measure())
 
     thread = threading.Thread(target=sample)
     thread.start()

@@ -188,11 +188,11 @@ def is_complete(received: list[tuple[float, bytes]]) -> bool:
         start += received[num_read][1]
         num_read += 1
     head, _, body = start.partition(b"\r\n\r\n")
-    rest = [data for _, data in received[num_read:]]
     length = re.search(rb"\ncontent-length: *(\d+)", head, re.IGNORECASE)
     if length is not None:
-        return len(body) + sum(map(len, rest)) >= int(length[1])
-    return b"".join([body, *rest[-len(LAST_CHUNK) :]]).endswith(LAST_CHUNK)  # a read has at least one byte
+        return len(body) + sum(len(data) for _, data in received[num_read:]) >= int(length[1])
+    last = received[max(num_read, len(received) - len(LAST_CHUNK)) :]  # a read has at least one byte
+    return (body + b"".join(data for _, data in last)).endswith(LAST_CHUNK)
 
 
 # ---------------------------------------------------------------------- after the load

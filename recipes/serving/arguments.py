@@ -24,8 +24,8 @@ class ServeArguments:
     index_timeout: float | None = field(
         default=None,
         metadata={
-            "help": "seconds that a search in Milvus (--index_uri) may take, 5 by default; it is sent twice, and then "
-            "its request fails"
+            "help": f"seconds that a search in Milvus (--index_uri) may take, {INDEX_TIMEOUT:g} by default; after two "
+            "attempts the request that needs it fails"
         },
     )
     engine: str = field(
@@ -102,7 +102,7 @@ class ServeArguments:
             raise ValueError(f"--shutdown_timeout {self.shutdown_timeout}: expected a finite number, at least 0.")
         if self.index_timeout is not None and not 0 < self.index_timeout < math.inf:
             raise ValueError(f"--index_timeout {self.index_timeout}: expected a finite number above 0.")
-        if self.index_timeout is not None and self.index_uri is None:
+        if self.index_timeout is not None and self.index_uri is None and not self.has_own_engine:
             raise ValueError("--index_timeout is for an index in Milvus: give --index_uri.")
         if self.request_timeout is not None and not 0 < self.request_timeout < math.inf:
             expected = "a finite number above 0; leave it out for never"

@@ -53,7 +53,7 @@ class BaseEngine:
         self.failure = ""
         self._stopping = False  # new requests are refused
         self._cancels = False  # those that run end too
-        self._embeddings: set[asyncio.Task] = set()  # that run
+        self._embedding_tasks: set[asyncio.Task] = set()  # that run
 
     # ------------------------------------------------------------------ embeddings
 
@@ -103,13 +103,13 @@ class BaseEngine:
 
     @property
     def _is_full(self) -> bool:
-        return self._num_answers + len(self._embeddings) >= self.max_running + self.max_waiting
+        return self._num_answers + len(self._embedding_tasks) >= self.max_running + self.max_waiting
 
     def _check_room(self) -> None:
         """Raise [`QueueFull`] if as many answers and embeddings are in flight as may run and wait."""
         if self._is_full:
             raise QueueFull(
-                f"{self._num_answers} answers and {len(self._embeddings)} embeddings run or wait, of at most"
+                f"{self._num_answers} answers and {len(self._embedding_tasks)} embeddings run or wait, of at most"
                 f" {self.max_running + self.max_waiting}: try again later.",
                 retry_after=self._retry_after,
             )
@@ -129,8 +129,8 @@ class BaseEngine:
     async def _run(self, work: Coroutine[Any, Any, T]) -> T:
         """Return the result of `work`. A shutdown waits for it as it does for answers, or ends it."""
         task = asyncio.create_task(work)
-        self._embeddings.add(task)
-        task.add_done_callback(self._embeddings.discard)
+        self._embedding_tasks.add(task)
+        task.add_done_callback(self._embedding_tasks.discard)
         try:
             return await task
         except asyncio.CancelledError:
@@ -140,7 +140,7 @@ class BaseEngine:
 
     async def _end_embeddings(self, drain: bool) -> None:
         """Wait until no embeddings run, or cancel them."""
-        tasks = set(self._embeddings)
+        tasks = set(self._embedding_tasks)
         if not drain:
             self._cancels = True
             for task in tasks:

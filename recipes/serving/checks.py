@@ -43,10 +43,14 @@ def check_request(request: GenerationRequest, config: CoSupConfig, context_lengt
         entries = getattr(retrieval, name)
         if entries is not None and len(entries) != 1:
             raise UnsupportedSetting(f"{name} has {len(entries)} entries, expected one, for this prompt.")
-    if has_index or retrieval.forbid_nsp:
+    if has_index:
         return
     if retrieval.candidates is not None:
         raise UnsupportedSetting("candidates: this server has no index to search.")
+    passages = None if retrieval.passages is None else retrieval.passages[0]
+    if any(isinstance(passage, str) for passage in passages or ()):
+        expected = "give objects with text and title"
+        raise UnsupportedSetting(f"passages: this server has no index to look ids up; {expected}.")
     if retrieval.force_nsp_first and retrieval.passages is None:
         raise UnsupportedSetting("force_nsp_first: this server has no index to search.")
 

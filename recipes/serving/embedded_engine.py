@@ -146,7 +146,7 @@ class EmbeddedEngine(BaseEngine):
     def load(self) -> EngineLoad:
         """Return how busy the engine is; embeddings count as waiting: they take no slot."""
         running = self._report.num_running
-        waiting = max(0, len(self._streams) - running) + len(self._embeddings)
+        waiting = max(0, len(self._streams) - running) + len(self._embedding_tasks)
         return EngineLoad(running, waiting, self.max_running, self.max_waiting)
 
     # ------------------------------------------------------------------ requests

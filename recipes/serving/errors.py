@@ -18,7 +18,7 @@ from serving.engine import (
     ShuttingDown,
     UnsupportedSetting,
 )
-from serving.protocol import PASSAGE_TAG, RetrievalBody
+from serving.protocol import ID_TAG, PASSAGE_TAG, RetrievalBody
 
 logger = logging.getLogger("cosup.serving")
 
@@ -103,7 +103,7 @@ def from_engine(error: EngineError) -> ApiError:
 def from_validation(error: RequestValidationError) -> ApiError:
     """Return what a client gets for the first problem of a body."""
     problem = error.errors()[0]
-    names = [part for part in problem["loc"] if part not in ("body", PASSAGE_TAG)]
+    names = [part for part in problem["loc"] if part not in ("body", PASSAGE_TAG, ID_TAG)]
     if problem["type"] == "json_invalid":
         return ApiError(400, f"The body is no JSON: {problem['ctx']['error']} at character {names[0]}.")
     field = _path(names)

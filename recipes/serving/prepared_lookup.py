@@ -17,12 +17,13 @@ class PreparedLookup(Lookup):
     Prepares a row at a time, and remembers the last result: the answers of a body share their [`RetrievalConfig`].
 
     A body may ask for a thousand answers, and each of them is checked before it is generated. While passages are
-    encoded, all other requests wait.
+    encoded, no other request's passages are prepared.
     """
 
     def __init__(self, model: Any, retriever: Retriever | None) -> None:
         super().__init__(model, retriever)
-        self._separator = encode_texts(model.tokenizer, ["\n"])[0]  # now: later a thread may use the tokenizer
+        # encoded here, because later another thread may be using the tokenizer
+        self._separator = encode_texts(model.tokenizer, ["\n"])[0]
         self._last: tuple[RetrievalConfig, Row] | None = None
 
     def prepare_row(self, row: Row) -> None:

@@ -21,6 +21,7 @@ from pydantic import (
 )
 
 from modeling_cosup import RetrievalConfig
+from modeling_cosup.metadata_cosup import check_metadata
 from modeling_cosup.passages_cosup import blank
 
 MAX_CHOICES = 16
@@ -29,7 +30,7 @@ MAX_INPUTS = 2048  # of embeddings
 MAX_STOP_STRINGS = 4
 MAX_STOP_LENGTH = 256  # characters
 MAX_PASSAGES = 64  # for an [NSP], and given to a prompt
-MAX_PASSAGE_CHARACTERS = 100_000  # of a passage, and of all given ones together: nobody is served while one is encoded
+MAX_PASSAGE_CHARACTERS = 100_000  # of a passage, and of all given ones together: others may wait for their encoding
 MAX_CANDIDATES = 10_000
 MAX_MESSAGES = 1024
 LARGEST_ID = 2**31 - 1
@@ -84,6 +85,15 @@ def _check_not_blank(text: str) -> str:
     return text
 
 
+def _check_metadata(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Refuse metadata that no passage may have, before it is sent to the process that decodes."""
+    try:
+        check_metadata(metadata, "")
+    except ValueError as error:
+        raise ValueError(str(error).removeprefix(": ").removesuffix(".")) from error
+    return metadata
+
+
 Text = Annotated[str, AfterValidator(_check_characters)]
 Neutral = Annotated[Any, AfterValidator(_check_neutral)]
 TokenIds = list[Annotated[int, Field(ge=0, le=LARGEST_ID)]]
@@ -124,27 +134,28 @@ class PassageBody(Body):
     text: Annotated[Text, AfterValidator(_check_not_blank), Field(min_length=1, max_length=MAX_PASSAGE_CHARACTERS)]
     title: Annotated[Text, Field(max_length=MAX_PASSAGE_CHARACTERS)] = ""
     id: Text | None = None
-    metadata: dict[str, Any] | None = None
+    metadata: Annotated[dict[str, Any], AfterValidator(_check_metadata)] | None = None
 
     def passage(self) -> dict[str, Any]:
         """Return the passage as `RetrievalConfig.passages` takes it."""
         return {"id": self.id, "title": self.title, "text": self.text, "metadata": self.metadata}
 
 
-PASSAGE_TAG = "(passage)"  # stands in the path of an error, where the client sees none
+# pydantic puts them into the path of an error; they are removed before the client sees it
+PASSAGE_TAG, ID_TAG = "(passage)", "(id)"
 
 
 def _kind_of_passage(value: Any) -> str | None:
     """Return the tag of a passage, or of its id."""
     if isinstance(value, str):
-        return "id"
+        return ID_TAG
     if isinstance(value, dict | PassageBody):
         return PASSAGE_TAG
     return None
 
 
 PassageOrId = Annotated[
-    Annotated[PassageBody, Tag(PASSAGE_TAG)] | Annotated[Text, Tag("id")],
+    Annotated[PassageBody, Tag(PASSAGE_TAG)] | Annotated[Text, Tag(ID_TAG)],
     Discriminator(
         _kind_of_passage,
         custom_error_type="passage_type",

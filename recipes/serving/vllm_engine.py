@@ -10,6 +10,7 @@ computes a prefix twice.
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager
 from copy import deepcopy
 from pathlib import Path
@@ -140,9 +141,10 @@ class VllmEngine(BaseEngine):
             head = read_weight(model, "emb_head.weight")
             assert head is not None  # the checkpoint would not load without it
             self.query_head = head.float()
-        # a tokenizer serves one thread at a time: given passages are encoded by a copy, in one thread at a time
+        # A tokenizer serves one thread at a time: given passages are encoded by a copy, in a thread that all share. A
+        # request that is cancelled does not end what runs there; the next one waits for it.
         self.lookup = PreparedLookup(SimpleNamespace(config=model.config, tokenizer=deepcopy(model.tokenizer)), index)
-        self._preparing = asyncio.Lock()
+        self._preparing = ThreadPoolExecutor(1)
         self.searches = SearchQueue(self.lookup)
         self._slots = asyncio.Semaphore(max_running)
         self._running = 0
@@ -181,6 +183,7 @@ class VllmEngine(BaseEngine):
                 step.cancel()
         await self._end_embeddings(drain)
         await self._idle.wait()
+        self._preparing.shutdown(wait=False)
         for client in self._clients():
             await client.close()
 
@@ -195,7 +198,7 @@ class VllmEngine(BaseEngine):
 
     def load(self) -> EngineLoad:
         """Return how busy the engine is; embeddings count as waiting: they take no slot."""
-        waiting = self._waiting + len(self._embeddings)
+        waiting = self._waiting + len(self._embedding_tasks)
         return EngineLoad(self._running, waiting, self.max_running, self.max_waiting)
 
     @property
@@ -309,8 +312,7 @@ class VllmEngine(BaseEngine):
         greedy = DecisionSettings(LogitsProcessorList(), [], do_sample=False, prompt_length=len(request.prompt_ids))
         row = Row(0, list(request.prompt_ids), RowSettings(greedy, request.max_new_tokens, retrieval, retrieves))
         if retrieval.passages is not None:
-            async with self._preparing:
-                await asyncio.to_thread(self.lookup.prepare_row, row)
+            await asyncio.get_running_loop().run_in_executor(self._preparing, self.lookup.prepare_row, row)
         elif retrieval.candidates is not None:
             await asyncio.to_thread(self.lookup.prepare_row, row)
         return Answer(self.settings, request, self.gen, self.lookup, row, self._find)
@@ -325,7 +327,7 @@ class VllmEngine(BaseEngine):
     # ------------------------------------------------------------------ embedding
 
     def _query_rows(self, prompts: list[list[int]]) -> list[list[int]]:
-        """Return the token ids that the second server reads for prompts that end in `[NSP]`."""
+        """Return each prompt as the query server reads it: Gen's ids, or encoded again for Emb_seq."""
         if self.config.query_from == "gen":
             return prompts
         return encode_queries_for_emb_seq(self.tokenizer, self.model.emb_seq_tokenizer, prompts, self.config)[0]

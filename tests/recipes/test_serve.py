@@ -142,6 +142,10 @@ def test_options_are_checked(options, message):
         ServeArguments(model="x", **options)
 
 
+def test_an_engine_of_ones_own_gets_options_that_only_it_understands():
+    assert ServeArguments(model="x", engine="my_engine:open", index_timeout=2.0).index_timeout == 2.0
+
+
 @pytest.mark.parametrize("value", ["", " ", ",", " , "])
 def test_a_variable_without_a_key_does_not_open_the_server(value, monkeypatch):
     monkeypatch.setenv("COSUP_API_KEY", value)

@@ -34,6 +34,7 @@ openai = pytest.importorskip("openai", reason="needs the official client: pip in
 MESSAGES = [{"role": "user", "content": "who?"}]
 CHAT = {"model": "tiny", "messages": MESSAGES}
 KEY = "schlüssel"  # not ASCII: the comparison is of bytes
+DEEP = json.loads("[" * 600 + "]" * 600)  # more than can be pickled
 KEYS_THAT_END_LIKE_SPACE = ["voilà", "успех"]  # their last byte, in Latin-1, is white space
 ERRORS = {  # what the engine raises; the status, and what the official client raises
     "unsupported": (UnsupportedSetting("force_nsp_first: no index."), 400, openai.BadRequestError),
@@ -177,6 +178,14 @@ def test_a_body_that_cannot_be_read_gets_400(http, body):
             "retrieval.passages[0]: expected an object with text",
         ),
         ("retrieval", {"passages": [{"text": "x", "metadata": 1}]}, "[0].metadata: Input should be a JSON object"),
+        (
+            "retrieval",
+            {"passages": [{"text": "x", "metadata": {"a": DEEP}}]},
+            "retrieval.passages[0].metadata: metadata['a'] is nested too deeply, expected at most 64 levels.",
+        ),
+        ("retrieval", {"passages": [{"text": "x", "metadata": {"a": "x" * 17_000}}]}, "metadata takes 17,009 bytes"),
+        ("retrieval", {"passages": ["\ud800"]}, "retrieval.passages[0]: half a surrogate pair is no character"),
+        ("retrieval", {"passages": [{"text": "x", "id": "\ud800"}]}, "passages[0].id: half a surrogate pair"),
         ("messages", [{"role": "user", "content": None}], "messages[0].content: "),
         ("frequency_penalty", 0.5, "frequency_penalty: this server does not support it, expected null or 0"),
         ("frequency_penalty", False, "frequency_penalty"),
@@ -202,7 +211,7 @@ def test_a_body_that_cannot_be_read_gets_400(http, body):
     ],
 )
 def test_fields_are_refused_by_name(http, field, value, message):
-    error = refusal(http.post("/v1/chat/completions", json={**CHAT, field: value}))
+    error = refusal(http.post("/v1/chat/completions", content=json.dumps({**CHAT, field: value})))
     assert message in error["message"]
 
 

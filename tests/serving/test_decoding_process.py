@@ -1,6 +1,7 @@
 """The process that decodes for a server: its answers are those of generate(), and it does not outlive the server."""
 
 import asyncio
+import json
 import multiprocessing
 import os
 import signal
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 
 from modeling_cosup import CoSupForCausalLM, RetrievalConfig
+from modeling_cosup.metadata_cosup import MAX_METADATA_DEPTH
 from modeling_cosup.tokenization_cosup import encode_passages_for_emb_seq
 from support.served_answers import alone, check_answer, make_parts, requests_of
 
@@ -25,6 +27,8 @@ from serving.engine import BackendFailed, GenerationRequest, RetrievalEvent, Shu
 from serving.errors import from_engine
 from serving.running import EngineServer, open_socket
 from serving.served_model import ServedModel
+
+DEEPEST = "[" * MAX_METADATA_DEPTH + "]" * MAX_METADATA_DEPTH
 
 
 def load(folder):
@@ -70,6 +74,13 @@ def test_answers_and_a_killed_process(tmp_path):
         (row,) = encode_passages_for_emb_seq(model.emb_seq_tokenizer, [index[0]], model.config)
         assert num_tokens == len(row)
         np.testing.assert_allclose(embeds, index.embeddings[:1], atol=1e-5)
+        passages = ["p1", {"id": "mine", "text": "given", "metadata": {"page": 3, "deep": json.loads(DEEPEST)}}]
+        given = RetrievalConfig(passages=[passages], force_nsp_first=True, top_k=2, max_retrievals=1)
+        request = replace(requests[0], retrieval=given, incremental=False)
+        events = await events_of(engine, request)
+        check_answer(events, request, alone(model, index, request), model.generation_config.eos_token_id)
+        (retrieval,) = [event.retrieval for event in events if isinstance(event, RetrievalEvent)]
+        assert (retrieval.passages[0]["id"], retrieval.passages[1]) == ("p1", {"title": "", **passages[1]})
         unknown = replace(requests[0], retrieval=RetrievalConfig(candidates=[["nowhere"]]))
         with pytest.raises(UnsupportedSetting, match=r"^candidates: .*nowhere") as refused:
             await events_of(engine, unknown)

@@ -121,7 +121,8 @@ def test_prompts_that_cannot_be_continued_are_refused(model, index):
 
 def test_what_needs_an_index_is_refused_without_one(model):
     engine = EmbeddedEngine.in_thread(model)
-    for settings in ({"force_nsp_first": True}, {"candidates": [["p1"]]}):
+    by_id = {"passages": [[PASSAGES[0], "p1"]]}
+    for settings in ({"force_nsp_first": True}, {"candidates": [["p1"]]}, by_id, {**by_id, "forbid_nsp": True}):
         with pytest.raises(UnsupportedSetting, match=f"^{next(iter(settings))}: this server has no index"):
             engine.check(request(model, **settings))
     engine.check(request(model, force_nsp_first=True, passages=[[PASSAGES[0]]]))
@@ -443,7 +444,7 @@ def test_stopping_finishes_or_cancels_what_was_accepted(model, index, drain):
         await until_load(engine, 1, 1)
         passages = [PASSAGES[i % 6] for i in range(70)]  # three batches
         embedding = asyncio.create_task(engine.embed_passages(passages))
-        while not engine._embeddings:
+        while not engine._embedding_tasks:
             await asyncio.sleep(0)
         stopped = asyncio.create_task(engine.stop(drain=drain))
         await asyncio.sleep(0)

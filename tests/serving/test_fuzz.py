@@ -113,7 +113,8 @@ def test_requests_from_the_schema(http, operations, path, mode):
 # ---------------------------------------------------------------------- next to good ones
 
 NUMBERS = st.integers() | st.floats() | st.integers(-3, 9) | st.sampled_from([2**63, -(2**63), 10**30, 1e308])
-SCALARS = st.none() | st.booleans() | NUMBERS | st.text(max_size=12) | st.sampled_from(["[NSP]", "</s>", "", "\ud800"])
+TEXTS = st.text(max_size=12) | st.sampled_from(["[NSP]", "[CE]", "</s>", "", "\ud800"])
+SCALARS = st.none() | st.booleans() | NUMBERS | TEXTS
 VALUES = st.recursive(
     SCALARS,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),

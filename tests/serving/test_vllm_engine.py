@@ -5,6 +5,7 @@ The stand-in speaks vLLM's two endpoints over real HTTP, but is not vLLM; `test_
 """
 
 import asyncio
+import threading
 import time
 from contextlib import ExitStack, aclosing
 
@@ -226,9 +227,7 @@ def test_queries_of_other_kinds_of_models(tmp_path, settings):
     if "max_passage_length" in settings:
         num_tokens = query_length(world.model.emb_seq_tokenizer, world.model.config)  # cut
         assert num_tokens < len(prompt)
-    assert queries.num_tokens == embedded.num_tokens
-    if settings.get("query_from") != "emb_seq" or "max_passage_length" in settings:
-        assert queries.num_tokens == num_tokens
+    assert queries.num_tokens == embedded.num_tokens == num_tokens
     output = alone(world.model, world.index, request)
     check_answer(events, request, output, world.ends())
     query_embed = next(event.retrieval.query_embed for event in events if isinstance(event, RetrievalEvent))
@@ -286,6 +285,38 @@ def test_bad_settings_are_refused_by_name(world, settings, message):
 def test_bad_options_are_refused(world, options, message):
     with pytest.raises(ValueError, match=message):
         world.engine(**options)
+
+
+def test_given_passages_are_prepared_in_one_thread_even_after_a_request_is_cancelled(world):
+    """A tokenizer has state: another thread than the event loop's uses a copy of it, one request after the other."""
+    request = world.request(passages=[["p0", {"text": "given"}]])
+
+    async def test(engine):
+        assert engine.lookup.model.tokenizer._tokenizer is not engine.tokenizer._tokenizer
+        prepare, release, threads, running, most = engine.lookup.prepare_row, threading.Event(), set(), set(), []
+
+        def prepare_row(row):
+            threads.add(threading.get_ident())
+            running.add(id(row))
+            most.append(len(running))
+            release.wait(20)
+            prepare(row)
+            running.remove(id(row))
+
+        engine.lookup.prepare_row = prepare_row
+        first = asyncio.create_task(events_of(engine, request))
+        while not most:
+            await asyncio.sleep(0.001)  # the event loop goes on
+        first.cancel()
+        await asyncio.wait({first})
+        second = asyncio.create_task(events_of(engine, request))
+        await asyncio.sleep(0.1)
+        release.set()
+        assert await second
+        assert most == [1, 1]
+        assert len(threads) == 1 and threading.get_ident() not in threads
+
+    world.run(test)
 
 
 def test_urls_belong_to_this_engine():
