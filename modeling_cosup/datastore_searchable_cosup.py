@@ -294,7 +294,8 @@ class SearchableKeys(FolderStore):
         Returns:
             `dict[str, float]`: `ann_recall@1` and `ann_recall@k`, the mean share of the exact nearest entries that
                 were found, and `perplexity_exact` and `perplexity_approximate` of the targets, with the memory's k,
-                temperature and weight. Also logged, and saved in the config.
+                temperature and weight. Also logged, and saved in the config if finite: with weight 1, a target
+                without a neighbour makes a perplexity infinite.
 
         Raises:
             `ValueError`: if FAISS refuses the factory string, the size of the sample or an option, or the searches
@@ -316,7 +317,8 @@ class SearchableKeys(FolderStore):
             self._approximate, self.config = index, {**self._next_config(), "approximate": facts}
             try:
                 figures = self.compare_approximate(keys, targets, lm_log_probs)
-                config = {**self.config, "approximate": {**facts, **figures}}
+                facts |= {name: figure for name, figure in figures.items() if math.isfinite(figure)}
+                config = {**self.config, "approximate": facts}
                 self.config = before[1]
                 if self.folder is not None:
                     config["content"] = self.config["content"]
@@ -360,7 +362,7 @@ class SearchableKeys(FolderStore):
         for name, neighbors in (("perplexity_exact", exact), ("perplexity_approximate", approximate)):
             memory = neighbors.target_log_probs(targets, config.temperature)
             log_probs = target_log_probs(lm_log_probs.to(memory.device), memory, config.weight)
-            figures[name] = math.exp(-log_probs.mean().item())
+            figures[name] = torch.tensor(-log_probs.mean().item(), dtype=torch.float64).exp().item()
         return figures
 
     def _check_comparison(

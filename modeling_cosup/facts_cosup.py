@@ -5,12 +5,15 @@ They hold a hash of the weights that they are about, so that a model that is loa
 its weights are still the same. `trainer/card.py` records facts, `card_cosup` shows them in a card.
 """
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Any, Protocol, TypedDict, cast
 
+from huggingface_hub import metadata_load
 from transformers import PreTrainedConfig
 from transformers.utils import cached_file, logging
+from yaml import YAMLError
 
 from .files_cosup import read_json, write_json
 from .hub_cosup import CARD_FILE, CARD_MARKER, CURVES_FILE, FACTS_FILE, RESULTS_FILE
@@ -18,6 +21,7 @@ from .hub_cosup import CARD_FILE, CARD_MARKER, CURVES_FILE, FACTS_FILE, RESULTS_
 logger = logging.get_logger(__name__)
 
 FACTS_OF_ALL_WEIGHTS = ("license", "language", "datasets", "tags")  # facts that stay true when the weights change
+FACTS_OF_OWNER = ("license", "language")  # facts that the owner of a repository may change in its card
 
 
 class Metric(TypedDict, total=False):
@@ -40,18 +44,14 @@ class ResultGroup(TypedDict, total=False):
 
 
 class TrainingRecord(TypedDict, total=False):
-    """
-    What training did; `curves` says whether the losses were plotted.
-
-    `top_k` is the number of passages of a retrieval that Gen was trained with, if it is not 1.
-    """
+    """What training did."""
 
     instances: dict[str, int]  # counts by dataset
     passages: int | None  # distinct ones, if known
     arguments: dict[str, str]
     log: list[dict[str, Any]]
-    curves: bool
-    top_k: int
+    curves: bool  # whether the losses were plotted
+    top_k: int  # number of passages of a retrieval that Gen was trained with, if it is not 1
 
 
 class Facts(TypedDict, total=False):
@@ -103,8 +103,28 @@ def load_facts(name_or_path: str | Path, **hub_options: Any) -> Facts:
 
 
 def published_facts(repo_id: str, token: str | bool | None = None, revision: str | None = None) -> Facts:
-    """Return the facts in a repository. A branch that a push will make begins as a copy of the main one."""
-    return load_facts(repo_id, token=token, revision=revision) or load_facts(repo_id, token=token)
+    """
+    Return the facts in a repository, with the licence and the language that its card states now.
+
+    If the branch does not exist yet, those of main: the push creates it as a copy.
+    """
+    for branch in (revision, None):
+        options = {"token": token, "revision": branch}
+        card = _checkpoint_file(repo_id, CARD_FILE, options)
+        facts = load_facts(repo_id, **options)
+        if card or facts:
+            break
+    stated: dict[str, Any] = {}
+    with contextlib.suppress(ValueError, YAMLError):  # of a malformed card: the push itself raises them
+        stated = (metadata_load(card) if card else None) or {}
+    of_owner = {name: stated[name] for name in FACTS_OF_OWNER if stated.get(name, "unknown") != "unknown"}
+    return cast(Facts, {**facts, **of_owner})
+
+
+def with_published(facts: Facts, published: Facts) -> Facts:
+    """Return a folder's facts and those of the repository that it is pushed to, where its owner's facts win."""
+    of_owner = {name: published.get(name) for name in FACTS_OF_OWNER if name in published}
+    return cast(Facts, {**published, **facts, **of_owner})
 
 
 def facts_of(model: HashedModel, weights: str | None = None) -> Facts:
@@ -133,27 +153,20 @@ def lasting_facts(facts: Facts) -> Facts:
 
 
 def facts_to_push(
-    folder: Path,
-    earlier: Facts,
-    weights: str | None,
-    index: str | None = None,
-    license: str | None = None,
-    tags: str | list[str] | None = None,
+    folder: Path, earlier: Facts, weights: str | None, tags: str | list[str] | None = None, **given: str | None
 ) -> Facts:
     """
-    Return the facts to record with a push: what is in the folder, what is given here, and what still holds of earlier.
+    Return the facts to record with a push: what is given here, what is in the folder, and what still holds of earlier.
 
     Args:
         folder (`Path`): of the checkpoint.
-        earlier (`Facts`): of an earlier push, as far as they hold.
+        earlier (`Facts`): in the repository, as far as they hold; see [`with_published`].
         weights (`str`, *optional*): hash of the weights that the facts are about.
-        index, license, tags (*optional*): given with the push; tags are appended to the recorded ones.
+        tags (*optional*): given with the push, appended to the recorded ones.
+        **given: `index` and `license`, if they are given with the push.
     """
-    facts = cast(Facts, {**earlier, **load_facts(folder)})
-    if index is not None:
-        facts["index"] = index
-    if license is not None:
-        facts["license"] = license
+    stated = {name: value for name, value in given.items() if value is not None}
+    facts = cast(Facts, {**with_published(load_facts(folder), earlier), **stated})
     if tags is not None:
         new_tags = [tags] if isinstance(tags, str) else tags
         facts["tags"] = list(dict.fromkeys([*facts.get("tags", []), *new_tags]))
@@ -181,8 +194,9 @@ def carry_facts(model: HashedModel, folder: Path, weights: str | None = None) ->
             os.replace(results, folder / f"earlier_{RESULTS_FILE}")
     if weights is None or held != weights:
         _copy_facts(model, folder, weights)
-    if not load_facts(folder).get("results"):
-        _remove_generated_card(folder)
+    card = folder / CARD_FILE
+    if not load_facts(folder).get("results") and card.exists() and CARD_MARKER in card.read_text(encoding="utf-8"):
+        card.unlink()
 
 
 def _copy_facts(model: HashedModel, folder: Path, weights: str | None) -> None:
@@ -202,13 +216,6 @@ def _copy_facts(model: HashedModel, folder: Path, weights: str | None) -> None:
         write_json(folder / FACTS_FILE, facts)
     else:
         (folder / FACTS_FILE).unlink(missing_ok=True)
-
-
-def _remove_generated_card(folder: Path) -> None:
-    """Remove a card that still has our marker."""
-    card = folder / CARD_FILE
-    if card.exists() and CARD_MARKER in card.read_text(encoding="utf-8"):
-        card.unlink()
 
 
 def _checkpoint_file(name_or_path: str | Path, name: str, hub_options: dict[str, Any]) -> str | None:

@@ -171,9 +171,7 @@ def locked(
     path: Path, busy: str, on_wait: Callable[[str], object] | None = None, keep: bool = False
 ) -> Iterator[int | None]:
     """
-    Hold a lock file while the block runs. Nothing else can hold it, in this process or another.
-
-    The lock is released when its process dies.
+    Hold a lock file while the block runs, unless this process dies. Nothing else can hold it, in any process.
 
     Args:
         path (`Path`): the lock file.
@@ -214,6 +212,18 @@ def locked(
                         path.unlink(missing_ok=True)
                 return
         # The previous holder removed the file while we waited, so this lock guards nothing: try again.
+
+
+def is_locked(path: Path) -> bool:
+    """Return whether someone holds a lock file. Any number of processes may ask at the same time."""
+    if fcntl is None:
+        return False
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError as error:  # others say that the file is gone, or that its file system has no locks
+        return isinstance(error, BlockingIOError)
+    return False
 
 
 def _is_at(path: Path, descriptor: int) -> bool:

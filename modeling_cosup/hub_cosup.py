@@ -252,7 +252,7 @@ def _with_kept_metadata(content: Path | str | bytes, old_card: Path) -> bytes:
     names = old.keys() - stated.keys()
     if CARD_MARKER in old_card.read_text(encoding="utf-8"):  # otherwise its owner chose all of it
         names -= METADATA_OF_WEIGHTS
-    if "license" in stated:
+    if stated.get("license", old.get("license")) != old.get("license"):
         names -= {"license_name", "license_link"}  # they describe another licence
     if not names:
         return text

@@ -26,14 +26,14 @@ except ImportError:
 HALF_ROWS = 16384  # rows of float16 or bfloat16 embeddings that are converted to float32 at a time
 PRODUCT_QUERIES = range(2, 65)  # numbers of queries for which torch's product is up to 3 times as fast as FAISS
 PRODUCT_ROWS = 4096  # rows per product, so that the scores stay in a core's cache
-DEVICE_SCORES = 2**26  # scores that a device holds at a time: 256 MB
+DEVICE_SCORES = 2**26  # scores that a device holds at a time: 256 MB; half precision on a GPU takes twice as much
 GATHER = 0.1  # share of all rows: gathering so many costs as much as reading all of them in order
 GATHER_QUERY = 0.03  # share of all rows: gathering so many costs as much as scoring all rows for one more query
 MASK_BYTES = 2**28  # for masks of pools at a time
 SPARE = 8  # rows that are proposed besides the k best, to see whether others share the score of the last
-MORE = 16  # times as many rows are proposed if they may
-ERRORS = 8  # a product is wrong by at most this many times as much as it was for the rows proposed
-NUMBERS = 2**22  # numbers of embeddings that are scored again at a time
+MORE = 16  # factor by which the proposal grows while others may share the k-th score
+ERRORS = 8  # assumed bound on the error of any product, in multiples of the largest among the proposed rows
+NUMBERS = 2**22  # numbers of embeddings, or further rows of all queries, that are scored again at a time
 
 RowArray: TypeAlias = NDArray[np.int64]  # rows of the index
 Score: TypeAlias = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # queries, embeddings -> scores (N, M)
@@ -247,6 +247,7 @@ def nearest(
     products, rows = propose(queries, count, allowed)
     scores = score_again(gather, queries, rows)
     check_finite(scores[rows >= 0])
+    check_finite(products[rows >= 0])  # of a half-precision copy, they can overflow although the scores do not
     best_scores, best_rows = in_order(scores, rows, k)
     if count == num_rows:
         return best_scores, best_rows
@@ -254,11 +255,12 @@ def nearest(
     scores, products = scores[unsettled], products[unsettled]
     error = np.abs(products - scores).max(1) + np.finfo(np.float32).eps * np.abs(scores).max(1)
     unsettled = unsettled[products[:, -1] + ERRORS * error >= best_scores[unsettled, -1]]
-    if len(unsettled):
-        some = torch.from_numpy(unsettled)
-        allowed = None if allowed is None else allowed[some]
-        results = nearest(propose, gather, num_rows, queries[some], k, allowed, MORE * count)
-        best_scores[unsettled], best_rows[unsettled] = results
+    step = max(1, NUMBERS // (MORE * count))
+    for start in range(0, len(unsettled), step):
+        some = torch.from_numpy(unsettled[start : start + step])
+        some_allowed = None if allowed is None else allowed[some]
+        results = nearest(propose, gather, num_rows, queries[some], k, some_allowed, MORE * count)
+        best_scores[some], best_rows[some] = results
     return best_scores, best_rows
 
 
@@ -366,9 +368,7 @@ def search_pools(
     if sum(len(pool) for pool, _ in large) <= GATHER * num_rows:  # gathering them all is still cheaper
         small, large = small + large, []
 
-    masked = []  # queries for which all rows are scored, and their pools
-    for pool, members in large:
-        masked += [(query, pool) for query in members]
+    masked = [(query, pool) for pool, members in large for query in members]  # all rows are scored for these queries
     step = max(1, MASK_BYTES // num_rows)
     for start in range(0, len(masked), step):
         part = masked[start : start + step]

@@ -64,7 +64,7 @@ def push_folder(
     keeps_measured = variant is not None or (weights is not None and earlier.get("weights") == weights)
     if not keeps_measured:
         earlier = lasting_facts(earlier)
-    facts = facts_to_push(Path(folder), earlier, weights, index, license, tags)
+    facts = facts_to_push(Path(folder), earlier, weights, tags, index=index, license=license)
     cards = package_cards()
     if cards is not None:
         card = cards.model_card(model, repo_id, facts, base)

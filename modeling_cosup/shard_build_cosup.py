@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .configuration_cosup import EARLIER_EMBEDDING_SETTINGS
-from .files_cosup import digest, digest_all, digest_file, locked, read_json, write_json
+from .files_cosup import digest, digest_all, digest_file, is_locked, locked, read_json, write_json
 from .folders_cosup import FileFacts, seal
 
 logger = logging.get_logger(__name__)
@@ -68,9 +68,8 @@ def build_of(
     busy = f"{save_directory} is being built by another process: wait for it, or name another folder."
     with locked(save_directory.with_name(name), busy):
         for lock in save_directory.parent.glob(f".{glob.escape(save_directory.name)}.lock-*"):
-            if not lock.name.endswith(f"-of-{num_processes}"):
-                with locked(lock, busy):
-                    pass  # no process holds it
+            if not lock.name.endswith(f"-of-{num_processes}") and is_locked(lock):
+                raise ValueError(busy)
         begin(folder, settings)
         yield folder
 

@@ -395,8 +395,8 @@ class SharingMixin(ModelBase):
             tags (`str` or `list[str]`, *optional*): more tags for the card, next to the recorded ones.
             index (`str`, *optional*): dataset repository of an index of this model, for the usage block of the card;
                 see [`PassageIndex.push_to_hub`].
-            license (`str`, *optional*): identifier of the licence; defaults to the recorded one, here or by an earlier
-                push, otherwise `unknown`.
+            license (`str`, *optional*): identifier of the licence; defaults to the one that the repository states, or
+                else to the recorded one, otherwise `unknown`.
 
         Returns:
             `huggingface_hub.CommitInfo`.
@@ -406,19 +406,8 @@ class SharingMixin(ModelBase):
                 others can load or would be pushed next to a whole model, or the Hub finds the card's metadata invalid.
             `HfHubHTTPError`: when the Hub refuses.
         """
+        target: dict[str, Any] = {"private": private, "token": token, "revision": revision, "create_pr": create_pr}
+        messages: dict[str, Any] = {"commit_message": commit_message, "commit_description": commit_description}
         with tempfile.TemporaryDirectory() as folder:
             self.save_pretrained(folder, max_shard_size=max_shard_size)
-            return push_folder(
-                self,
-                folder,
-                repo_id,
-                tags=tags,
-                index=index,
-                license=license,
-                private=private,
-                token=token,
-                commit_message=commit_message,
-                commit_description=commit_description,
-                revision=revision,
-                create_pr=create_pr,
-            )
+            return push_folder(self, folder, repo_id, tags, index, license, **target, **messages)

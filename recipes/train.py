@@ -38,8 +38,6 @@ from transformers.utils import logging
 
 from modeling_cosup import CoSupForCausalLM, PassageIndex
 from modeling_cosup.facts_cosup import load_facts
-from modeling_cosup.files_cosup import write_json
-from modeling_cosup.hub_cosup import FACTS_FILE
 from trainer import CoSupTrainer, CoSupTrainingArguments, load_corpus, load_instances
 from trainer.card import complete_card, held_out_group, write_card
 from trainer.hub import push_checkpoint
@@ -110,8 +108,8 @@ def train(run: Run) -> CoSupForCausalLM | None:
         with waiting_for_the_slowest():
             if trainer.is_world_process_zero():
                 run.results["before"] = measure_before(trainer, run)
-    if args.push_to_hub and script.license and trainer.is_world_process_zero():  # now, for pushes during training
-        write_json(run.output_dir / FACTS_FILE, {**load_facts(run.output_dir), "license": script.license})
+    if script.license:
+        trainer.stated_facts = {"license": script.license}  # now, for pushes during training
     resume: str | bool | None = args.resume_from_checkpoint
     if resume in ("True", "true"):
         resume = True
@@ -119,6 +117,7 @@ def train(run: Run) -> CoSupForCausalLM | None:
     if trainer.is_fsdp_enabled:
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     trainer.save_model(_internal_call=True)  # pushed at the end, with its numbers, when no rank waits for the upload
+    trainer.keep_published_facts()
     trainer.create_model_card(license=script.license, dataset=script.train_file)
     trainer.save_state()
     if args.push_to_hub and trainer.is_world_process_zero():

@@ -7,10 +7,10 @@ Train an MLP memory on the keys of a token datastore, and fit how a memory joins
     python recipes/train_memory.py --model out --memory mem --fit_only true --fit_file fit.jsonl
 
 The keys are read from their files in shuffled blocks. Any option of `transformers.TrainingArguments` may be given.
-`--resume_from_checkpoint` resumes a run of the same datastore, `--seed`, `--validation_split`, `--kl_weight` and
-`--intermediate_size`. With `--fit_file`, the weight, temperature and (of a KNNMemory) k with the lowest perplexity are
-written into the config of the memory, with a hash of the text that they were fitted on. All that was tried is written
-into `memory_fit.json` next to it.
+`--resume_from_checkpoint` continues a run. The datastore, `--seed`, `--validation_split`, `--kl_weight` and
+`--intermediate_size` must be the same. With `--fit_file`, the weight, temperature and (of a KNNMemory) k with the
+lowest perplexity are written into the config of the memory, with a hash of the text that they were fitted on. All that
+was tried is written into `memory_fit.json` next to it.
 """
 
 from dataclasses import asdict

@@ -22,7 +22,15 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from modeling_cosup.card_cosup import model_card
-from modeling_cosup.facts_cosup import Facts, ResultGroup, lasting_facts, load_facts, published_facts
+from modeling_cosup.facts_cosup import (
+    FACTS_OF_OWNER,
+    Facts,
+    ResultGroup,
+    lasting_facts,
+    load_facts,
+    published_facts,
+    with_published,
+)
 from modeling_cosup.files_cosup import write_json
 from modeling_cosup.hub_cosup import (
     CARD_FILE,
@@ -81,6 +89,7 @@ class HubMixin(TrainerBase):
     hub_model_id: str | None
     push_in_progress: PushInProgress | None
 
+    stated_facts: Facts = {}  # the licence and the language, if they are given: they win over the repository's
     _saved_weights: str | None = None  # hash of the weights that were last saved in output_dir
 
     def _check_hub_arguments(self, args: CoSupTrainingArguments, model: "CoSupForCausalLM | PeftModel") -> None:
@@ -119,7 +128,7 @@ class HubMixin(TrainerBase):
             language, license, tags, model_name, finetuned_from, tasks, dataset_tags, dataset, dataset_args
                 (*optional*): as in `Trainer`. Tasks become tags. Datasets that are not repositories on the Hub are not
                 linked, and `dataset_args` are not shown. What is not given keeps the value that was recorded before
-                in `output_dir`, or else in the repository that is pushed to.
+                in `output_dir`; tags are added to the recorded ones.
             results (`list[dict]`, *optional*): results of evaluations, see [`result_group`]; defaults to the last
                 `evaluate()` of each set with these weights.
             index (`str`, *optional*): dataset repository, or folder, of the index; see [`write_card`].
@@ -135,15 +144,17 @@ class HubMixin(TrainerBase):
         fields = {
             "language": language,
             "license": license,
-            "tags": _as_list(tags) + _as_list(tasks),
             "base_model": finetuned_from,
             "name": model_name,
             "datasets": datasets,
         }
-        given = {name: value for name, value in fields.items() if value}
         output_dir = _output_dir(self.args)
-        self._keep_published_facts(output_dir, self.args.hub_token, self.args.hub_revision)
-        facts = cast(Facts, {**lasting_facts(load_facts(output_dir)), **given})
+        recorded = lasting_facts(load_facts(output_dir))
+        fields["tags"] = list(dict.fromkeys([*recorded.get("tags", []), *_as_list(tags), *_as_list(tasks)]))
+        given = {name: value for name, value in fields.items() if value}
+        of_owner = {name: given[name] for name in FACTS_OF_OWNER if name in given}
+        self.stated_facts = cast(Facts, {**self.stated_facts, **of_owner})
+        facts = cast(Facts, {**recorded, **self.stated_facts, **given})
         training = training_record(self.args, self.model, self.train_dataset, self.state)
         training["curves"] = draw_losses(training["log"], Path(output_dir) / CURVES_FILE)
         facts["training"] = training
@@ -151,13 +162,22 @@ class HubMixin(TrainerBase):
         repo_id = self.hub_model_id or self.args.hub_model_id or output_dir
         write_card(self.model, output_dir, repo_id, facts, index, question, self._saved_weights)
 
-    def _keep_published_facts(self, folder: str | Path, token: str | None, revision: str | None) -> None:
-        """Add to a folder's facts what the repository states for any weights, such as its licence."""
-        if self.hub_model_id is None:
+    def keep_published_facts(self, token: str | None = None, revision: str | None = None) -> None:
+        """
+        Record in `output_dir` what the repository states for any weights, such as its licence, if there is one.
+
+        Args:
+            token (`str`, *optional*), revision (`str`, *optional*): default to `hub_token` and `hub_revision`.
+        """
+        if self.hub_model_id is None or not self.is_world_process_zero():
             return
-        published = lasting_facts(published_facts(self.hub_model_id, token, revision))
-        if published:
-            write_json(Path(folder) / FACTS_FILE, {**published, **load_facts(folder)})
+        output_dir = _output_dir(self.args)
+        published = published_facts(
+            self.hub_model_id, token or self.args.hub_token, revision or self.args.hub_revision
+        )
+        facts = with_published(load_facts(output_dir), lasting_facts(published))
+        if facts:
+            write_json(Path(output_dir) / FACTS_FILE, facts)
 
     def _held_out_results(self) -> list[ResultGroup]:
         """Return the recall that `evaluate()` has last measured with the current weights, for each evaluation set."""
@@ -211,7 +231,8 @@ class HubMixin(TrainerBase):
 
         Weights, configs, code, tokenizers and the card are pushed; resume states are not.
 
-        Args: as in `Trainer.push_to_hub`; `**kwargs` are passed to [`~CoSupTrainer.create_model_card`].
+        Args: as in `Trainer.push_to_hub`; `**kwargs` are passed to [`~CoSupTrainer.create_model_card`]. The licence
+            and the language default to those that were given to it before, or else that the repository states.
 
         Returns:
             `huggingface_hub.CommitInfo`, or a `Future` of it with `blocking=False`; `None` on other ranks.
@@ -228,7 +249,7 @@ class HubMixin(TrainerBase):
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        self._keep_published_facts(_output_dir(self.args), token, revision)
+        self.keep_published_facts(token, revision)
         self.create_model_card(**kwargs)
         self._finish_current_push()
         assert self.hub_model_id is not None  # set when the repository was created
@@ -258,9 +279,10 @@ class HubMixin(TrainerBase):
             return
         base_name = None if adapters is None else adapters.base_model_name_or_path
         assert self.hub_model_id is not None  # set when the repository was created
-        self._keep_published_facts(folder, self.args.hub_token, self.args.hub_revision)
         recorded = cast(Facts, {**load_facts(folder), **load_facts(_output_dir(self.args))})
-        facts = lasting_facts(recorded)  # nothing has been measured with these weights
+        published = published_facts(self.hub_model_id, self.args.hub_token, self.args.hub_revision)
+        facts = lasting_facts(with_published(recorded, published))  # nothing has been measured with these weights
+        facts = cast(Facts, {**facts, **self.stated_facts})
         if facts:
             write_json(folder / FACTS_FILE, facts)
         card = model_card(without_peft(self.model), self.hub_model_id, facts, base_name)

@@ -179,7 +179,11 @@ class MemoryTrainer(Trainer):
         write_json(folder / TRAINING_FILE, self._trained_on())
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Load a memory, unless it was trained on other rows, or in another order: then unseen ones are unknown."""
+        """
+        Load a checkpoint. Refuse one of other data or order.
+
+        A resumed run skips by count, and would skip the wrong rows.
+        """
         path = Path(resume_from_checkpoint, TRAINING_FILE)
         if not path.is_file():
             logger.warning(f"{resume_from_checkpoint} does not say which datastore it was trained on: not checked.")

@@ -74,7 +74,7 @@ def compare(model: CoSupForCausalLM, name: str, own_head: bool, own_queries: boo
         other = reference.prompts[task]
         if other != prompt:
             print(
-                f"But its encode_{task} reads {other!r} before a text, not {prompt!r}: if you want that, give"
-                f" --{option}_prompt {other!r}.",
+                f"Note: sentence-transformers' encode_{task} puts {other!r} before a text; this import puts"
+                f" {prompt!r}. For the former: --{option}_prompt {other!r}",
                 flush=True,
             )

@@ -187,27 +187,87 @@ def test_what_a_push_states_stays_true_for_the_next_one(stub):
     assert "index" not in facts  # it is of the earlier weights
 
 
-@pytest.mark.parametrize("when", ["during training", "at the end"])
-def test_a_push_by_training_keeps_what_the_repository_states(stub, tmp_path, when):
-    make_model().push_to_hub("me/m", license="mit", tags=["mine"])
+def base_with_licence(folder):
+    """Return a model that was loaded from a checkpoint whose facts state a licence."""
+    make_model().save_pretrained(folder)
+    write_json(folder / "training_facts.json", {"license": "cc-by-4.0", "language": "nl"})
+    return CoSupForCausalLM.from_pretrained(folder)
+
+
+def trainer_of(model, folder):
     rows = [{"input": "q", "segments": [{"text": "t", "passage": PASSAGES[0]}]}]
-    args = CoSupTrainingArguments(str(tmp_path / "out"), report_to="none")
-    run = CoSupTrainer(make_model(), args, train_dataset=rows)
+    run = CoSupTrainer(model, CoSupTrainingArguments(str(folder), report_to="none"), train_dataset=rows)
     run.hub_model_id, run.push_in_progress = "me/m", None
-    if when == "during training":
-        run.save_model(tmp_path / "out" / "checkpoint-1", _internal_call=True)
-        run._push_from_checkpoint(str(tmp_path / "out" / "checkpoint-1"))
-        run._finish_current_push()
+    return run
+
+
+def push_during_training(run, folder):
+    run.save_model(folder / "checkpoint-1", _internal_call=True)
+    run._push_from_checkpoint(str(folder / "checkpoint-1"))
+    run._finish_current_push()
+
+
+@pytest.mark.parametrize("given", [None, "apache-2.0"])
+@pytest.mark.parametrize("by", ["model", "during training", "at the end"])
+def test_a_push_keeps_the_licence_that_the_repository_states_unless_one_is_given(stub, tmp_path, by, given):
+    make_model().push_to_hub("me/m", license="gpl-3.0", tags=["mine"])
+    write_metadata(stub, license="mit", license_link="LICENSE", language="en")  # by its owner
+    model = base_with_licence(tmp_path / "base")
+    if by == "model":
+        model.push_to_hub("me/m", license=given)
     else:
-        run.push_to_hub(license="apache-2.0")
-    expected = "mit" if when == "during training" else "apache-2.0"
+        run = trainer_of(model, tmp_path / "out")
+        if by == "during training":
+            run.stated_facts = {"license": given} if given else {}  # as train.py does
+            push_during_training(run, tmp_path / "out")
+        else:
+            run.push_to_hub(license=given)
     assert len(stub.commits) == 2
+    expected = given or "mit"
     facts, metadata = json.loads(stub.read("training_facts.json")), metadata_of(stub)
-    assert (facts["license"], facts["tags"]) == (expected, ["mine"])
-    assert metadata["license"] == expected
+    assert (facts["license"], facts["language"], facts["tags"]) == (expected, "en", ["mine"])
+    assert (metadata["license"], metadata["language"]) == (expected, "en")
     assert "mine" in metadata["tags"]
+    assert ("license_link" in metadata) == (given is None)  # it describes the earlier licence
     make_model().push_to_hub("me/m")
     assert metadata_of(stub)["license"] == expected
+
+
+def test_a_trainer_remembers_the_licence_that_it_was_given(stub, tmp_path):
+    make_model().push_to_hub("me/m", license="mit")
+    run = trainer_of(make_model(), tmp_path / "out")
+    run.save_model()
+    run.create_model_card(license="apache-2.0")
+    push_during_training(run, tmp_path / "out")
+    assert metadata_of(stub)["license"] == "apache-2.0"
+    write_metadata(stub, license="mit")
+    run.push_to_hub()
+    assert metadata_of(stub)["license"] == "apache-2.0"
+
+
+def test_training_adds_tags_and_reads_the_branch_that_it_pushes_to_once(stub, tmp_path, monkeypatch):
+    make_model().push_to_hub("me/m", tags=["mine"])
+    run = trainer_of(make_model(), tmp_path / "out")
+    find, looked_up = facts_cosup.cached_file, set()
+
+    def recording(name_or_path, name, **options):
+        if name_or_path == "me/m":
+            looked_up.add((name, options["token"], options["revision"]))
+        return find(name_or_path, name, **options)
+
+    monkeypatch.setattr(facts_cosup, "cached_file", recording)
+    run.push_to_hub(tags=["new"], tasks="qa", token="hf_x", revision="dev")
+    assert json.loads(stub.read("training_facts.json"))["tags"] == ["mine", "new", "qa"]
+    assert looked_up == {("README.md", "hf_x", "dev"), ("training_facts.json", "hf_x", "dev")}
+    looked_up.clear()
+    run.create_model_card()
+    assert not looked_up
+
+
+def test_a_card_that_is_not_yaml_states_nothing(stub):
+    make_model().push_to_hub("me/m", license="mit")
+    stub.files["README.md"] = b"---\nlicense: [\n---\n"
+    assert facts_cosup.published_facts("me/m")["license"] == "mit"
 
 
 GATE = {"extra_gated_prompt": "You agree: not to\nshare it.", "extra_gated_fields": {"Company": "text"}}

@@ -1,6 +1,7 @@
 """The token datastore: search against float64, files that are complete or absent, and the Gen that it belongs to."""
 
 import json
+import math
 import os
 import signal
 from pathlib import Path
@@ -164,6 +165,23 @@ def test_a_copy_on_a_device_finds_the_same():
 
 
 # ------------------------------------------------------------------ approximate search
+
+
+@pytest.mark.parametrize("scale", [1, 1e4])
+def test_an_infinite_perplexity_undoes_no_training(tmp_path, scale):
+    memory = random_memory(memory_config=MemoryConfig(k=2, temperature=1.0, weight=1.0))
+    memory.save_pretrained(tmp_path / "memory")
+    memory = KNNMemory.from_pretrained(tmp_path / "memory")
+    queries = scale * torch.randn(5, 24)
+    neighbors = memory.search(queries, 2).values
+    targets = neighbors[:, 1].clone()  # a farther neighbour, which may have a tiny probability
+    if scale == 1:
+        targets[0] = next(token for token in range(memory.vocab_size) if token not in neighbors[0])
+    figures = memory.train_approximate("Flat", keys=queries, targets=targets)
+    assert math.isinf(figures["perplexity_exact"])
+    saved = KNNMemory.from_pretrained(tmp_path / "memory", allow_faiss_files=True).config["approximate"]
+    assert saved["ann_recall@1"] == 1
+    assert "perplexity_exact" not in saved
 
 
 def test_approximate_search_says_what_it_costs_and_is_saved(tmp_path):

@@ -1,5 +1,6 @@
 """What an index refuses: names that lead out of its folder, altered configs, other writers, stale or foreign files."""
 
+import fcntl
 import json
 import shutil
 
@@ -8,7 +9,8 @@ import pyarrow as pa
 import pytest
 
 from modeling_cosup import PassageIndex, folders_cosup, index_files_cosup, index_store_cosup
-from modeling_cosup.files_cosup import locked
+from modeling_cosup.files_cosup import is_locked, locked
+from modeling_cosup.shard_build_cosup import build_of
 from support.models import PASSAGES
 
 MANY = [{"id": f"m{i}", "title": "", "text": f"radium {i}"} for i in range(12)]
@@ -307,6 +309,19 @@ def test_two_builds_of_one_folder_exclude_each_other(model, tmp_path):
         model.build_index(PASSAGES, **options)  # process 0 of 2 is done
     assert len(model.build_index(PASSAGES, **options)) == len(PASSAGES)
     assert [path.name for path in tmp_path.iterdir()] == ["index"]
+
+
+def test_processes_that_look_at_a_stale_lock_at_once_do_not_refuse_each_other(tmp_path):
+    stale = tmp_path / ".index.lock-0-of-1"
+    stale.touch()  # by a build that was killed
+    assert not is_locked(stale)
+    with stale.open("rb") as file:
+        fcntl.flock(file, fcntl.LOCK_SH)  # another process looks at it
+        with build_of(tmp_path / "index", {"fingerprint": {}}, num_processes=2):
+            pass
+    assert not is_locked(tmp_path / "missing")
+    with locked(stale, "held"):
+        assert is_locked(stale)
 
 
 def test_an_index_is_built_where_a_link_points(model, tmp_path):

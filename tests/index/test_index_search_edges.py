@@ -13,7 +13,8 @@ import torch
 
 from modeling_cosup import index_approximate_cosup, index_search_cosup, index_searchable_cosup
 from modeling_cosup.index_approximate_cosup import empty_approximate
-from modeling_cosup.index_search_cosup import ApproximateSearch, ExactSearch
+from modeling_cosup.index_files_cosup import Shard
+from modeling_cosup.index_search_cosup import ApproximateSearch, ExactSearch, nearest
 from modeling_cosup.milvus_upload_cosup import _digest
 from modeling_cosup.passages_cosup import read_corpus
 from support.indexes import all_scores, check_nearest, in_folder, queries, random_index
@@ -33,6 +34,36 @@ def test_embeddings_that_are_not_finite_are_an_error(value, n):
             index.search(queries(n).abs(), k)
     with pytest.raises(ValueError, match="The index holds NaN"):
         index.search(queries(1).abs(), 3, candidates=[[1, 7]])
+
+
+def test_products_that_overflow_are_an_error_although_the_scores_do_not():
+    embeddings = torch.randn(50, 4)
+
+    def propose(query_embeds, count, allowed):  # as a half-precision copy of large queries
+        return np.full((1, count), np.nan, np.float32), np.arange(count)[None]
+
+    with pytest.raises(ValueError, match="or scores overflow"):
+        nearest(propose, lambda rows: embeddings[torch.from_numpy(rows)], 50, torch.randn(1, 4), 3)
+
+
+def test_queries_with_many_equal_scores_are_searched_a_few_at_a_time(monkeypatch):
+    monkeypatch.setattr(index_search_cosup, "NUMBERS", 1000)
+    search = ExactSearch([Shard(None, torch.ones(300, 4))])
+    asked = []
+
+    def propose(query_embeds, count, allowed):
+        asked.append((len(query_embeds), count))
+        return search.propose(query_embeds, count, allowed)
+
+    allowed = torch.ones(20, 300, dtype=torch.bool)
+    allowed[:, 1] = False
+    for mask, expected in ((None, [0, 1, 2]), (allowed, [0, 2, 3])):
+        scores, rows = nearest(propose, search.gather, 300, torch.ones(20, 4), 3, mask)
+        assert (rows == expected).all()
+        assert (scores == 4).all()
+    further = [(n, count) for n, count in asked if count > 11]
+    assert len(further) >= 8
+    assert all(n * count <= 1100 for n, count in further)
 
 
 def test_results_that_faiss_leaves_empty_are_no_rows(monkeypatch):
