@@ -20,7 +20,7 @@ from support.travelling import FOLDER, STAYS, names_of_travelling_files, travell
 SOURCES = travelling_files()
 # Packages that the travelling code must import under a guard, and those that it may require
 OPTIONAL = {"faiss", "pyarrow", "datasets", "accelerate", "peft", "modeling_cosup", "trainer"}
-REQUIRED = {"torch", "transformers", "numpy", "safetensors", "tqdm", "jinja2", "huggingface_hub", "tokenizers"}
+REQUIRED = {"torch", "transformers", "numpy", "safetensors", "tqdm", "jinja2", "huggingface_hub", "tokenizers", "yaml"}
 
 
 def files(folder):

@@ -342,6 +342,7 @@ def test_a_plan_names_the_trainings_of_a_world_that_is_not_made(inputs, tmp_path
         "model_options={retriever_steps: 1}",
         f"tasks={json.dumps([task])}",
         "pools=[4]",
+        "comparisons=null",
     ]
     experiment = load_experiment(ROOT / "recipes/experiments/emb_seq.yaml", overrides)
     before = {arm: run_experiments.planned_options(experiment, arm, 3, tmp_path) for arm in experiment.arms}

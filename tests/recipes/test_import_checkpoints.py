@@ -345,7 +345,7 @@ def test_the_import_says_where_the_library_reads_other_prompts(
         by_task = torch.tensor(getattr(reference, f"encode_{task}")(texts))
         by_prompt = torch.tensor(reference.encode(texts, prompt=prompt))
         assert torch.allclose(by_task, by_prompt, atol=1e-6) == (task not in others)
-        is_told = f"its encode_{task} reads '' before a text, not {prompt!r}" in printed
+        is_told = f"encode_{task} puts '' before a text; this import puts {prompt!r}." in printed
         assert is_told == (task in others and (task == "document" or query_from == "emb_seq"))
 
 
