@@ -1,6 +1,7 @@
 """A process of the recipes: its threads, its progress bars, and how long it waits for others."""
 
 import io
+
 import datasets
 import pytest
 import torch
