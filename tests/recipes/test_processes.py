@@ -86,6 +86,7 @@ def test_processes_wait_longer_than_their_group_would_and_fail_together():
 
 @pytest.mark.parametrize("bar", [tqdm, datasets.utils.tqdm])
 def test_bars_of_all_libraries_are_hidden_and_shown_again(bar):
+    datasets.enable_progress_bars()  # another test may have turned them off
     hidden, shown = io.StringIO(), io.StringIO()
     with progress_bars(hidden=True):
         assert list(bar([1, 2], disable=False, file=hidden)) == [1, 2]
