@@ -104,11 +104,11 @@ class PassageStore(FolderStore):
         return [_passage(columns, row) for columns, row in places]
 
     def _digest_of_shards(self) -> str:
-        """Return the SHA-256 (hex) of all shards and of the rows of deleted passages."""
+        """Return the SHA-256 (hex) of all passages, the dtypes of their embeddings and the rows of deleted ones."""
         total = hashlib.sha256(self._deleted.tobytes())
         for shard in self._shards:
             total.update(shard.passages.serialize())
-            total.update(shard.embeddings.contiguous().view(torch.uint8).numpy().data)
+            total.update(str(shard.embeddings.dtype).encode())
         return total.hexdigest()
 
     def _checked_rows(self, rows: Rows) -> NDArray[np.int64]:

@@ -629,7 +629,7 @@ def test_contents_of_indexes_are_told_apart(tmp_path):
         assert content_digest(same) == digests[-1]
     in_memory.delete(["p1"])
     digests.append(content_digest(in_memory))
-    in_memory._shards[0].embeddings.neg_()
-    digests.append(content_digest(in_memory))
+    in_memory._shards[0].embeddings.mul_(1 + 2**-23)  # as another number of threads rounds
+    assert content_digest(in_memory) == digests[-1]
     digests.append(content_digest(model.build_index(PASSAGES, show_progress_bar=False, dtype="bfloat16")))
-    assert len(set(digests)) == 10
+    assert len(set(digests)) == 9

@@ -423,8 +423,9 @@ def test_killed_and_called_again(tmp_path):
     process.wait()
     written = path.read_bytes()
     assert 3 <= written.count(b"\n") < 17
-    resumed = run_forked("-c", script(path))
+    resumed = run_forked("-c", script(path))  # with one thread, while the process that was killed may have had more
     reference = run_forked("-c", script(tmp_path / "whole.jsonl"))
+    assert resumed.returncode == reference.returncode == 0, resumed.stderr + reference.stderr
     assert json.loads(resumed.stdout) == json.loads(reference.stdout)
     whole_lines = written[: written.rindex(b"\n") + 1]
     assert path.read_bytes().startswith(whole_lines)

@@ -15,6 +15,8 @@ SEEDS_OF_REAL_RUNS = ("_seed_1", "_seed_2", "compare_seeds")
 MISTAKES = """
 import torch
 
+# Without a thread of the device: it frees the graph after backward() returns, and Python that ends meanwhile aborts.
+torch.autograd.set_multithreading_enabled(False)
 on_gpu = torch.ones(2, 2, device="cuda", requires_grad=True)
 (on_gpu @ on_gpu).sum().backward()
 assert on_gpu.grad.device.type == "cuda" and on_gpu.grad.tolist() == [[4, 4], [4, 4]]
