@@ -93,9 +93,9 @@ def record(folder, check):
 # ---------------------------------------------------------------------- part 1
 
 
-def modules_of_others():
-    """Return the top-level modules of installed packages that a bare machine lacks."""
-    waiting = list(ON_BARE_MACHINE)
+def with_requirements(packages):
+    """Return the names of installed packages and of all that they need."""
+    waiting = list(packages)
     names = set()
     while waiting:
         name = canonicalize_name(waiting.pop())
@@ -109,11 +109,25 @@ def modules_of_others():
         for requirement in requirements:
             if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
                 waiting.append(requirement.name)
+    return names
+
+
+def modules_of_others():
+    """Return the top-level modules of installed packages that a bare machine lacks."""
+    names = with_requirements(ON_BARE_MACHINE)
     others = set()
     for module, distributions in packages_distributions().items():
         if not names & {canonicalize_name(name) for name in distributions} and not (ROOT / module).exists():
             others.add(module)
     return others
+
+
+def test_the_wheels_in_the_page_are_those_that_a_bare_machine_lacks():
+    page = (BENCHMARKS / "gpu.md").read_text(encoding="utf-8")
+    command = next(line for line in page.splitlines() if line.startswith("pip install --no-deps"))
+    wheels = command.partition("--find-links wheels ")[2].split()
+    lacking = with_requirements(["datasets", "bitsandbytes"]) - with_requirements(ON_BARE_MACHINE)
+    assert set(wheels) == lacking - {"pytz", "six"}  # these only older versions of pandas and dateutil need
 
 
 @pytest.mark.slow
