@@ -219,7 +219,7 @@ def _as_dataset(
         splits = ", ".join(map(repr, dataset))
         raise TypeError(f"The {name} is a dictionary of the splits {splits}, expected one of them: dataset['train'].")
     if isinstance(dataset, datasets.Dataset | datasets.IterableDataset):
-        return dataset, None
+        return dataset.with_format(None), None  # lists and numbers: with_format("torch") would give tensors
     if isinstance(dataset, torch.utils.data.IterableDataset):
         return datasets.IterableDataset.from_generator(dataset.__iter__), None
     instances: list[dict] = list(dataset_rows(dataset))

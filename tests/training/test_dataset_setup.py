@@ -61,6 +61,19 @@ def test_every_kind_of_dataset_ends(tiny_model, tmp_path, kind):
     assert [row["id"] for row in rows] == NAMES[:7]
 
 
+@pytest.mark.parametrize("is_stream", [False, True])
+@pytest.mark.parametrize("format", ["torch", "numpy"])
+def test_a_formatted_dataset_gives_the_rows_of_a_plain_one(tiny_model, tmp_path, format, is_stream):
+    """Of instances, and of rows that are tokenized already, whose format would make tensors of their columns."""
+    rows = [{**row, "id": number} for number, row in enumerate(world(NAMES[:7]))]
+    tokenized = prepared(tiny_model, tmp_path, rows)
+    for plain_rows in (rows, tokenized):
+        dataset = datasets.Dataset.from_list(plain_rows)
+        formatted = (dataset.to_iterable_dataset() if is_stream else dataset).with_format(format)
+        from_formatted = prepared(tiny_model, tmp_path, formatted)
+        assert [{name: row[name] for name in tokenized[0]} for row in from_formatted] == tokenized
+
+
 @pytest.mark.parametrize("kind", ["list", "dataset", "map-style", "stream"])  # datasets streams no empty dataset
 def test_an_empty_dataset_is_refused(tiny_model, tmp_path, kind):
     with pytest.raises(ValueError, match="The training set is empty"):
