@@ -73,30 +73,30 @@ def check_control_token_lr(model: CoSupForCausalLM) -> None:
         raise ValueError("control_token_lr: no row of a control token is trained, so nothing would use it.")
 
 
-def check_adapters(model: Any, args: CoSupTrainingArguments) -> None:
+def check_rows_are_told_apart(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
     """
-    Check that adapters do not leave control tokens as they were made: with equal rows, which nothing tells apart.
+    Check that frozen weights do not leave control tokens as they were made: with equal rows, which nothing tells apart.
 
     Raises:
-        `ValueError`: for a `PeftModel` whose Gen has new rows for `[Cs]` and `[CE]` and trains neither.
+        `ValueError`: for a Gen that is trained, such as by adapters, with new rows for `[Cs]` and `[CE]` that are not.
     """
-    base = without_peft(model)
-    reads_with_gen = args.trains_ntp or base.config.query_from == "gen"
-    if base is model or args.freeze_gen or not reads_with_gen:
+    reads_with_gen = args.trains_ntp or model.config.query_from == "gen"
+    is_trained = any(parameter.requires_grad for parameter in model.gen.parameters())
+    if args.freeze_gen or not reads_with_gen or not is_trained:
         return
-    matrices = {"embeddings": base.get_input_embeddings()}
+    matrices = {"embeddings": model.get_input_embeddings()}
     if args.trains_ntp:
-        matrices["LM head"] = base.get_output_embeddings()
+        matrices["LM head"] = model.get_output_embeddings()
     for name, matrix in matrices.items():
         if any(parameter.requires_grad for parameter in matrix.parameters()):
             continue
         weight = cast(torch.Tensor, matrix.weight)
-        if torch.equal(weight[base.config.cs_token_id], weight[base.config.ce_token_id]):
+        if torch.equal(weight[model.config.cs_token_id], weight[model.config.ce_token_id]):
             raise ValueError(
-                f"The rows of [Cs] and [CE] in Gen's {name} are as new, and the adapters do not train them: Gen could"
-                " never tell the two apart. Give CoSupTrainer the model without adapters and"
+                f"The rows of [Cs] and [CE] in Gen's {name} are as new, and they are not trained: Gen could never tell"
+                " the two apart. For adapters, give CoSupTrainer the model without them and"
                 " peft_config=LoraConfig(...), which trains these rows too; or name embeddings and LM head in the"
-                " modules_to_save of your config."
+                " modules_to_save of your config. Without adapters, do not freeze embeddings and LM head."
             )
 
 

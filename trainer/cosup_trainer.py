@@ -46,7 +46,7 @@ from .held_out import HeldOutMixin
 from .hub import HubMixin
 from .loading import LoadingMixin
 from .model_init import ModelInitMixin
-from .model_setup import without_peft
+from .model_setup import check_something_is_trained, freeze, without_peft
 from .running import CLOCK_FILE, peak_memory
 from .training_args import CoSupTrainingArguments
 from .watch import FiniteLosses, explained_full_disk, explained_memory_errors, last_complete_checkpoint
@@ -242,6 +242,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, LoadingMixin, Mo
         if self.model is not None:  # else the last trial of a search has freed it
             # an earlier evaluation has prepared the model, but not for data parallelism
             vars(self.model).pop("_is_accelerate_prepared", None)
+            freeze(self.model, self.args)  # another trainer of this model may have changed what is frozen
+            check_something_is_trained(self.model)
         with explained_memory_errors(self.args), self._candidates_of_training(), self._without_noise_afterwards():
             output = super().train(resume_from_checkpoint, *args, **kwargs)
         self._finite.check()

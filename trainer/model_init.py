@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase, Trainer
 from modeling_cosup import CoSupConfig, CoSupForCausalLM
 
 from .arguments import SET_BY_ARGUMENTS, check_collator, read_by_tokenizing
-from .control_tokens import check_adapters, check_control_token_lr
+from .control_tokens import check_control_token_lr, check_rows_are_told_apart
 from .isolation import check_isolation
 from .model_setup import (
     check_control_tokens,
@@ -67,9 +67,9 @@ class ModelInitMixin(Trainer):
             if base is not model:
                 raise ValueError("The model is a PeftModel already, and peft_config would wrap it again: give one.")
             trained_model = wrap_in_peft(model, self._peft_config)
-        check_adapters(trained_model, self.args)
         warn_of_base_in_memory(trained_model)
-        freeze(base, self.args)
+        freeze(trained_model, self.args)
+        check_rows_are_told_apart(base, self.args)
         check_retriever_is_trained(base, self.args)
         check_reader(base, self.args)
         check_gen_is_clipped(base, self.args)

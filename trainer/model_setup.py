@@ -2,6 +2,7 @@
 
 import copy
 from typing import TYPE_CHECKING, Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -22,6 +23,9 @@ if TYPE_CHECKING or is_peft_available():
     from peft.tuners.tuners_utils import check_target_module_exists
 
 logger = logging.get_logger(__name__)
+
+# by model, which may be a PeftModel: the weights that the arguments of its last training froze
+_frozen_by_arguments: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
 
 
 def without_peft(model: Any) -> CoSupForCausalLM:
@@ -120,8 +124,16 @@ def check_tied_arguments(args: CoSupTrainingArguments) -> None:
             )
 
 
-def freeze(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
-    """Turn off the gradients of frozen parts, and of parts that the supervision never reaches."""
+def freeze(trained_model: Any, args: CoSupTrainingArguments) -> None:
+    """
+    Turn off the gradients of frozen parts, and of parts that the supervision never reaches.
+
+    What an earlier training of this model turned off by its arguments is turned on first. What its user or PEFT has
+    frozen stays so.
+    """
+    for parameter in _frozen_by_arguments.pop(trained_model, []):
+        parameter.requires_grad_(True)
+    model = without_peft(trained_model)
     frozen: list[nn.Module | None] = []
     encoders_alone = not args.trains_ntp and model.config.query_from != "gen"
     if args.freeze_gen or encoders_alone:
@@ -134,9 +146,21 @@ def freeze(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
         frozen.append(model.query_encoder)
     if not args.trains_ntp and not model.config.tie_word_embeddings:
         frozen.append(model.get_output_embeddings())
-    for module in frozen:
-        if module is not None:
-            module.requires_grad_(False)
+    parts = nn.ModuleList(module for module in frozen if module is not None)
+    parameters = [parameter for parameter in parts.parameters() if parameter.requires_grad]
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    _frozen_by_arguments[trained_model] = parameters
+
+
+def check_something_is_trained(model: nn.Module) -> None:
+    """Raise before a training if all weights are frozen."""
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ValueError(
+            "All weights of the model are frozen, so nothing would be trained. Load adapters with is_trainable=True;"
+            " after merge_and_unload(), which leaves the weights as frozen as the adapters needed them, call"
+            " model.requires_grad_(True)."
+        )
 
 
 def trains_passages(model: CoSupForCausalLM) -> bool:

@@ -106,7 +106,7 @@ class CoSupTrainingArguments(DistillationArguments, AblationArguments, TrainingA
             So they do in models with recurrent layers or convolutions, where rows would change each other and `True`
             is refused.
         freeze_gen, freeze_emb_seq (`bool`): train only the other model; a tied model is one. With a frozen Emb_seq
-            (and `emb_head`) an index stays valid.
+            (and `emb_head`) an index stays valid. A later training of the same model may train what this one froze.
         lr_decay_per_epoch (`float`, *optional*): multiply the learning rate by this after every epoch, in place of
             `lr_scheduler_type` and warm-up; the paper's is 0.85.
         control_token_lr (`float`, *optional*): learning rate of the rows of `[NSP]`, `[Cs]` and `[CE]` in Gen's

@@ -93,11 +93,13 @@ IA3 = {"target_modules": ["q_proj"], "feedforward_modules": [], "task_type": "CA
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("wrapped_by", ["the caller", "the trainer"])
+@pytest.mark.parametrize("wrapped_by", ["the caller", "the trainer", "transformers"])
 def test_adapters_that_leave_new_control_tokens_as_they_are_are_refused(tmp_path, tied, wrapped_by):
     model, options = make_model(gen_kwargs={"tie_word_embeddings": tied}), {}
     if wrapped_by == "the caller":
         model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    elif wrapped_by == "transformers":
+        model.add_adapter(peft.LoraConfig(target_modules=["q_proj"]))
     else:
         options["peft_config"] = peft.IA3Config(**IA3)
     with pytest.raises(ValueError, match=r"\[Cs\] and \[CE\] in Gen's embeddings are as new"):
