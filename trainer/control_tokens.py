@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from modeling_cosup import CoSupForCausalLM
 
-from .model_setup import control_token_ids, control_token_matrices, without_peft
+from .model_setup import control_token_ids, control_token_matrices
 from .training_args import CoSupTrainingArguments
 
 # of torch.optim: their step is not proportional to the learning rate
@@ -75,7 +75,7 @@ def check_control_token_lr(model: CoSupForCausalLM) -> None:
 
 def check_rows_are_told_apart(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:
     """
-    Check that frozen weights do not leave control tokens as they were made: with equal rows, which nothing tells apart.
+    Check that frozen weights do not leave control tokens with equal rows, as they were made.
 
     Raises:
         `ValueError`: for a Gen that is trained, such as by adapters, with new rows for `[Cs]` and `[CE]` that are not.
