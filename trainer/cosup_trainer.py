@@ -64,8 +64,8 @@ class CoSupTrainer(HubMixin, HeldOutMixin, GradientCosineMixin, LoadingMixin, Mo
     by the global count of queries that have a negative. Both counts are over all ranks and accumulated batches. The
     negatives of a query are all other passages of its batch, on all ranks. A batch is cut into micro-batches: by
     length, to save padding, or, with `nsp_batch_size`, to save memory. The cut does not change the losses. Trained
-    weights are kept in float32 (adapters as PEFT keeps them); `bf16=True` computes in bfloat16. Parts that text never
-    reaches, such as a vision tower, are frozen.
+    weights are kept in float32, but those of PEFT's `modules_to_save` as they are, with a warning; `bf16=True`
+    computes in bfloat16. Parts that text never reaches, such as a vision tower, are frozen.
 
     Next to `loss`, the log has each loss by name (`ntp_loss`, `nsp_loss`: see `losses.py`), `nsp_accuracy` (in-batch
     retrieval accuracy), `num_negatives` (mean per query), `tokens_per_second` (tokens of Gen and Emb_seq, without

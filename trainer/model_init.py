@@ -23,6 +23,7 @@ from .model_setup import (
     keep_master_weights,
     speed_up,
     warn_of_base_in_memory,
+    warn_of_half_precision,
     without_peft,
     wrap_in_peft,
 )
@@ -80,6 +81,8 @@ class ModelInitMixin(Trainer):
             check_control_token_lr(base)
         if trained_model is base:
             keep_master_weights(base, self.args)
+        else:
+            warn_of_half_precision(trained_model)
         speed_up(base, self.args)
         collator = default_collator(base, self.args, self.tokenizers)
         if self._has_default_collator:

@@ -24,6 +24,7 @@ if TYPE_CHECKING or is_peft_available():
 
 logger = logging.get_logger(__name__)
 
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 # by model, which may be a PeftModel: the weights that the arguments of its last training froze
 _frozen_by_arguments: WeakKeyDictionary[nn.Module, list[nn.Parameter]] = WeakKeyDictionary()
 
@@ -175,15 +176,15 @@ def keep_master_weights(model: CoSupForCausalLM, args: CoSupTrainingArguments) -
     """
     Convert trained weights to float32: an update of 2e-5 to a bfloat16 weight of 0.02 would be lost.
 
-    Autocast (`bf16=True`) still computes in bfloat16. A part is converted as a whole if any of it is trained. Adapters
-    are left to PEFT.
+    Autocast (`bf16=True`) still computes in bfloat16. A part is converted as a whole if any of it is trained. What
+    PEFT trains is left to it: adapters are in float32, other weights are not (see [`warn_of_half_precision`]).
     """
     parts = dict(model.named_children())
     if model.config.tie_emb_seq:
         parts = {"the tied model": model}  # an emb_head that is frozen reads the states of a trained Gen
     for name, part in parts.items():
         dtypes = [parameter.dtype for parameter in part.parameters() if parameter.requires_grad]
-        half_dtypes = [dtype for dtype in dtypes if dtype in (torch.bfloat16, torch.float16)]
+        half_dtypes = [dtype for dtype in dtypes if dtype in HALF_DTYPES]
         if half_dtypes:
             hint = "" if args.bf16 or args.fp16 else " Set bf16=True to compute in bfloat16."
             logger.warning(
@@ -191,6 +192,17 @@ def keep_master_weights(model: CoSupForCausalLM, args: CoSupTrainingArguments) -
                 f" lost.{hint}"
             )
             part.float()
+
+
+def warn_of_half_precision(trained_model: nn.Module) -> None:
+    """Warn of weights next to adapters (`modules_to_save`, `emb_head`) that are trained in bfloat16 or float16."""
+    for name, parameter in trained_model.named_parameters():
+        if parameter.requires_grad and parameter.dtype in HALF_DTYPES:
+            logger.warning(
+                f"{name} is trained in {parameter.dtype}, as in the model that got the adapters, and small updates are"
+                " lost. Load that model with dtype=torch.float32; bf16=True still computes in bfloat16."
+            )
+            return
 
 
 def speed_up(model: CoSupForCausalLM, args: CoSupTrainingArguments) -> None:

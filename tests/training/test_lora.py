@@ -135,6 +135,25 @@ def test_adapters_of_a_model_in_memory_are_warned_of(tmp_path, monkeypatch):
     assert message.startswith("The model that gets the adapters was built in memory")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("emb_head_size", "modules_to_save", "name"),
+    [(None, None, None), (32, None, "emb_head"), (None, ["embed_tokens", "lm_head"], "embed_tokens")],
+)
+def test_whole_weights_in_half_precision_are_warned_of(
+    tmp_path, monkeypatch, dtype, emb_head_size, modules_to_save, name
+):
+    """PEFT keeps adapters and rows of tokens in float32; of what it trains as a whole it keeps the dtype."""
+    messages = []
+    monkeypatch.setattr(model_setup.logger, "warning", messages.append)
+    model = make_model(emb_head_size=emb_head_size).to(dtype)
+    config = peft.LoraConfig(target_modules=["q_proj"], modules_to_save=modules_to_save, task_type="CAUSAL_LM")
+    CoSupTrainer(model, arguments(tmp_path), train_dataset=world(["Ann", "Bob"]), peft_config=config)
+    about_dtype = [message for message in messages if "is trained in torch.bfloat16" in message]
+    assert len(about_dtype) == (dtype == torch.bfloat16 and name is not None)
+    assert all(f"{name}.modules_to_save.default.weight" in message for message in about_dtype)
+
+
 def test_adapters_of_encoders_alone_are_taken(tmp_path):
     """Gen is not read: its control tokens need not be trained."""
     model = make_model(query_from="emb_seq")
