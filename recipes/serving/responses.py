@@ -2,6 +2,7 @@
 
 import time
 import uuid
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -76,6 +77,7 @@ class ChatShape:
     def __init__(self, model: str, names: TokenNames | None) -> None:
         self.names = names
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.num_streamed: Counter[tuple[int, str]] = Counter()  # annotations and retrievals of each answer
 
     def response(self, choices: list[dict[str, Any]], usage: dict[str, Any]) -> dict[str, Any]:
         """Return the whole response."""
@@ -101,7 +103,11 @@ class ChatShape:
         if piece.text:
             delta["content"] = piece.text
         if piece.citations:
-            delta |= _cited(piece)
+            for field, entries in _cited(piece).items():
+                first = self.num_streamed[index, field]
+                # as streamed tool calls have: without an index, the official client refuses to join lists
+                delta[field] = [{"index": number, **entry} for number, entry in enumerate(entries, first)]
+                self.num_streamed[index, field] += len(entries)
         return {"index": index, "delta": delta, **self._rest(piece)}
 
     def _rest(self, piece: Piece) -> dict[str, Any]:

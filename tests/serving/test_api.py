@@ -60,6 +60,11 @@ def client(url):
     return openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
 
 
+def numbered(entries):
+    """Return what a stream sends for the entries of a list of the whole answer: each has its index."""
+    return [{"index": index, **entry} for index, entry in enumerate(entries)]
+
+
 def expected_spans(model, index, prompt, max_new_tokens=16, **retrieval):
     """Return the texts of generate(): `(text, retrieval)` of each span, `None` for free text."""
     with torch.no_grad():
@@ -147,10 +152,17 @@ def test_an_answer_is_that_of_generate_streamed_or_not(client, model, index, que
             stream_annotations += getattr(piece.delta, "annotations", [])
             reasons.append(piece.finish_reason)
     assert streamed == text
-    assert stream_annotations == [annotation.model_dump() for annotation in annotations]
-    assert json.dumps(stream_retrievals) == json.dumps(choice.message.retrievals)
+    assert stream_annotations == numbered([annotation.model_dump() for annotation in annotations])
+    assert json.dumps(stream_retrievals) == json.dumps(numbered(choice.message.retrievals))
     assert usage == answer.usage
     assert reasons[-1] == choice.finish_reason and set(reasons[:-1]) == {None}
+
+    with client.chat.completions.stream(**request) as stream:  # the client joins the pieces itself
+        stream.until_done()
+    joined = stream.current_completion_snapshot.choices[0].message
+    assert joined.content == text
+    assert [annotation.model_dump() for annotation in joined.annotations or []] == stream_annotations
+    assert (joined.model_extra.get("retrievals") or []) == stream_retrievals
 
 
 def test_citations_say_where_a_passage_comes_from(client):
