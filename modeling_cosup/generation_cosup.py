@@ -371,11 +371,11 @@ class RetrievalGenerationMixin(RefusalsMixin):
         return digest([generation_config.to_diff_dict(), retrieval, index, memory, self.config._name_or_path])
 
     def prepare_inputs_for_generation(
-        self, input_ids: torch.Tensor, retrieval_call: RetrievalCall | None = None, **kwargs: Any
+        self, input_ids: Any, inputs_embeds: Any = None, retrieval_call: RetrievalCall | None = None, **kwargs: Any
     ) -> dict[str, Any]:
-        """Turn off query embeddings. The parameter `retrieval_call` makes generate() accept it for `_sample`."""
+        """Turn off query embeddings. generate() accepts `inputs_embeds` and `retrieval_call` since they are named."""
         return super().prepare_inputs_for_generation(  # type: ignore[misc]  # GenerationMixin's
-            input_ids, output_query_embeds=False, **kwargs
+            input_ids, inputs_embeds=inputs_embeds, output_query_embeds=False, **kwargs
         )
 
     def _sample(

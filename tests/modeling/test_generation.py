@@ -319,6 +319,10 @@ def test_without_retriever_it_is_ordinary_generation(model, inputs, steer):
     expected = model.gen.generate(**inputs, generation_config=model.generation_config, **options)
     assert model.config.nsp_token_id in expected[:, inputs["input_ids"].shape[1] :]  # [NSP] is a token like any other
     assert torch.equal(model.generate(**inputs, **options), expected)
+    embeds = model.get_input_embeddings()(inputs["input_ids"])
+    from_embeds = {"inputs_embeds": embeds, "attention_mask": inputs["attention_mask"], "max_new_tokens": 20}
+    expected = model.gen.generate(**from_embeds, generation_config=model.generation_config)
+    assert torch.equal(model.generate(**from_embeds), expected)
     beams = model.generate(**inputs, num_beams=3, output_scores=True, return_dict_in_generate=True, **options)
     assert beams.sequences.shape[0] == len(QUESTIONS)
     assert beams.sequences_scores is not None
