@@ -284,7 +284,8 @@ def load_evaluation_set(
     `candidates` may be missing, and so may `meta`, an object with anything else that a metric needs: the `qa_pairs`,
     `claims` and `answers` of ALCE, `provenance_unknown`, `long_answers` and `nouns`. If `provenance` is missing, it is
     unknown; an empty list says that a question needs no passage. Further fields are dropped. Ids are strings or
-    integers, see [`~modeling_cosup.passages_cosup.check_id`].
+    integers, see [`~modeling_cosup.passages_cosup.check_id`]. A question without one has its place: `"line 3"` of a
+    file, `"row 3"` of a dataset.
 
     Args:
         source (`str` or `Path`): JSON Lines file or name of a dataset.
@@ -322,6 +323,8 @@ def _check_evaluation_instance(value: Mapping[str, Any], where: str, answers_req
     meta = value.get("meta")
     if meta is None:
         meta = {}
+    if value.get("id") is None:
+        question["id"] = where.rpartition(", ")[2]  # not the file: answers are matched by id, wherever it was read
     if not isinstance(answers, list) or (answers_required and not answers):
         expected = "at least one string" if answers_required else "strings"
         raise ValueError(f"{where}: answers is {shown(answers)}, expected a list of {expected}.")

@@ -297,6 +297,16 @@ def test_a_missing_provenance_is_unknown(tmp_path):
     assert free["provenance"] == [] and free["meta"] == {"nouns": ["q"]}
 
 
+def test_a_question_without_an_id_has_the_same_one_wherever_its_file_is(tmp_path, monkeypatch):
+    question = {"input": "q?", "answers": ["a"], "provenance": []}
+    (tmp_path / "moved").mkdir()
+    for folder in (tmp_path, tmp_path / "moved"):
+        write(folder / "eval.jsonl", question, {**question, "id": "x"}, question)
+    monkeypatch.chdir(tmp_path)
+    for file in (tmp_path / "eval.jsonl", "eval.jsonl", "./eval.jsonl", "moved/eval.jsonl"):
+        assert [instance["id"] for instance in load_evaluation_set(file)] == ["line 1", "x", "line 3"]
+
+
 def test_further_columns_do_no_harm(tmp_path):
     """Datasets have columns that the schema does not know, and Arrow fills in None where a row lacks a key."""
     passage = {
