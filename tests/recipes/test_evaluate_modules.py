@@ -183,6 +183,15 @@ def test_missing_provenance_is_an_error(name):
         load(name).compute(predictions=PREDICTIONS, references=references)
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_texts_are_refused_by_name(name):
+    metric = load(name)
+    with pytest.raises(TypeError, match="predictions holds 'Rembrandt', expected dictionaries"):
+        metric.compute(predictions=["Rembrandt"], references=REFERENCES)
+    with pytest.raises(TypeError, match="references holds 'Rembrandt', expected dictionaries"):
+        metric.compute(predictions=PREDICTIONS, references=["Rembrandt"])
+
+
 def test_a_missing_text_is_an_error():
     predictions = [{"id": "1", "retrievals": []}, {"id": "2", "output": "x", "retrievals": []}]
     with pytest.raises(ValueError, match="1 of 2 rows have no 'output'"):

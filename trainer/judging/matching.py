@@ -1,7 +1,10 @@
 """Match predictions with evaluation instances, select fields of both, and collect what was retrieved."""
 
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
+
+from modeling_cosup.passages_cosup import shown
 
 
 def match_by_id(predictions: list[dict], instances: list[dict]) -> list[tuple[dict, dict]]:
@@ -60,6 +63,17 @@ def with_provenance(instances: list[dict]) -> list[dict]:
     if not needing:
         raise ValueError(f"The provenance of all {len(instances)} instances is empty: retrieval cannot be judged.")
     return needing
+
+
+def check_rows(**rows_of: list[dict]) -> None:
+    """Raise a `TypeError` unless the named rows are dictionaries: most metrics of `evaluate` take texts."""
+    for name, rows in rows_of.items():
+        for row in rows:
+            if not isinstance(row, Mapping):
+                raise TypeError(
+                    f"{name} holds {shown(row)}, expected dictionaries: lines of predictions.jsonl, and of an"
+                    " evaluation set."
+                )
 
 
 def select_fields(rows: list[dict], schema: dict) -> list[dict]:

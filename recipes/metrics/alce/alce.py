@@ -97,8 +97,9 @@ class ALCE(evaluate.Metric):
 
     def compute(self, *, predictions: list[dict], references: list[dict], **options) -> dict:
         """Accept whole lines of predictions and of an evaluation set; fields that are not needed are dropped."""
-        from trainer.judging.matching import select_fields
+        from trainer.judging.matching import check_rows, select_fields
 
+        check_rows(predictions=predictions, references=references)
         references = [fields_of_alce(reference) for reference in references]
         return super().compute(
             predictions=select_fields(predictions, PREDICTION),

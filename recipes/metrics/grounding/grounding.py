@@ -65,8 +65,9 @@ class Grounding(evaluate.Metric):
 
     def compute(self, *, predictions: list[dict], references: list[dict], **options) -> dict:
         """Accept whole lines of predictions and of an evaluation set; fields that are not needed are dropped."""
-        from trainer.judging.matching import select_fields
+        from trainer.judging.matching import check_rows, select_fields
 
+        check_rows(predictions=predictions, references=references)
         if "{question" not in options.get("hypothesis", ""):
             predictions = [{"input": "", **prediction} for prediction in predictions]
         return super().compute(

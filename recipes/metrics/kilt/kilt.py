@@ -62,8 +62,9 @@ class KILT(evaluate.Metric):
 
     def compute(self, *, predictions: list[dict], references: list[dict], **options) -> dict:
         """Accept whole lines of predictions and of an evaluation set; fields that are not needed are dropped."""
-        from trainer.judging.matching import select_fields
+        from trainer.judging.matching import check_rows, select_fields
 
+        check_rows(predictions=predictions, references=references)
         return super().compute(
             predictions=select_fields(predictions, PREDICTION),
             references=select_fields(references, REFERENCE),

@@ -78,9 +78,10 @@ class NSPRetrieval(evaluate.Metric):
         **options,
     ) -> dict:
         """Accept whole lines of predictions and of an evaluation set; fields that are not needed are dropped."""
-        from trainer.judging.matching import select_fields
+        from trainer.judging.matching import check_rows, select_fields
         from trainer.questions import provenance_unknown
 
+        check_rows(predictions=predictions, references=references)
         lacking = sum(ranking not in row for row in rankings or [])
         if lacking:
             raise ValueError(f"{lacking} of {len(rankings)} rankings have no {ranking!r}.")
