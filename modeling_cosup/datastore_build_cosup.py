@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from .datastore_files_cosup import create_shard, keys_file
 from .datastore_search_cosup import KeyShard, half_norms_of, stored_keys
 from .fingerprints_cosup import memory_fingerprint
-from .folders_cosup import DTYPES
+from .folders_cosup import DTYPES, dtype_name
 from .names_cosup import refuse_misspelt
 from .passages_cosup import check_text, dataset_rows, read_corpus, shown
 from .shard_build_cosup import Settings
@@ -44,17 +44,15 @@ class KeyBuilder:
         self,
         model: Any,
         tokenizer: PreTrainedTokenizerBase,
-        dtype: str = "float16",
+        dtype: str | torch.dtype = "float16",
         batch_size: int = 8,
         max_length: int | None = None,
         stride: int | None = None,
     ) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1.")
         self.model, self.gen, self.tokenizer = model, gen_of(model), tokenizer
-        self.dtype_name, self.dtype, self.batch_size = dtype, DTYPES[dtype], batch_size
+        self.dtype, self.batch_size = DTYPES[dtype_name(dtype)], batch_size
         ffn_name(self.gen)  # an unknown architecture fails now
         self.key_size: int = self.gen.config.get_text_config().hidden_size
         self.max_length, self.stride = window_size(self.gen, max_length, stride)
@@ -64,7 +62,7 @@ class KeyBuilder:
         return {
             "fingerprint": memory_fingerprint(self.model, self.tokenizer),
             "vocab_size": self.model.get_output_embeddings().weight.shape[0],
-            "dtype": self.dtype_name,
+            "dtype": dtype_name(self.dtype),
             "gen_dtype": str(self.gen.dtype),
             "shard_size": shard_size,
             "max_length": self.max_length,

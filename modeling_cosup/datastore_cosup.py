@@ -14,7 +14,7 @@ from .datastore_files_cosup import MEMORY_FORMAT, MEMORY_TYPE, content_digest, m
 from .datastore_search_cosup import KeyShard, half_norms_of, stored_keys
 from .datastore_searchable_cosup import SearchableKeys
 from .folder_store_cosup import find_folder, load_unchanged
-from .folders_cosup import DTYPES, Config, FileFacts, put_in_place, read_config, sweep, write_config
+from .folders_cosup import DTYPES, Config, FileFacts, dtype_name, put_in_place, read_config, sweep, write_config
 from .hub_cosup import make_repo
 from .memory_cosup import MemoryConfig
 from .plain_card_cosup import package_memory_cards, plain_card
@@ -74,7 +74,7 @@ class KNNMemory(SearchableKeys):
         fingerprint: dict[str, str],
         vocab_size: int,
         document_starts: torch.Tensor | None = None,
-        dtype: str = "float16",
+        dtype: str | torch.dtype = "float16",
         memory_config: MemoryConfig | None = None,
     ) -> "KNNMemory":
         """
@@ -87,16 +87,14 @@ class KNNMemory(SearchableKeys):
             vocab_size (`int`): V, the width of Gen's logits.
             document_starts (`torch.LongTensor` of shape `(D,)`, *optional*): row of the first entry of each document;
                 defaults to a single document.
-            dtype (`str`, *optional*, defaults to `"float16"`): of the stored keys: `"float32"`, `"float16"` or
-                `"bfloat16"`.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"float16"`): of the stored keys:
+                `"float32"`, `"float16"` or `"bfloat16"`.
             memory_config ([`MemoryConfig`], *optional*): how the memory is used unless a call says otherwise.
 
         Raises:
             `ValueError`: for no entries, keys that are not finite or not in `dtype`, values outside the vocabulary,
                 or document_starts that are not ascending rows.
         """
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
         if keys.ndim != 2 or values.shape != keys.shape[:1]:
             raise ValueError(
                 f"keys are {tuple(keys.shape)} and values {tuple(values.shape)}, expected (N, d) and (N,)."
@@ -111,9 +109,9 @@ class KNNMemory(SearchableKeys):
             raise ValueError(
                 f"document_starts begin {starts[:5].tolist()}, expected ascending rows from 0 to {len(keys)}."
             )
-        stored = stored_keys(keys, DTYPES[dtype])
+        stored = stored_keys(keys, DTYPES[dtype_name(dtype)])
         shards = [KeyShard(stored, half_norms_of(stored), values.int(), starts)]
-        settings = {"fingerprint": fingerprint, "vocab_size": vocab_size, "dtype": dtype}
+        settings = {"fingerprint": fingerprint, "vocab_size": vocab_size, "dtype": dtype_name(dtype)}
         return cls(shards, new_config(settings, shards, memory_config))
 
     @classmethod
@@ -124,7 +122,7 @@ class KNNMemory(SearchableKeys):
         save_directory: str | os.PathLike[str] | None = None,
         *,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        dtype: str = "float16",
+        dtype: str | torch.dtype = "float16",
         max_length: int | None = None,
         stride: int | None = None,
         batch_size: int = 8,
@@ -147,8 +145,8 @@ class KNNMemory(SearchableKeys):
                 strings or of such rows, e.g. a `datasets` dataset, streamed or not. Never all in memory.
             save_directory (`str` or `Path`, *optional*): folder of the memory; without it the memory is in RAM.
             tokenizer (`PreTrainedTokenizerBase`, *optional*): of a plain language model; a CoSup model gives its own.
-            dtype (`str`, *optional*, defaults to `"float16"`): of the stored keys: `"float32"`, `"float16"` or
-                `"bfloat16"`, which cannot overflow.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"float16"`): of the stored keys:
+                `"float32"`, `"float16"` or `"bfloat16"`, which cannot overflow.
             max_length (`int`, *optional*): tokens of a window; defaults to what Gen can read, at most 1,024.
             stride (`int`, *optional*): tokens from one window to the next, see [`~token_keys_cosup.windows`]; defaults
                 to half of `max_length`.

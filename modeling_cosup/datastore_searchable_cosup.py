@@ -22,7 +22,7 @@ from .datastore_search_cosup import (
 from .files_cosup import digest
 from .fingerprints_cosup import check_memory_fingerprint
 from .folder_store_cosup import FolderStore
-from .folders_cosup import DTYPES, Config, check_file
+from .folders_cosup import DTYPES, Config, check_file, dtype_name
 from .index_approximate_cosup import (
     L2,
     empty_approximate,
@@ -144,21 +144,19 @@ class SearchableKeys(FolderStore):
 
     # ------------------------------------------------------------------ searching
 
-    def to(self: Store, device: str | torch.device | None, dtype: str | None = None) -> Store:
+    def to(self: Store, device: str | torch.device | None, dtype: str | torch.dtype | None = None) -> Store:
         """
         Search exactly on a device from now on; what is saved never depends on it. FAISS searches on the CPU.
 
         Args:
             device (`str`, `torch.device` or `None`): of a copy of all entries, e.g. `"cuda"`, or `"cpu"` for one in
                 memory; `None` searches from the files again.
-            dtype (`str`, *optional*): of the copied keys; defaults to the files'. Distances are float32.
+            dtype (`str` or `torch.dtype`, *optional*): of copied keys; defaults to the files'. Distances are float32.
 
         Raises:
             `ValueError`: for an unknown dtype, or keys that overflow it.
         """
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
-        copy_dtype = None if dtype is None else DTYPES[dtype]
+        copy_dtype = None if dtype is None else DTYPES[dtype_name(dtype)]
         searched = self._shards
         if device is not None:
             searched = [shard.to(device, copy_dtype) for shard in self._shards]

@@ -25,7 +25,7 @@ from .files_cosup import BLOCK, digest, digest_file, locked, read_json, write_js
 
 LOCK_FILE = ".lock"  # held by the process that changes the folder
 UNFINISHED_PATTERNS = ["shard-*.json", "done-*.json", "build.json"]
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}  # of stored tensors
 ALWAYS_VERIFIED = 16 * 2**20  # bytes; the SHA-256 of smaller files is checked at every load: a hundredth of a second
 _ROWS_PER_WRITE = 8192
 _SAFETENSORS_NAMES = {
@@ -38,6 +38,14 @@ _SAFETENSORS_NAMES = {
 
 Config: TypeAlias = dict[str, Any]  # content of the config of a folder
 T = TypeVar("T")
+
+
+def dtype_name(dtype: str | torch.dtype) -> str:
+    """Return the name of a dtype in `DTYPES`; `ValueError` for any other."""
+    name = str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    return name
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .folders_cosup import DTYPES, create_tensors
+from .folders_cosup import DTYPES, create_tensors, dtype_name
 from .index_files_cosup import Shard, shard_files, write_passages
 from .index_search_cosup import contains
 from .metadata_cosup import metadata_text
@@ -49,7 +49,7 @@ class ShardBuilder:
     Args:
         model ([`CoSupForCausalLM`]): with Emb_seq in memory, unless there is an `encoder`; used on its device and in
             its dtype.
-        dtype (`str`): dtype of the stored embeddings: `"float32"`, `"float16"` or `"bfloat16"`.
+        dtype (`str` or `torch.dtype`): of the stored embeddings: `"float32"`, `"float16"` or `"bfloat16"`.
         batch_size (`int`): maximum number of passages in a forward.
         max_tokens_per_batch (`int`, *optional*): maximum number of tokens in a forward, with padding; a longer passage
             gets its own forward. Defaults to 4,096 on a CPU, since larger batches do not fit in its caches, and to
@@ -60,18 +60,15 @@ class ShardBuilder:
     def __init__(
         self,
         model: CoSupModel,
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         batch_size: int = 256,
         max_tokens_per_batch: int | None = None,
         encoder: Encoder | None = None,
     ) -> None:
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
         check_number("batch_size", batch_size, COUNT)
         if max_tokens_per_batch is not None:
             check_number("max_tokens_per_batch", max_tokens_per_batch, COUNT)
-        self.model, self.dtype = model, DTYPES[dtype]
-        self.batch_size = batch_size
+        self.model, self.dtype, self.batch_size = model, DTYPES[dtype_name(dtype)], batch_size
         self.max_tokens_per_batch = max_tokens_per_batch or (4096 if model._input_device().type == "cpu" else 32768)
         self.encoder = encoder
         self.num_cut = 0  # passages so far that were longer than `max_passage_length`

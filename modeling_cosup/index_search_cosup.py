@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .folders_cosup import DTYPES
+from .folders_cosup import DTYPES, dtype_name
 from .index_files_cosup import Shard
 from .retriever_cosup import SearchResults
 
@@ -120,20 +120,18 @@ class DeviceSearch:
     Args:
         shards (`list[Shard]`): all shards of the index.
         device (`str` or `torch.device`): e.g. `"cuda"`.
-        dtype (`str`, *optional*): dtype of the copy on the device: `"float32"`, `"float16"` or `"bfloat16"`; defaults
-            to the files' dtype. Scores are float32.
+        dtype (`str` or `torch.dtype`, *optional*): of the copy: `"float32"`, `"float16"` or `"bfloat16"`;
+            defaults to the files' dtype. Scores are float32.
 
     Raises:
         `ValueError`: for an unknown dtype, and for embeddings that are not finite or overflow it. An infinite
             score would hide or promote its passage without an error.
     """
 
-    def __init__(self, shards: list[Shard], device: str | torch.device, dtype: str | None = None) -> None:
-        if dtype is not None and dtype not in DTYPES:
-            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}.")
+    def __init__(self, shards: list[Shard], device: str | torch.device, dtype: str | torch.dtype | None = None):
         stored = shards[0].embeddings
         self.num_rows = sum(map(len, shards))
-        copy_dtype = stored.dtype if dtype is None else DTYPES[dtype]
+        copy_dtype = stored.dtype if dtype is None else DTYPES[dtype_name(dtype)]
         self.embeddings = torch.empty(self.num_rows, stored.shape[1], device=device, dtype=copy_dtype)
         start = 0
         for shard in shards:

@@ -105,7 +105,7 @@ class SearchableStore(PassageStore):
         searcher = self._gpu or self._approximate or self._device or self._exact
         return search_without(self._deleted, searcher, queries, k, self.num_rows)
 
-    def to(self: Store, device: str | torch.device | None, dtype: str | None = None) -> Store:
+    def to(self: Store, device: str | torch.device | None, dtype: str | torch.dtype | None = None) -> Store:
         """
         Search on a device from now on. What is saved never depends on the device.
 
@@ -114,7 +114,7 @@ class SearchableStore(PassageStore):
 
         Args:
             device (`str`, `torch.device` or `None`): e.g. `"cuda"`; `None` searches from the files again.
-            dtype (`str`, *optional*): dtype of copied embeddings; defaults to the files' dtype. Scores are float32.
+            dtype (`str` or `torch.dtype`, *optional*): of the copy; defaults to the files'. Scores are float32.
 
         Returns:
             [`PassageIndex`]: this one.

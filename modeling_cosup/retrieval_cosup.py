@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
 from .encoding_cosup import evaluating
 from .folder_store_cosup import find_folder, load_unchanged
-from .folders_cosup import Config, check_file, put_in_place, sweep, write_config
+from .folders_cosup import Config, check_file, dtype_name, put_in_place, sweep, write_config
 from .hub_cosup import make_repo
 from .index_approximate_cosup import read_approximate, set_search_options
 from .index_build_cosup import Encoder, Passages, ShardBuilder, read_shards, report_cut
@@ -67,7 +68,7 @@ class PassageIndex(SearchableStore):
         batch_size: int = 256,
         max_tokens_per_batch: int | None = None,
         shard_size: int = SHARD_SIZE,
-        dtype: str = "float32",
+        dtype: str | torch.dtype = "float32",
         num_processes: int = 1,
         process_index: int = 0,
         show_progress_bar: bool = True,
@@ -93,8 +94,8 @@ class PassageIndex(SearchableStore):
             max_tokens_per_batch (`int`, *optional*): maximum number of tokens in a forward, with padding; defaults to
                 4,096 on a CPU, 32,768 elsewhere. The passages of a shard are sorted by length.
             shard_size (`int`, *optional*, defaults to 32768): passages per shard.
-            dtype (`str`, *optional*, defaults to `"float32"`): dtype of the stored embeddings: `"float32"`, or
-                `"float16"` or `"bfloat16"` in half the space. They are searched in float32.
+            dtype (`str` or `torch.dtype`, *optional*, defaults to `"float32"`): of the stored
+                embeddings: `"float32"`, or `"float16"` or `"bfloat16"` in half the space. The search is in float32.
             num_processes (`int`, *optional*, defaults to 1): number of processes that build this index together, in a
                 `save_directory` that all can access. When all are done, one of them calls [`PassageIndex.merge`].
             process_index (`int`, *optional*, defaults to 0): number of this process. It builds the shards
@@ -126,7 +127,7 @@ class PassageIndex(SearchableStore):
         settings = {
             "fingerprint": model.fingerprint(),
             "embedding_size": model.config.embedding_size,
-            "dtype": dtype,
+            "dtype": dtype_name(dtype),
             "shard_size": shard_size,
         }
         show_progress_bar = show_progress_bar and process_index == 0

@@ -155,9 +155,8 @@ def content_digest(index: Retriever) -> str:
     Return a hash that differs for indexes of another model, of other passages or with another search.
 
     Of an index in a folder, the checksums of its files, the deleted rows and the approximate search count; of an index
-    in memory, its passages, shard by shard: their embeddings follow from them and the fingerprint, but not to the last
-    bit, which the number of threads changes; of a Milvus collection, its properties and how it is searched. Of any
-    other index, only its fingerprint and length are known.
+    in memory, its passages by shard, but not their embeddings, whose last bits depend on the number of threads; of a
+    Milvus collection, its properties and how it is searched. Of any other, only fingerprint and length are known.
     """
     content: dict[str, Any] = {}
     config = getattr(index, "config", None)

@@ -156,7 +156,8 @@ def test_a_copy_on_a_device_finds_the_same():
     assert memory.to(None)._searched is memory._shards
     copy = memory.to("cpu")._searched[0]
     assert copy.keys.data_ptr() != memory._shards[0].keys.data_ptr()
-    large = random_memory(keys=torch.full((3, 4), 1e5), dtype="bfloat16", shards=1)
+    large = random_memory(keys=torch.full((3, 4), 1e5), dtype=torch.bfloat16, shards=1)
+    assert large.config["dtype"] == "bfloat16"
     with pytest.raises(ValueError, match="Keys overflow torch.float16"):
         large.to("cpu", "float16")
     with pytest.raises(ValueError, match="dtype is 'half', expected one of float32, float16, bfloat16"):

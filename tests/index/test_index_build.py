@@ -296,6 +296,7 @@ def test_half_precision_storage(model, tmp_path, dtype):
     scores, rows = half.search(queries, 5)
     assert rows.tolist() == expected.indices.tolist()
     torch.testing.assert_close(torch.from_numpy(scores), expected.values)
+    assert build(model, dtype=stored.dtype).config["dtype"] == dtype
     with pytest.raises(ValueError, match="dtype is 'int8', expected one of float32, float16, bfloat16"):
         build(model, dtype="int8")
 

@@ -84,7 +84,7 @@ def test_embeddings_that_overflow_on_a_device_are_refused():
     with pytest.raises(ValueError, match="Embeddings overflow float16: copy them with dtype='bfloat16'"):
         index.to("cpu", dtype="float16")
     query = torch.tensor([[-1e-6, 0, 0, 10]])
-    for dtype in (None, "bfloat16"):
+    for dtype in (None, "bfloat16", torch.bfloat16):
         assert index.to("cpu", dtype=dtype).search(query)[1].tolist() == [[0]]
     with pytest.raises(ValueError, match="dtype is 'int8', expected one of float32, float16, bfloat16"):
         index.to("cpu", dtype="int8")
