@@ -42,7 +42,7 @@ class SearchableStore(PassageStore):
         self._search_options: dict[str, Any] = {}  # of the approximate index
         self._gpu: ApproximateSearch | None = None  # its copy on a GPU
         self._device: DeviceSearch | None = None
-        self._device_options: tuple[str | torch.device | None, str | None] = None, None  # last arguments of `to`
+        self._device_options: tuple[Any, Any] = None, None  # last arguments of `to`
         super().__init__(shards, config, folder)
 
     def _set_shards(self, shards: list[Shard]) -> None:
